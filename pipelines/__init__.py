@@ -1,0 +1,1 @@
+"""The pipeline: the DAG, its compilation, and running it on this machine."""

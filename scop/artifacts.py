@@ -1,0 +1,153 @@
+"""Models on disk: `model.safetensors` for the weights, `model.json` for the rest, and a manifest. No pickle.
+
+A pruned model is rebuilt from its factory, its cuts and its weights; neither the dense weights nor the plan's data are
+needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scop.errors import UserError
+from scop.manifest import read_folder, write_manifest
+from scop.models import make_model
+from scop.spec import ModelSpec, attach_spec, spec_of
+from scop.surgery import apply_cuts
+from scop.training import EpochRecord
+
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "model.json"
+HISTORY = "history.json"
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    factory: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    history: list[EpochRecord] | None = None,
+) -> None:
+    """Write a model folder.
+
+    Args:
+        model: a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, or any other with `factory`.
+        folder: is created; what it holds of a model is replaced.
+        factory, arguments: how to build the dense network, where the model does not carry that itself.
+        history: the epochs of its training, for reports.
+
+    Raises:
+        UserError: nothing tells how to build the network again, or the folder cannot be written.
+    """
+    spec = spec_of(model)
+    if factory is not None:
+        carried = spec.model_dump() if spec else {}
+        spec = ModelSpec.model_validate(carried | {"factory": factory, "arguments": dict(arguments or {})})
+    if spec is None:
+        raise UserError(
+            f"save_model cannot tell how to build this {type(model).__name__} again: make it by scop.make_model(NAME), "
+            "or say save_model(..., factory='package.module:function', arguments={...})"
+        )
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        save_file(_unshared(state), folder / WEIGHTS)
+        (folder / DESCRIPTION).write_text(spec.model_dump_json(indent=1) + "\n")
+        if history is not None:
+            (folder / HISTORY).write_text(json.dumps([record.__dict__ for record in history], indent=1) + "\n")
+        write_manifest(folder, kind="model")
+    except OSError as error:
+        raise UserError(f"cannot write model folder {folder}: {error.strerror or error}") from error
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory (tied weights), which safetensors does not store."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        result[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return result
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Build the model of a folder, in eval mode on the CPU; `scop.spec.spec_of` tells what it is.
+
+    Raises:
+        UserError: the folder is not a whole model, or its factory is gone or has changed.
+    """
+    folder = Path(folder)
+    read_folder(folder, kind="model")
+    try:
+        spec = ModelSpec.model_validate_json((folder / DESCRIPTION).read_text())
+    except ValidationError as error:
+        raise UserError(f"{folder / DESCRIPTION} does not describe a model") from error
+    model = apply_cuts(make_model(spec.factory, **spec.arguments), spec.cuts)
+    _assign(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
+    return attach_spec(model, spec).eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict from a .safetensors file or one that torch.save made, into the model.
+
+    A leading ``module.`` (DataParallel) is stripped, and a state dict under the key ``state_dict`` or ``model`` is found.
+
+    Raises:
+        UserError: the file is missing, damaged or unsafe, or its keys or shapes are not the model's.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"weights {path} do not exist")
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"weights {path} are damaged or no safetensors file: {error}") from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"weights {path} are no state dict that can be loaded without pickled code: {reason}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {path} hold no state dict (a mapping of names to tensors)")
+    _assign(model, {key.removeprefix("module."): value for key, value in state.items()}, path)
+
+
+def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    # Files written before PyTorch 0.4.1 lack these counters, which nothing needs.
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    missing, extra = sorted(own.keys() - state.keys() - counters), sorted(state.keys() - own.keys())
+    if missing or extra:
+        near = difflib.get_close_matches((missing or extra)[0], extra if missing else list(own), n=1)
+        raise UserError(
+            f"weights {path} do not fit the model: "
+            + "; ".join(
+                f"{what} {len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in (("missing", missing), ("unknown", extra))
+                if keys
+            )
+            + (f"; {near[0]!r} looks alike" if near else "")
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            ours, theirs = "x".join(map(str, own[key].shape)), "x".join(map(str, value.shape))
+            raise UserError(f"weights {path} do not fit the model: {key!r} is {theirs}, the model's is {ours}")
+    model.load_state_dict(state, strict=False)
+
+
+def load_history(folder: Path) -> list[EpochRecord]:
+    """The epochs of a model's training; empty where none were recorded."""
+    path = folder / HISTORY
+    return [EpochRecord(**record) for record in json.loads(path.read_text())] if path.exists() else []

@@ -1,0 +1,138 @@
+"""The `scop` command. Only the standard library is imported until a command needs more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import scop
+
+DEFAULT_CONFIG = "digits-resnet20"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 for a failure, 2 for a mistake of the user's."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    from scop.errors import UserError
+
+    try:
+        return int(options.command(options) or 0)
+    except UserError as error:
+        print(f"scop: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scop: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scop",
+        description="Prune convolutional networks with scientific control (SCOP), as a Kubeflow pipeline.",
+        epilog="Every command explains itself: scop COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"scop {scop.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser(
+        "run",
+        help="run the whole pipeline on this machine",
+        description="Run the whole pipeline on this machine, through KFP's local runner.",
+    )
+    _add_config(run)
+    run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
+    run.set_defaults(command=_run)
+
+    step = commands.add_parser(
+        "step",
+        help="run one step on folders",
+        description="Run one step on folders, as its container does, without KFP.",
+    )
+    step.add_argument("name", metavar="NAME", help="prepare_data, train_dense, train_knockoff, select_channels, "
+                      "finetune, evaluate, export or compare")  # fmt: skip
+    _add_config(step)
+    step.add_argument("--input", action="append", default=[], metavar="NAME=DIR", help="an input folder (repeatable)")
+    step.add_argument("--output", action="append", default=[], metavar="NAME=DIR", help="an output folder (repeatable)")
+    step.add_argument("--variant", metavar="NAME", help="which of the configuration's variants (default: the first)")
+    step.set_defaults(command=_step)
+
+    compile_ = commands.add_parser("compile", help="write the pipeline as YAML", description="Write the pipeline as YAML.")
+    compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    compile_.set_defaults(command=_compile)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-f",
+        "--config",
+        default=DEFAULT_CONFIG,
+        metavar="CONFIG",
+        help=f"a YAML file, or the name of a preset (default: {DEFAULT_CONFIG})",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change an entry, such as finetune.epochs=3 or variants.0.prune_rate=0.3 (repeatable)",
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    from pipelines.local import print_result, run_locally
+    from pipelines.presets import find_config
+    from scop.config import load_config
+
+    path = find_config(options.config)
+    print_result(run_locally(load_config(path, options.set), options.out, path.stem))
+
+
+def _step(options: argparse.Namespace) -> None:
+    from pipelines.presets import find_config
+    from scop.config import load_config
+    from scop.errors import UserError
+    from scop.steps.runtime import find_step, run_step
+
+    config = load_config(find_config(options.config), options.set)
+    variants = {variant.label: variant for variant in config.variants}
+    label = options.variant or next(iter(variants))
+    if label not in variants:
+        raise UserError(f"--variant {label!r} is not in the configuration (known: {', '.join(variants)})")
+    sections = config.model_dump(mode="json") | {"variant": variants[label].model_dump(mode="json")}
+    wanted = find_step(options.name).Config.model_fields
+    run_step(
+        options.name,
+        {name: sections[name] for name in wanted},
+        _pairs(options.input, "--input"),
+        {name: values[-1] for name, values in _pairs(options.output, "--output").items()},
+    )
+
+
+def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:
+    """NAME=DIR arguments by name; a name that is given several times has several folders."""
+    from scop.errors import UserError
+
+    pairs: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not equals or not name or not folder:
+            raise UserError(f"{option} {argument!r} must have the form NAME=DIR")
+        pairs.setdefault(name, []).append(folder)
+    return pairs
+
+
+def _compile(options: argparse.Namespace) -> None:
+    from pipelines.pipeline import compile_pipeline
+    from scop.errors import UserError
+
+    if options.output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {options.output} must end in .yaml")
+    compile_pipeline(str(options.output))
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""The configuration: one section per step, each validated on its own.
+
+A section is the parameter of exactly one component, so a change re-executes only what depends on it. Unknown keys and
+bad values are refused by name. On a KFP backend all numbers of a section arrive as doubles; they are integers again
+here wherever an integer is meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from scop.errors import UserError
+
+ResidualRule = Literal["scatter", "inner", "coupled"]
+Method = Literal["scop", "random", "l1", "bn_gamma", "none"]
+Precision = Literal["auto", "bf16", "fp32"]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """How the run is named.
+
+    Attributes:
+        name: name of the pipeline run; made of the configuration's file name by default.
+        experiment: the MLflow experiment, and the name under which models are registered.
+    """
+
+    name: str | None = None
+    experiment: str = "scop"
+
+
+class DataSection(Section):
+    """The images.
+
+    Attributes:
+        source: digits (scikit-learn), cifar10 or cifar100 (torchvision's layout at `path`), or imagefolder (a folder,
+            .tar, .tar.gz or .zip of SPLIT/CLASS/*.jpg|png at `path`).
+        path: where they are.
+        image_size: bring every image to this height and width; by default all must have the same already.
+        channels: 1 for grey, 3 for colour; by default what the images are.
+        validation: fraction of the training data cut off for validation, where the source has no such split.
+        seed: draws the validation split.
+        mean, std: per channel, for pixels in [0, 1]; by default those of the training split.
+    """
+
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder"] = "digits"
+    path: str | None = None
+    image_size: PositiveInt | None = None
+    channels: Literal[1, 3] | None = None
+    validation: Fraction = 0.1
+    seed: int = 0
+    mean: list[float] | None = None
+    std: list[PositiveFloat] | None = None
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class TrainingSection(Section):
+    """One training run; the ground for dense training and fine-tuning.
+
+    Attributes:
+        epochs: passes over the training split; 0 trains nothing.
+        batch_size: images in a batch.
+        optimizer: sgd (Nesterov) or adamw.
+        lr: the learning rate's peak.
+        momentum: of SGD.
+        weight_decay: on weights of convolutions and linear layers; norms and biases have none.
+        schedule: of the learning rate after warm-up: cosine, poly (power 0.9) and one_cycle end near 0, step divides by
+            10 at half and at three quarters.
+        warmup_epochs: the rate rises linearly from near 0 for so long; may be a fraction.
+        label_smoothing: share of the label's probability spread over all classes.
+        crop_padding, flip: augmentation, see `scop.data.Augmentation`.
+        precision: bf16 autocast, fp32, or auto: bf16 where the device has it natively.
+        compile: run through torch.compile.
+        keep: the weights of the last epoch, or of the best one on the validation split.
+        seed: of initial weights, order and augmentation.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    batch_size: PositiveInt = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    schedule: Literal["cosine", "poly", "step", "one_cycle", "constant"] = "cosine"
+    warmup_epochs: NonNegativeFloat = 0.0
+    label_smoothing: Fraction = 0.0
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    precision: Precision = "auto"
+    compile: bool = False
+    keep: Literal["last", "best"] = "last"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _warmup_within(self) -> TrainingSection:
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}")
+        return self
+
+
+class DenseSection(TrainingSection):
+    """The dense network, trained or given.
+
+    Attributes:
+        model: a factory's name, see `scop.models`.
+        arguments: further arguments for the factory.
+        weights: a .safetensors file or a state dict saved by torch.save; then nothing is trained.
+    """
+
+    model: str = "resnet20"
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+
+
+class KnockoffSection(Section):
+    """The knockoff phase.
+
+    Attributes:
+        source: where knockoff images come from: shuffle, or package.module:function, see `scop.knockoff`.
+        epochs: passes over the training split.
+        batch_size: images in a batch.
+        lr, betas: of Adam on the gates.
+        crop_padding, flip: augmentation.
+        precision: see `TrainingSection`.
+        seed: of order, augmentation and knockoffs.
+    """
+
+    source: str = "shuffle"
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 256
+    lr: PositiveFloat = 0.004
+    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    precision: Precision = "auto"
+    seed: int = 0
+
+
+class VariantSection(Section):
+    """One way of pruning the dense network; a run may have several.
+
+    Attributes:
+        name: names it in tables; made of method and rate by default.
+        method: scop, the controls random, l1 and bn_gamma, or none, which removes nothing.
+        prune_rate: fraction of the channels removed in each layer.
+        residual: the rule for residual streams, see `scop.graph`.
+        round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.
+        min_channels: at least so many channels stay in each layer.
+        seed: of the random control.
+        finetune: entries of section `finetune` that are different for this variant.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)] | None = None
+    method: Method = "scop"
+    prune_rate: Fraction = 0.45
+    residual: ResidualRule = "scatter"
+    round_to: PositiveInt = 1
+    min_channels: PositiveInt = 1
+    seed: int = 0
+    finetune: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        if self.name:
+            return self.name
+        return "none" if self.method == "none" else f"{self.method}-{self.prune_rate:g}"
+
+
+class DistillationSection(Section):
+    """Learning from the dense network's answers (Hinton et al., 2015, arXiv 1503.02531).
+
+    Attributes:
+        weight: share of the distillation loss, 0 for none.
+        temperature: softens both networks' answers.
+    """
+
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: PositiveFloat = 4.0
+
+
+class FinetuneSection(TrainingSection):
+    """Training of the pruned network.
+
+    Attributes:
+        recalibration_batches: before training, batch norm statistics are taken anew from so many batches.
+        distillation: learning from the dense network.
+    """
+
+    recalibration_batches: Annotated[int, Field(ge=0)] = 50
+    distillation: DistillationSection = DistillationSection()
+
+
+class EvaluateSection(Section):
+    """Measuring.
+
+    Attributes:
+        batch_sizes: latency is measured at each.
+        repeats: timed passes of dense and of pruned, alternately.
+        threads: CPU threads for latency; all by default.
+    """
+
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 64]
+    repeats: PositiveInt = 30
+    threads: PositiveInt | None = None
+
+
+class ExportSection(Section):
+    """The deliverables.
+
+    Attributes:
+        tolerance: largest difference allowed between the PyTorch model and what is loaded again, in logits.
+        register_model: enter the ONNX model into MLflow's registry with the alias `candidate`.
+    """
+
+    tolerance: PositiveFloat = 1e-4
+    register_model: bool = True
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    dense: DenseSection = DenseSection()
+    knockoff: KnockoffSection = KnockoffSection()
+    variants: Annotated[list[VariantSection], Field(min_length=1)] = [VariantSection()]
+    finetune: FinetuneSection = FinetuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> Config:
+        labels = [variant.label for variant in self.variants]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"variants: the name {label!r} is used twice; give them names")
+        for variant in self.variants:
+            finetune_for(self.finetune, variant)
+        return self
+
+
+def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneSection:
+    """The section `finetune` with a variant's own entries put in."""
+    return parse(FinetuneSection, section.model_dump() | variant.finetune, f"variants ({variant.label}).finetune")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def parse(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
+    """Validate a section.
+
+    Raises:
+        UserError: names the first bad entry, its value and what would be right.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_explain(error, kind, where)) from error
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
+    first = error.errors()[0]
+    path = [*filter(None, [where]), *map(str, first["loc"])]
+    field = ".".join(path) or "configuration"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(kind, first["loc"][:-1])
+        hint = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        meant = f"did you mean {hint[0]!r}?" if hint else f"known here: {', '.join(sorted(known))}"
+        return f"configuration key {field!r} is unknown ({meant})"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"configuration: {message}" if not first["loc"] else f"configuration {field!r}: {message}"
+    return f"configuration {field!r} is {first['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys that a section knows at a path within it."""
+    current: Any = kind
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        current = next((a for a in (annotation, *_arguments(annotation)) if _is_model(a)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    found: list[Any] = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += [argument, *_arguments(argument)]
+    return found
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a configuration file and put ``section.key=value`` entries in; values are YAML.
+
+    Raises:
+        UserError: the file is missing or no YAML, or the configuration is bad.
+    """
+    values = read_yaml(path)
+    for override in overrides or []:
+        _override(values, override)
+    return parse(Config, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; raises UserError where it does not."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not {type(values).__name__}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r} must have the form section.key=value")
+    *parents, last = key.split(".")
+    target: Any = values
+    try:
+        for part in parents:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"--set {key!r}: there is no such entry in the configuration") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key!r}: {text!r} is not valid YAML") from error

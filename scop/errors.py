@@ -1,0 +1,5 @@
+"""The error that means "the user can mend this": one clear line and exit code 2."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what is wrong, where, and how to mend it."""

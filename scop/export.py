@@ -1,0 +1,87 @@
+"""Export to ONNX and to PyTorch's .pt2, each loaded again and compared with the model that it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+INPUT, OUTPUT = "images", "logits"
+
+
+def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Write an ONNX file with a dynamic batch and run it in onnxruntime.
+
+    Args:
+        model: the network, in float32.
+        images: (B, C, H, W) with B of at least 2, normalised, to compare on.
+        path: the file, which holds the weights too.
+
+    Returns:
+        The largest absolute difference between the logits of PyTorch and of onnxruntime.
+    """
+    import onnxruntime
+
+    model = _prepared(model)
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={_argument(model): {0: torch.export.Dim("batch", min=1)}},
+        )
+    assert program is not None
+    program.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return _largest_difference(model, images, lambda part: torch.from_numpy(session.run(None, {INPUT: part.numpy()})[0]))
+
+
+def export_pt2(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Write a .pt2 file with a dynamic batch, load and run it; arguments and result as for `export_onnx`."""
+    model = _prepared(model)
+    with _quiet():
+        program = torch.export.export(
+            model, (images,), dynamic_shapes={_argument(model): {0: torch.export.Dim("batch", min=1)}}
+        )
+        torch.export.save(program, path)
+        loaded = torch.export.load(path).module()
+    return _largest_difference(model, images, loaded)
+
+
+def _prepared(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
+
+
+def _argument(model: nn.Module) -> str:
+    """The name of the forward's first argument, under which the batch's dimension is declared dynamic."""
+    import inspect
+
+    return next(iter(inspect.signature(model.forward).parameters))
+
+
+@torch.inference_mode()
+def _largest_difference(model: nn.Module, images: Tensor, other) -> float:  # type: ignore[no-untyped-def]
+    """Over the whole batch, and over its first image alone: the batch must really be dynamic."""
+    return max(float((model(part) - other(part)).abs().max()) for part in (images, images[:1]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' progress report and warnings, which say nothing about the result."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)

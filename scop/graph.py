@@ -1,0 +1,307 @@
+"""Which channels of a network can go, and what goes with them.
+
+The network is traced with Torch-Pruning's dependency graph. Convolutions whose output channels must be removed
+together form a `ChannelGroup`; nothing is ever found by a layer's name. A rule for residual streams then says which
+groups are pruned, and how:
+
+``scatter``
+    Every group outside a residual stream, and the last convolution of each residual branch on its own: the stream
+    keeps its width, and the branch's remaining channels are added to it at their places. Stems and shortcuts stay
+    whole. The rule of the paper.
+``inner``
+    Only the groups outside a residual stream.
+``coupled``
+    Every group; all convolutions that write to one residual stream lose the same channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from scop.config import ResidualRule
+from scop.errors import UserError
+
+RESIDUAL_RULES: tuple[ResidualRule, ...] = get_args(ResidualRule)
+
+Side = Literal["out", "in"]
+"""Whether channels leave a layer's output or its input. Layers that have only one kind of channel use "out"."""
+
+_OP = tp.ops.OPTYPE
+# What a group may run through: layers that Torch-Pruning can cut and that `surgery` restores on loading.
+_SUPPORTED = {
+    _OP.CONV,
+    _OP.DEPTHWISE_CONV,
+    _OP.BN,
+    _OP.LINEAR,
+    _OP.PRELU,
+    _OP.ELEMENTWISE,
+    _OP.CONCAT,
+    _OP.RESHAPE,
+    _OP.LN,
+    _OP.GN,
+}
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Output channels that can only be removed together.
+
+    Attributes:
+        convs: the convolutions that produce the channels, in the model's order; the first one names the group.
+        channels: how many channels each of them has.
+        residual: the channels are those of a residual stream: an addition joins several producers.
+        blocks: the channels form this many equal blocks, of which each must keep the same number (the groups of a
+            grouped convolution); 1 where there are none.
+        refusal: why the group cannot be pruned, or None.
+    """
+
+    convs: tuple[str, ...]
+    channels: int
+    residual: bool
+    blocks: int = 1
+    refusal: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.convs[0]
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """One decision of the selection: the convolutions that lose the same channels, and whether by scattering."""
+
+    convs: tuple[str, ...]
+    channels: int
+    blocks: int
+    scatter: bool
+
+    @property
+    def name(self) -> str:
+        return self.convs[0]
+
+
+class ChannelGraph:
+    """The channels of a model and what depends on them.
+
+    Args:
+        model: any network whose forward takes one image batch; it is not changed.
+        input_shape: (C, H, W) of one image.
+
+    Raises:
+        UserError: the model cannot be run on such an input.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+        # Traced on a copy in float32 on the CPU: tracing needs gradients and leaves the model in eval mode.
+        self._model = copy.deepcopy(model).float().cpu().requires_grad_(True).eval()
+        self.input_shape = tuple(input_shape)
+        self._names = {module: name for name, module in self._model.named_modules()}
+        self._calls = self._count_calls()
+        try:
+            self._dependencies = tp.DependencyGraph().build_dependency(
+                self._model, example_inputs=self._example(), verbose=False
+            )
+        except Exception as error:
+            raise UserError(f"the channels of {type(model).__name__} cannot be traced: {error}") from error
+        self._nodes: dict[nn.Module, Any] = self._dependencies.module2node
+
+    def _example(self) -> torch.Tensor:
+        # Two images: a batch of one makes some networks squeeze the batch dimension away.
+        return torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
+
+    def _count_calls(self) -> dict[nn.Module, int]:
+        """How often each layer runs in one forward pass; a layer that runs twice has no channels of its own."""
+        calls: dict[nn.Module, int] = {}
+
+        def count(module: nn.Module, *_: Any) -> None:
+            calls[module] = calls.get(module, 0) + 1
+
+        hooks = [m.register_forward_hook(count) for m in self._model.modules() if not list(m.children())]
+        try:
+            with torch.no_grad():
+                self._model(self._example())
+        except Exception as error:
+            shape = "x".join(map(str, self.input_shape))
+            raise UserError(f"the model does not run on {shape} images: {error}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return calls
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """All channel groups that a convolution produces, in the model's order."""
+        order = {name: place for place, name in enumerate(self._names.values())}
+        found = [self._describe(group) for group in self._dependencies.get_all_groups(root_module_types=[nn.Conv2d])]
+        return tuple(sorted((g for g in found if g is not None), key=lambda g: order[g.name]))
+
+    def _describe(self, items: Any) -> ChannelGroup | None:
+        producers: list[nn.Conv2d] = []
+        blocks, refusal = 1, None
+        for dep, indices in items:
+            module, out = dep.target.module, self._dependencies.is_out_channel_pruning_fn(dep.handler)
+            refusal = refusal or self._refusal(dep, indices)
+            if isinstance(module, nn.Conv2d) and not _is_depthwise(module):
+                if out and module not in producers:
+                    producers.append(module)
+                if module.groups > 1:
+                    blocks = math.lcm(blocks, module.groups)
+        if not producers:
+            return None
+        channels = producers[0].out_channels
+        for dep, indices in items:
+            if dep.target.module in producers and self._dependencies.is_out_channel_pruning_fn(dep.handler):
+                if list(indices) != list(range(channels)):
+                    refusal = refusal or "its channels meet those of another layer at different places"
+        names = sorted(self._names[p] for p in producers)
+        ordered = tuple(name for name in self._names.values() if name in names)
+        residual = any(_is_add(dep.target) for dep, _ in items) and len(producers) > 1
+        return ChannelGroup(ordered, channels, residual, blocks, refusal)
+
+    def _refusal(self, dep: Any, indices: list[int]) -> str | None:
+        node, module = dep.target, dep.target.module
+        name = self._names.get(module, type(module).__name__)
+        if node.type == _OP.OUTPUT or not node.outputs:
+            # A group reaches a layer without consumers only by its output channels: they are the network's answer.
+            return "its channels are the network's output" if self._writes(dep) else None
+        if node.type not in _SUPPORTED:
+            return f"its channels pass through {name!r} ({node.type.name.lower()}), which is not supported"
+        if node.type == _OP.RESHAPE and not _flattens(node):
+            return "its channels pass through a reshape other than flattening"
+        if node.type == _OP.GN:
+            return f"its channels pass through the group norm {name!r}"
+        if self._calls.get(module, 1) > 1 and list(module.parameters(recurse=False)):
+            return f"{name!r} runs more than once in a forward pass"
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            if _is_depthwise(module) and module.in_channels != module.out_channels:
+                return f"{name!r} is a depthwise convolution with a channel multiplier"
+            if not _is_depthwise(module) and list(indices) != list(range(len(indices))):
+                return f"the grouped convolution {name!r} reads its channels at an offset"
+        return None
+
+    def _writes(self, dep: Any) -> bool:
+        return dep.target.type == _OP.OUTPUT or self._dependencies.is_out_channel_pruning_fn(dep.handler)
+
+    # -- what a rule prunes ---------------------------------------------------------------------------------------
+
+    def prunable(self, rule: ResidualRule) -> tuple[Prunable, ...]:
+        """The decisions that a selection takes under a residual rule, in the model's order.
+
+        Raises:
+            UserError: there is nothing to prune; the message says why for each convolution.
+        """
+        found: list[Prunable] = []
+        refusals: list[str] = []
+        streams = any(group.residual for group in self.groups)
+        for group in self.groups:
+            if group.refusal:
+                refusals.append(f"{group.name}: {group.refusal}")
+            elif rule != "coupled" and streams and not group.residual and self._depth(self._node(group.name)) == 1:
+                refusals.append(f"{group.name}: the stem of a residual network")
+            elif not group.residual or rule == "coupled":
+                found.append(Prunable(group.convs, group.channels, group.blocks, scatter=False))
+            elif rule == "scatter":
+                ends = [conv for conv in group.convs if self._ends_branch(conv)]
+                found += [Prunable((conv,), group.channels, self._groups_of(conv), scatter=True) for conv in ends]
+            else:
+                refusals.append(f"{group.name}: part of a residual stream")
+        if not found:
+            reasons = "; ".join(refusals[:4]) or "it has no convolution"
+            raise UserError(f"no prunable layer under residual rule {rule!r} ({reasons}); try residual: coupled")
+        order = {name: place for place, name in enumerate(self._names.values())}
+        return tuple(sorted(found, key=lambda p: order[p.name]))
+
+    def _groups_of(self, conv: str) -> int:
+        return int(self._model.get_submodule(conv).groups)  # type: ignore[arg-type]
+
+    def batch_norm(self, conv: str) -> str | None:
+        """The name of the batch norm that alone reads the convolution's output, or None."""
+        outputs = self._node(conv).outputs
+        if len(outputs) == 1 and outputs[0].type == _OP.BN:
+            return self._names[outputs[0].module]
+        return None
+
+    def _ends_branch(self, conv: str) -> bool:
+        """Whether the convolution, with its batch norm, ends the deeper of two branches that an addition joins."""
+        last = self._node(self.batch_norm(conv) or conv)
+        if len(last.outputs) != 1 or not _is_add(last.outputs[0]):
+            return False
+        others = [node for node in last.outputs[0].inputs if node is not last]
+        return len(others) == 1 and self._depth(last) > self._depth(others[0])
+
+    def _node(self, name: str) -> Any:
+        return self._nodes[self._model.get_submodule(name)]
+
+    def _depth(self, node: Any) -> int:
+        """Convolutions on the longest path from the input up to and with this node."""
+        return self._depths[node]
+
+    @cached_property
+    def _depths(self) -> dict[Any, int]:
+        depths: dict[Any, int] = {}
+        stack = list(self._nodes.values())
+        while stack:
+            node = stack[-1]
+            waiting = [source for source in node.inputs if source not in depths]
+            if waiting:
+                stack += waiting
+                continue
+            own = node.type in (_OP.CONV, _OP.DEPTHWISE_CONV)
+            depths[node] = own + max((depths[source] for source in node.inputs), default=0)
+            stack.pop()
+        return depths
+
+    # -- what a removal reaches -----------------------------------------------------------------------------------
+
+    def reach(self, conv: str, removed: list[int]) -> Iterator[tuple[str, Side, list[int]]]:
+        """Every layer that changes when output channels of ``conv`` are removed, with the channels that it loses.
+
+        Yields:
+            (layer name, side, channel indices), the indices those of the unpruned layer.
+        """
+        module = self._model.get_submodule(conv)
+        prune = self._dependencies.get_pruner_of_module(module).prune_out_channels
+        for dep, indices in self._dependencies.get_pruning_group(module, prune, removed):
+            target = dep.target.module
+            if target not in self._names:
+                continue  # an operation without parameters
+            two_sided = isinstance(target, nn.Conv2d | nn.Linear) and not _is_depthwise(target)
+            into = two_sided and not self._dependencies.is_out_channel_pruning_fn(dep.handler)
+            yield self._names[target], "in" if into else "out", sorted(set(indices))
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1 and module.groups == module.out_channels
+
+
+def _is_add(node: Any) -> bool:
+    """Whether the node adds two feature maps; an addition of a constant has one input."""
+    return (
+        node.type == _OP.ELEMENTWISE
+        and len(node.inputs) > 1
+        and node.grad_fn is not None
+        and node.grad_fn.name().startswith("AddBackward")
+    )
+
+
+def _flattens(node: Any) -> bool:
+    """Whether a reshape only flattens (N, C, H, W) to (N, C*H*W), or does nothing."""
+    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None) or getattr(node.grad_fn, "_saved_self_sizes", None)
+    return sizes is not None and len(sizes) in (2, 4) and all(_takes_flat(out) for out in node.outputs)
+
+
+def _takes_flat(node: Any) -> bool:
+    return node.type in (_OP.LINEAR, _OP.OUTPUT) or (
+        node.type in (_OP.ELEMENTWISE, _OP.BN) and all(_takes_flat(out) for out in node.outputs)
+    )

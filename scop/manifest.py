@@ -1,0 +1,107 @@
+"""Manifests: what makes a folder an artifact that can be trusted to be whole.
+
+`manifest.json` lists every file of the folder with its size and sha256. It is written last, and atomically, so a folder
+without one is unfinished; a folder whose files do not match is damaged. Readers accept neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from scop.errors import UserError
+
+MANIFEST = "manifest.json"
+RECORD = "step.json"
+FORMAT = 1
+# Not part of an artifact's content: the record of the step that made it, and what a killed step leaves behind.
+_OUTSIDE = {MANIFEST, RECORD, "checkpoint.pt", "tracking-unsent.jsonl"}
+
+
+class FileEntry(BaseModel):
+    """One file: its size in bytes and its sha256."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The content of an artifact folder.
+
+    Attributes:
+        format: version of the folder's layout.
+        kind: dataset, model, scores, plan, evaluation, export or report.
+        files: by path relative to the folder, with forward slashes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = FORMAT
+    kind: str
+    files: dict[str, FileEntry]
+
+    @property
+    def content(self) -> str:
+        """sha256 over the names and hashes of all files: the artifact's identity."""
+        lines = (f"{name} {entry.sha256}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, kind: str) -> Manifest:
+    """Hash all files of a folder and write its manifest: the folder is whole from here on."""
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() not in _OUTSIDE
+    }
+    manifest = Manifest(kind=kind, files=files)
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    return manifest
+
+
+def read_folder(folder: Path, kind: str | None = None) -> Manifest:
+    """Check that a folder is a whole artifact, file by file.
+
+    Args:
+        folder: the artifact.
+        kind: what it must be, or None for any.
+
+    Raises:
+        UserError: there is no manifest, it is of another kind or version, or a file does not match it.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "is not there" if not folder.exists() else "has no manifest.json: it was not finished"
+        raise UserError(f"{kind or 'artifact'} folder {folder} {what}; run the step that makes it")
+    try:
+        manifest = Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged; run the step that makes it again") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"{path} has format {manifest.format}, this version of scop reads {FORMAT}")
+    if kind is not None and manifest.kind != kind:
+        raise UserError(f"{folder} holds a {manifest.kind}, but a {kind} is needed")
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing though manifest.json lists it; run the step that makes it again")
+        if file.stat().st_size != entry.size or sha256_of(file) != entry.sha256:
+            raise UserError(f"{file} does not match manifest.json (changed or damaged); run its step again")
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file such that a reader sees the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)

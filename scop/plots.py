@@ -1,0 +1,79 @@
+"""Pictures of a step's result, as PNG, for MLflow and for looking at a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scop.plan import ChannelPlan
+
+_KEPT, _REMOVED = "#2563a8", "#d5dbe3"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def kept_channels(plan: ChannelPlan, path: Path) -> None:
+    """Kept and removed channels, a bar per layer."""
+    layers = list(plan.kept)
+    figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
+    kept = [len(plan.kept[layer]) for layer in layers]
+    axes.barh(layers, [plan.channels[layer] for layer in layers], color=_REMOVED, label="removed")
+    axes.barh(layers, kept, color=_KEPT, label="kept")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("channels")
+    axes.set_title(f"{plan.method}, rate {plan.prune_rate}, {plan.residual}: kept channels", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
+    """The distribution of W in every layer: median, quartiles and range."""
+    layers = list(scores)
+    figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
+    axes.boxplot(
+        [list(scores[layer]) for layer in layers],
+        orientation="horizontal",
+        tick_labels=layers,
+        flierprops={"marker": ".", "markersize": 3},
+        medianprops={"color": _KEPT},
+    )
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.set_xlabel("knockoff score W")
+    axes.set_title("Scores by layer", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """Counts by true and predicted class."""
+    import numpy as np
+
+    matrix = np.asarray(counts)
+    side = min(12.0, max(3.5, 0.45 * len(classes) + 1.5))
+    figure, axes = _figure(side, side)
+    # Colour by row share: what matters is which classes a class is taken for, however many images it has.
+    share = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 20:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                if matrix[row, column]:
+                    colour = "white" if share[row, column] > 0.5 else "#334"
+                    axes.text(column, row, int(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title("Confusion on the test split, pruned network", loc="left", fontsize=10)
+    figure.savefig(path)

@@ -1,0 +1,80 @@
+"""What the training steps share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scop.config import FinetuneSection, TrainingSection
+from scop.data import Augmentation, Batches, Dataset, SplitName
+from scop.device import autocast_dtype
+from scop.evaluation import Accuracy, measure_accuracy
+from scop.steps.runtime import Context
+from scop.training import EpochRecord, Supervised, fit, make_optimizer
+
+_EVALUATION_BATCH = 500
+
+
+def evaluation_batches(dataset: Dataset, split: SplitName, device: torch.device) -> Batches:
+    """All images of a split, in their order, as they are."""
+    return Batches(dataset[split], dataset.info, _EVALUATION_BATCH, device)
+
+
+def training_batches(dataset: Dataset, section: TrainingSection, device: torch.device) -> Batches:
+    """The training split, shuffled and augmented as the section says."""
+    augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
+    return Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed)
+
+
+def train_supervised(
+    model: nn.Module,
+    dataset: Dataset,
+    section: TrainingSection,
+    context: Context,
+    output: Path,
+    label: str,
+    teacher: nn.Module | None = None,
+) -> list[EpochRecord]:
+    """Train a network on its labels, in place, with a checkpoint in the output folder; it ends on the CPU."""
+    device = context.device
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = training_batches(dataset, section, device)
+    validation = evaluation_batches(dataset, "validation", device)
+    distillation = section.distillation if isinstance(section, FinetuneSection) else None
+    objective = Supervised(model, device, section, teacher, distillation)
+
+    def validate() -> tuple[float, float]:
+        accuracy = measure_accuracy(model, validation, device, objective.dtype)
+        return accuracy.loss, accuracy.top1
+
+    history = fit(
+        objective,
+        batches,
+        make_optimizer(model, section),
+        epochs=section.epochs,
+        label=label,
+        seed=section.seed,
+        schedule=section.schedule,
+        warmup_epochs=section.warmup_epochs,
+        keep=section.keep,
+        validate=validate if len(dataset["validation"]) else None,
+        on_epoch=context.on_epoch,
+        checkpoint=context.checkpoint(output),
+    )
+    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return history
+
+
+def validation_accuracy(model: nn.Module, dataset: Dataset, context: Context) -> Accuracy | None:
+    """Accuracy on the validation split, or None where there is none; the test split is left alone."""
+    if not len(dataset["validation"]):
+        return None
+    device = context.device
+    model.to(device)
+    accuracy = measure_accuracy(
+        model, evaluation_batches(dataset, "validation", device), device, autocast_dtype(device, "auto")
+    )
+    model.to("cpu")
+    return accuracy

@@ -1,0 +1,121 @@
+"""Step 6: measure the dense and the pruned network on the test split, side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scop.artifacts import HISTORY, WEIGHTS, load_history, load_model
+from scop.config import EvaluateSection, Section, VariantSection
+from scop.data import load_dataset
+from scop.device import describe_device
+from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
+from scop.manifest import write_manifest
+from scop.plots import confusion_matrix
+from scop.spec import spec_of
+from scop.steps.common import evaluation_batches
+from scop.steps.runtime import Context, StepResult
+
+
+class Config(Section):
+    evaluate: EvaluateSection
+    variant: VariantSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    dataset: Path
+    dense: Path
+    pruned: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    evaluation: Path
+
+
+def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
+    section, variant = config.evaluate, config.variant
+    dataset, device = load_dataset(inputs.dataset), context.device
+    folders = {"dense": inputs.dense, "pruned": inputs.pruned}
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    batches = evaluation_batches(dataset, "test", device)
+    accuracies = {name: measure_accuracy(model.to(device), batches, device) for name, model in models.items()}
+    figures = {
+        name: _figures(models[name], accuracies[name], folders[name] / WEIGHTS, dataset.info.shape) for name in models
+    }
+    for batch_size in section.batch_sizes:
+        measured = measure_latency(
+            models, dataset.info.shape, batch_size, device, section.repeats, section.threads if device.type == "cpu" else None
+        )
+        for name, latency in measured.items():
+            figures[name]["latency_ms"][str(batch_size)] = {k: round(v, 4) for k, v in asdict(latency).items()}
+
+    plan = _plan(models["pruned"])
+    evaluation = {
+        "variant": variant.label,
+        "method": variant.method,
+        "prune_rate": plan["prune_rate"],
+        "residual": variant.residual,
+        **figures,
+        "device": describe_device(device),
+        "threads": section.threads or torch.get_num_threads(),
+        "dataset": {"source": dataset.info.source, "content": dataset.info.content, "test": dataset.info.counts["test"]},
+        "classes": dataset.info.classes,
+        "confusion": accuracies["pruned"].confusion.tolist(),
+        "kept": {layer: len(kept) for layer, kept in plan["kept"].items()},
+        "channels": plan["channels"],
+        "surgery": json.loads((inputs.pruned / "surgery.json").read_text()),
+        HISTORY.removesuffix(".json"): [asdict(record) for record in load_history(inputs.pruned)],
+        "dense_history": [asdict(record) for record in load_history(inputs.dense)],
+    }
+    (outputs.evaluation / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+    confusion_matrix(evaluation["confusion"], dataset.info.classes, outputs.evaluation / "confusion.png")
+    write_manifest(outputs.evaluation, kind="evaluation")
+    for name in ("evaluation.json", "confusion.png"):
+        context.tracker.log_file(outputs.evaluation / name)
+    metrics = _headline(figures)
+    print(
+        f"{variant.label}: top-1 {metrics['dense_top1']:.2%} -> {metrics['pruned_top1']:.2%}, "
+        f"MACs {metrics['dense_macs']:.4g} -> {metrics['pruned_macs']:.4g}",
+        flush=True,
+    )
+    return StepResult(metrics, dataset.info.classes, evaluation["confusion"])
+
+
+def _figures(model: nn.Module, accuracy: Accuracy, weights: Path, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "loss": accuracy.loss,
+        "params": count_parameters(model),
+        "macs": count_macs(model, shape),
+        "bytes": weights.stat().st_size,
+        "latency_ms": {},
+    }
+
+
+def _plan(model: nn.Module) -> dict[str, Any]:
+    spec = spec_of(model)
+    assert spec is not None and spec.plan is not None
+    return spec.plan.model_dump()
+
+
+def _headline(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Dense and pruned figures flat, as runs are compared by them."""
+    metrics: dict[str, float] = {}
+    for name, values in figures.items():
+        for key, value in values.items():
+            if key != "latency_ms":
+                metrics[f"{name}_{key}"] = float(value)
+        for batch_size, latency in values["latency_ms"].items():
+            metrics |= {f"{name}_latency_ms_batch{batch_size}_{k}": v for k, v in latency.items()}
+    metrics["top1_drop"] = metrics["dense_top1"] - metrics["pruned_top1"]
+    for key in ("params", "macs", "bytes"):
+        metrics[f"{key}_removed"] = 1 - metrics[f"pruned_{key}"] / metrics[f"dense_{key}"]
+    return metrics

@@ -1,0 +1,110 @@
+"""Step 5: take the channels out, prove that this was exact, and train the small network."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scop.artifacts import load_model, save_model
+from scop.config import FinetuneSection, Section, VariantSection, finetune_for
+from scop.data import load_dataset
+from scop.device import autocast_dtype
+from scop.errors import UserError
+from scop.evaluation import count_macs, count_parameters
+from scop.plan import ChannelPlan
+from scop.spec import spec_of
+from scop.steps.common import train_supervised, training_batches, validation_accuracy
+from scop.steps.runtime import Context, StepResult
+from scop.surgery import exactness, prune
+from scop.training import recalibrate
+
+TOLERANCE = 1e-4
+
+
+class Config(Section):
+    finetune: FinetuneSection
+    variant: VariantSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    dataset: Path
+    dense: Path
+    plan: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    model: Path
+
+
+def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
+    section, label = finetune_for(config.finetune, config.variant), config.variant.label
+    dataset, dense = load_dataset(inputs.dataset), load_model(inputs.dense)
+    pruned, difference = _prune_exactly(dense, ChannelPlan.load(inputs.plan / "plan.json"))
+
+    metrics: dict[str, float] = {}
+    if (before := validation_accuracy(pruned, dataset, context)) is not None:
+        metrics["validation_top1_pruned"] = before.top1
+    if section.recalibration_batches:
+        device = context.device
+        dtype = autocast_dtype(device, section.precision)
+        pruned.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        recalibrate(pruned, training_batches(dataset, section, device), section.recalibration_batches, device, dtype)
+        if (recalibrated := validation_accuracy(pruned, dataset, context)) is not None:
+            metrics["validation_top1_recalibrated"] = recalibrated.top1
+
+    teacher = _teacher(dense, section, context)
+    history = train_supervised(pruned, dataset, section, context, outputs.model, label, teacher)
+    figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
+    (outputs.model / "surgery.json").write_text(json.dumps(figures, indent=1) + "\n")
+    save_model(pruned, outputs.model, history=history)
+    context.checkpoint(outputs.model).remove()
+    if (after := validation_accuracy(pruned, dataset, context)) is not None:
+        metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
+    metrics |= {
+        "params": float(count_parameters(pruned)),
+        "macs": float(count_macs(pruned, dataset.info.shape)),
+        "train_seconds": sum(record.seconds for record in history),
+    }
+    print(f"{label}: {metrics}", flush=True)
+    return StepResult(metrics)
+
+
+def _prune_exactly(dense: nn.Module, plan: ChannelPlan) -> tuple[nn.Module, float]:
+    """The pruned network, and by how much it differs from its masked twin; raises UserError where that is too much."""
+    pruned = prune(dense, plan)
+    spec = spec_of(pruned)
+    assert spec is not None
+    difference = exactness(dense, spec.cuts, plan.input_shape)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the pruned network differs from the masked one by {difference:.3g}, more than {TOLERANCE}: something in "
+            "this network makes a removed channel count (an activation that is not 0 at 0, say); "
+            "try another residual rule, and please report the network"
+        )
+    return pruned, difference
+
+
+@torch.inference_mode()
+def _reload_difference(model: nn.Module) -> float:
+    """By how much the network's logits on random images change when it is saved and loaded."""
+    spec = spec_of(model)
+    assert spec is not None and spec.input_shape is not None
+    images = torch.randn(4, *spec.input_shape, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder)
+        again = load_model(folder)
+    return float((model.eval()(images) - again(images)).abs().max())
+
+
+def _teacher(dense: nn.Module, section: FinetuneSection, context: Context) -> nn.Module | None:
+    if not section.distillation.weight:
+        return None
+    teacher = dense.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return teacher.eval().requires_grad_(False)

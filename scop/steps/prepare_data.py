@@ -1,0 +1,36 @@
+"""Step 1: read the images, cut off a validation split, pack them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scop.config import DataSection, Section
+from scop.data import save_dataset
+from scop.sources import load_source
+from scop.steps.runtime import Context, StepResult
+
+
+class Config(Section):
+    data: DataSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    pass
+
+
+@dataclass(frozen=True)
+class Outputs:
+    dataset: Path
+
+
+def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
+    dataset = load_source(config.data)
+    save_dataset(dataset, outputs.dataset)
+    info = dataset.info
+    shape = "x".join(map(str, info.shape))
+    print(f"{info.source}: {len(info.classes)} classes of {shape} images, {info.counts}", flush=True)
+    context.tracker.set_tags({"scop.dataset": info.content})
+    context.tracker.log_file(outputs.dataset / "dataset.json")
+    return StepResult({f"images_{split}": float(count) for split, count in info.counts.items()})

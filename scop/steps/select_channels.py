@@ -1,0 +1,46 @@
+"""Step 4: decide which channels stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scop.artifacts import load_model
+from scop.config import Section, VariantSection
+from scop.knockoff import Scores
+from scop.manifest import write_manifest
+from scop.plots import kept_channels
+from scop.selection import select_channels
+from scop.spec import spec_of
+from scop.steps.runtime import Context, StepResult
+
+
+class Config(Section):
+    variant: VariantSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    dense: Path
+    scores: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    plan: Path
+
+
+def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
+    model = load_model(inputs.dense)
+    spec = spec_of(model)
+    assert spec is not None
+    scores = Scores.load(inputs.scores / "scores.safetensors")
+    plan = select_channels(model, scores, input_shape=spec.input_shape, variant=config.variant)
+    plan.save(outputs.plan / "plan.json")
+    kept_channels(plan, outputs.plan / "plan.png")
+    write_manifest(outputs.plan, kind="plan")
+    for name in ("plan.json", "plan.png"):
+        context.tracker.log_file(outputs.plan / name)
+    kept, channels = sum(map(len, plan.kept.values())), sum(plan.channels.values())
+    print(f"{config.variant.label}: keeps {kept} of {channels} channels in {len(plan.kept)} layers", flush=True)
+    return StepResult({"kept_channels": float(kept), "prunable_channels": float(channels)})

@@ -1,0 +1,73 @@
+"""Step 2: train the dense network, or take the weights that are given; measure it either way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scop.artifacts import load_weights, save_model
+from scop.config import DenseSection, Section
+from scop.data import Dataset, load_dataset
+from scop.errors import UserError
+from scop.evaluation import count_macs, count_parameters
+from scop.models import accepts_channels, make_model
+from scop.spec import attach_spec, spec_of
+from scop.steps.common import train_supervised, validation_accuracy
+from scop.steps.runtime import Context, StepResult
+
+
+class Config(Section):
+    dense: DenseSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    dataset: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    model: Path
+
+
+def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
+    section, dataset = config.dense, load_dataset(inputs.dataset)
+    torch.manual_seed(section.seed)
+    model = build(section, dataset)
+    if section.weights is not None:
+        load_weights(model, section.weights)
+        history = []
+    else:
+        history = train_supervised(model, dataset, section, context, outputs.model, label="dense")
+    save_model(model, outputs.model, history=history)
+    context.checkpoint(outputs.model).remove()
+
+    metrics = {
+        "params": float(count_parameters(model)),
+        "macs": float(count_macs(model, dataset.info.shape)),
+    }
+    if (accuracy := validation_accuracy(model, dataset, context)) is not None:
+        metrics |= {"validation_top1": accuracy.top1, "validation_loss": accuracy.loss}
+    print(f"dense: {metrics}", flush=True)
+    return StepResult(metrics)
+
+
+def build(section: DenseSection, dataset: Dataset) -> torch.nn.Module:
+    """The dense network for a dataset, with random weights, and a spec that tells all about it.
+
+    Raises:
+        UserError: no such network, or it is not made for so many channels.
+    """
+    info = dataset.info
+    arguments = {"num_classes": len(info.classes), **section.arguments}
+    if accepts_channels(section.model):
+        arguments.setdefault("in_channels", info.shape[0])
+    elif section.model.startswith("torchvision:") and info.shape[0] != 3:
+        raise UserError(f"dense.model {section.model!r} takes colour images, these are grey; set data.channels: 3")
+    model = make_model(section.model, **arguments)
+    spec = spec_of(model)
+    assert spec is not None
+    description = {"input_shape": info.shape, "mean": info.mean, "std": info.std, "classes": info.classes}
+    return attach_spec(model, spec.model_copy(update=description))

@@ -1,0 +1,65 @@
+"""Step 3: the knockoff phase; scores for every channel that can be pruned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from scop.artifacts import load_model
+from scop.config import KnockoffSection, Section
+from scop.data import Augmentation, Batches, load_dataset
+from scop.knockoff import train_knockoffs
+from scop.manifest import write_manifest
+from scop.plots import score_histograms
+from scop.steps.runtime import Context, StepResult
+
+
+class Config(Section):
+    knockoff: KnockoffSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    dataset: Path
+    dense: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    scores: Path
+
+
+def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
+    section, dataset, model = config.knockoff, load_dataset(inputs.dataset), load_model(inputs.dense)
+    device = context.device
+    augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
+    checkpoint = context.checkpoint(outputs.scores)
+    scores = train_knockoffs(
+        model,
+        Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed),
+        section,
+        device=device,
+        on_epoch=context.on_epoch,
+        checkpoint=checkpoint,
+    )
+    scores.save(outputs.scores / "scores.safetensors")
+    history = [record.__dict__ for record in scores.history]
+    (outputs.scores / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    layers = {layer: {"gate": _rounded(scores.gates[layer]), "score": _rounded(scores[layer])} for layer in scores}
+    (outputs.scores / "scores.json").write_text(json.dumps(layers, indent=1) + "\n")
+    score_histograms({layer: scores[layer].tolist() for layer in scores}, outputs.scores / "scores.png")
+    write_manifest(outputs.scores, kind="scores")
+    checkpoint.remove()
+    for name in ("scores.json", "scores.png"):
+        context.tracker.log_file(outputs.scores / name)
+    return StepResult(
+        {
+            "gated_layers": float(len(scores)),
+            "mean_gate": float(sum(g.sum() for g in scores.gates.values()) / sum(map(len, scores.gates.values()))),
+        }
+    )
+
+
+def _rounded(values) -> list[float]:  # type: ignore[no-untyped-def]
+    return [round(value, 6) for value in values.tolist()]

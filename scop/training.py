@@ -1,0 +1,379 @@
+"""One training loop for the dense network, the knockoff gates and fine-tuning.
+
+What is trained, and on which loss, is an `Objective`; the loop does epochs, the learning rate, checks, progress and
+checkpoints. Randomness depends on seed and epoch alone, so a run that was killed and resumed ends like one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scop.config import DistillationSection, TrainingSection
+from scop.device import autocast, autocast_dtype
+from scop.errors import UserError
+from scop.progress import progress
+
+
+class Objective(Protocol):
+    """What a training run minimises."""
+
+    @property
+    def state(self) -> nn.Module:
+        """The module whose state dict is the result; checkpoints hold it."""
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, logits) of a batch: scalar and (B, classes), both float32."""
+
+    def start_epoch(self) -> None:
+        """Bring modules into training mode."""
+
+    def after_step(self) -> None:
+        """Called when the optimizer has moved the parameters."""
+
+
+class TrainingBatches(Protocol):
+    """What the loop iterates over, once per epoch: (images, labels)."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch: means over its batches, and the validation split's figures where there is one.
+
+    Attributes:
+        epoch: counted from 1.
+        lr: at the epoch's end.
+        loss, top1: on the training batches as they were trained on; top1 in [0, 1].
+        validation_loss, validation_top1: after the epoch.
+        seconds: for training, validation left out.
+    """
+
+    epoch: int
+    lr: float
+    loss: float
+    top1: float
+    seconds: float
+    validation_loss: float | None = None
+    validation_top1: float | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All figures that there are, by name, without the epoch's number."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "epoch"}
+
+
+class Supervised:
+    """Cross-entropy of a network on its labels, with distillation from a teacher as an option.
+
+    The distillation loss is ``T^2 KL(teacher / T || student / T)`` (Hinton et al., 2015).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        section: TrainingSection,
+        teacher: nn.Module | None = None,
+        distillation: DistillationSection | None = None,
+    ) -> None:
+        self.model, self.device = model, device
+        self.dtype = autocast_dtype(device, section.precision)
+        self.smoothing = section.label_smoothing
+        self.teacher, self.distillation = teacher, distillation or DistillationSection()
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if section.compile else model
+
+    @property
+    def state(self) -> nn.Module:
+        return self.model
+
+    def start_epoch(self) -> None:
+        self.model.train()
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.device, self.dtype):
+            logits = self._forward(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        if self.teacher is not None and self.distillation.weight:
+            share, temperature = self.distillation.weight, self.distillation.temperature
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                target = self.teacher(images)
+            divergence = F.kl_div(
+                F.log_softmax(logits / temperature, dim=1),
+                F.log_softmax(target.float() / temperature, dim=1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            loss = (1 - share) * loss + share * temperature**2 * divergence
+        return loss, logits
+
+    def after_step(self) -> None:
+        pass
+
+
+def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or AdamW; weight decay on weights of two and more dimensions only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=section.lr)
+    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.momentum > 0)
+
+
+def lr_factor(schedule: str, done: float, warmup: float) -> float:
+    """The learning rate as a fraction of its peak.
+
+    Args:
+        schedule: cosine, poly (power 0.9), step (a tenth from 1/2, a hundredth from 3/4), one_cycle or constant.
+        done: how much of the training is done, in [0, 1].
+        warmup: how much of it is warm-up, in [0, 1); for one_cycle 0 means 0.3, as in Smith and Topin, 2018.
+    """
+    if schedule == "one_cycle":
+        warmup = warmup or 0.3
+        if done < warmup:
+            return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * done / warmup)) / 2
+        return 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+    if done < warmup:
+        return 0.01 + 0.99 * done / warmup
+    rest = (done - warmup) / (1 - warmup)
+    match schedule:
+        case "cosine":
+            return (1 + math.cos(math.pi * rest)) / 2
+        case "poly":
+            return (1 - rest) ** 0.9
+        case "step":
+            return 1.0 if rest < 0.5 else 0.1 if rest < 0.75 else 0.01
+        case "constant":
+            return 1.0
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training run keeps its state, and what it must match to be resumed.
+
+    Attributes:
+        path: the file.
+        fingerprint: of everything that the result depends on: configuration and inputs.
+    """
+
+    path: Path
+    fingerprint: str
+
+    def save(self, state: dict[str, Any]) -> None:
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        torch.save({"fingerprint": self.fingerprint, **state}, part)
+        part.replace(self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, or None where there is none.
+
+        Raises:
+            UserError: it is damaged, or belongs to another configuration or other inputs.
+        """
+        if not self.path.exists():
+            return None
+        remedy = "delete it to start over, or choose another output folder"
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            fingerprint = state.pop("fingerprint")
+        except Exception as error:
+            raise UserError(f"checkpoint {self.path} is damaged; {remedy}") from error
+        if fingerprint != self.fingerprint:
+            raise UserError(f"checkpoint {self.path} was made with another configuration or other inputs; {remedy}")
+        return state
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def fit(
+    objective: Objective,
+    batches: TrainingBatches,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    label: str,
+    seed: int = 0,
+    schedule: str = "constant",
+    warmup_epochs: float = 0.0,
+    keep: str = "last",
+    validate: Callable[[], tuple[float, float]] | None = None,
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    checkpoint: Checkpoint | None = None,
+) -> list[EpochRecord]:
+    """Train, in place.
+
+    Args:
+        objective: what is minimised.
+        batches: one iteration is an epoch; its ``set_epoch`` is called where it has one.
+        optimizer: over the objective's parameters, at its peak learning rate.
+        epochs: passes over the batches.
+        label: names the work in the progress display.
+        seed: of randomness inside the network, such as dropout.
+        schedule, warmup_epochs: see `lr_factor`.
+        keep: last, or best: the weights of the epoch that was best on the validation split.
+        validate: gives (loss, top-1) on the validation split; called after every epoch.
+        on_epoch: told of every epoch that was trained here.
+        checkpoint: written after every epoch; training goes on from it where it exists already.
+
+    Returns:
+        The records of all epochs, those before a resumption included.
+
+    Raises:
+        UserError: the loss stopped being finite, the checkpoint does not fit, or `keep` asks for what cannot be known.
+    """
+    if keep == "best" and validate is None:
+        raise UserError("keep: best needs a validation split; set data.validation above 0 or keep: last")
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    history: list[EpochRecord] = []
+    best: dict[str, Tensor] | None = None
+    if checkpoint and (saved := checkpoint.load()):
+        objective.state.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history, best = [EpochRecord(**record) for record in saved["history"]], saved["best"]
+        print(f"{label}: resumes after epoch {len(history)} of {epochs} from {checkpoint.path}", flush=True)
+
+    total = max(1, epochs * len(batches))
+    for epoch in range(len(history), epochs):
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        objective.start_epoch()
+        started = time.perf_counter()
+        tally = _Tally(first_step=epoch * len(batches))
+        with progress(len(batches), f"{label} {epoch + 1}/{epochs}") as bar:
+            for step, (images, labels) in enumerate(batches, start=epoch * len(batches)):
+                factor = lr_factor(schedule, step / total, warmup_epochs / epochs)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                loss, logits = objective.loss(images, labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                objective.after_step()
+                tally.add(loss, logits, labels, peaks[0] * factor)
+                bar.update(1)
+                if step % 20 == 19:
+                    bar.set_postfix(loss=f"{tally.check():.4f}")
+        tally.check()
+        record = EpochRecord(
+            epoch=epoch + 1,
+            lr=optimizer.param_groups[0]["lr"],
+            loss=tally.mean_loss,
+            top1=tally.top1,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        if validate is not None:
+            validation_loss, validation_top1 = validate()
+            record = EpochRecord(**asdict(record) | _validation(validation_loss, validation_top1))
+            if keep == "best" and validation_top1 >= max((r.validation_top1 or 0 for r in history), default=0):
+                best = {key: value.detach().clone() for key, value in objective.state.state_dict().items()}
+        history.append(record)
+        on_epoch(record)
+        print(_line(label, record, epochs), flush=True)
+        if checkpoint:
+            checkpoint.save(
+                {
+                    "model": objective.state.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": [asdict(r) for r in history],
+                    "best": best,
+                }
+            )
+    if best is not None:
+        objective.state.load_state_dict(best)
+    return history
+
+
+def _validation(loss: float, top1: float) -> dict[str, float]:
+    return {"validation_loss": loss, "validation_top1": top1}
+
+
+def _line(label: str, record: EpochRecord, epochs: int) -> str:
+    line = f"{label}: epoch {record.epoch}/{epochs}, loss {record.loss:.4f}, top-1 {record.top1:.2%}"
+    if record.validation_top1 is not None:
+        line += f", validation {record.validation_top1:.2%}"
+    return f"{line}, {record.seconds:.1f} s"
+
+
+class _Tally:
+    """Losses and hits of an epoch, kept on the device so that adding to them waits for nothing."""
+
+    def __init__(self, first_step: int) -> None:
+        self.first_step, self.seen, self.checked = first_step, 0, 0
+        self.losses: list[Tensor] = []
+        self.rates: list[float] = []
+        self.hits: Tensor | int = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, lr: float) -> None:
+        self.losses.append(loss.detach())
+        self.rates.append(lr)
+        self.hits = self.hits + (logits.detach().argmax(1) == labels).sum()
+        self.seen += len(labels)
+
+    def check(self) -> float:
+        """The latest loss; raises UserError at the first one that is not finite."""
+        fresh = torch.stack(self.losses[self.checked :]).cpu() if self.checked < len(self.losses) else torch.zeros(0)
+        for place, value in enumerate(fresh.tolist(), start=self.checked):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss is {value} at step {self.first_step + place}, learning rate {self.rates[place]:.3g}; "
+                    "lower lr, or warm up for longer"
+                )
+        self.checked = len(self.losses)
+        return float(self.losses[-1])
+
+    @property
+    def mean_loss(self) -> float:
+        return float(torch.stack(self.losses).mean())
+
+    @property
+    def top1(self) -> float:
+        return float(self.hits) / max(1, self.seen)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: TrainingBatches, count: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Take the batch norms' running statistics anew, as plain means over `count` batches."""
+    with autocast(device, dtype):
+        torch.optim.swa_utils.update_bn(_first(batches, count), model)
+
+
+def _first(batches: TrainingBatches, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if hasattr(batches, "set_epoch"):
+        batches.set_epoch(0)
+    for batch, _ in zip(batches, range(count), strict=False):
+        yield batch
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter of the model takes gradients and all of it is in eval mode; afterwards all is as before."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
