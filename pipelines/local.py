@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Any
 import yaml
 
 import scop
+from pipelines.console import console
 from scop.config import Config
 from scop.errors import UserError
 from scop.manifest import write_atomically
@@ -26,6 +25,10 @@ from scop.progress import TERMINAL_VARIABLE
 from scop.report import human
 from scop.steps.runtime import RUN_VARIABLE, git_revision
 from scop.tracking import PARENT_VARIABLE, end_parent, start_parent
+
+
+class StepError(Exception):
+    """A step of the pipeline failed; its traceback has been printed."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
 
     Raises:
         UserError: the output folder cannot be written, MLflow cannot be used, or a step refused its input.
-        RuntimeError: a step failed.
+        StepError: a step failed.
     """
     started = time.monotonic()
     out = out.expanduser().absolute()
@@ -82,7 +85,12 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
     summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(folder / "report.html", (report / "report.html").read_text(encoding="utf-8"))
-    end_parent(parent, True, {"seconds": summary["seconds"]}, [folder / "config.yaml", folder / "summary.json", folder / "report.html"])
+    end_parent(
+        parent,
+        True,
+        {"seconds": summary["seconds"]},
+        [folder / "config.yaml", folder / "summary.json", folder / "report.html"],
+    )
     return LocalRun(folder, summary, uri)
 
 
@@ -99,21 +107,14 @@ def _execute(config: Config, folder: Path) -> Path:
         pipeline_root=str(folder),
         workspace_root=str(folder / ".workspace"),
     )
-    with _quiet_kfp(folder / "log.txt"):
+    with console(folder / "log.txt") as view:
         try:
             task = scop_pipeline(**sections)
         except RuntimeError as error:
-            raise UserError(_plain(str(error))) from error
+            if view.error:
+                raise UserError(view.error) from error
+            raise StepError(f"step {view.task} failed; everything that it said is in {folder / 'log.txt'}") from error
     return Path(task.output.path)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-@contextlib.contextmanager
-def _quiet_kfp(log: Path) -> Iterator[None]:
-    yield
 
 
 def _terminal() -> dict[str, str]:
@@ -152,7 +153,12 @@ def print_result(run: LocalRun) -> None:
     rows = [("dense", variants[0]["dense"]), *((v["name"], v["pruned"]) for v in variants)]
     for name, figures in rows:
         latencies = [f"{figures['latency_ms'][size]['p50']:.2f}" for size in sizes]
-        cells = [f"{figures['top1']:.2%}", human(figures["params"]), human(figures["macs"]), human(figures["bytes"], "B")]
+        cells = [
+            f"{figures['top1']:.2%}",
+            human(figures["params"]),
+            human(figures["macs"]),
+            human(figures["bytes"], "B"),
+        ]
         table.add_row(name, *cells, *latencies)
     console = Console(width=max(80, Console().width) if sys.stdout.isatty() else 120, highlight=False)
     console.print()

@@ -1,9 +1,9 @@
 """SCOP: prune a convolutional network by scientific control, and get back a smaller, faster, verified one.
 
-    scores = scop.train_knockoffs(model, batches)             # dict layer -> W, the model left as it was
-    plan   = scop.select_channels(model, scores, prune_rate=0.45)
-    pruned = scop.prune(model, plan)                          # a smaller nn.Module
-    scop.save_model(pruned, "small/"); net = scop.load_model("small/")
+scores = scop.train_knockoffs(model, batches)             # dict layer -> W, the model left as it was
+plan   = scop.select_channels(model, scores, prune_rate=0.45)
+pruned = scop.prune(model, plan)                          # a smaller nn.Module
+scop.save_model(pruned, "small/"); net = scop.load_model("small/")
 """
 
 from __future__ import annotations

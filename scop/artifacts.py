@@ -101,7 +101,7 @@ def load_model(folder: str | Path) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a state dict from a .safetensors file or one that torch.save made, into the model.
 
-    A leading ``module.`` (DataParallel) is stripped, and a state dict under the key ``state_dict`` or ``model`` is found.
+    A leading ``module.`` (DataParallel) is stripped; a state dict under the key ``state_dict`` or ``model`` is found.
 
     Raises:
         UserError: the file is missing, damaged or unsafe, or its keys or shapes are not the model's.
@@ -115,7 +115,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise UserError(f"weights {path} are damaged or no safetensors file: {error}") from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"weights {path} are no state dict that can be loaded without pickled code: {reason}") from error
+        raise UserError(
+            f"weights {path} are no state dict that can be loaded without pickled code: {reason}"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

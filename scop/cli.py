@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the whole pipeline on this machine, through KFP's local runner.",
     )
     _add_config(run)
-    run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
+    run.add_argument(
+        "--out", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
+    )
     run.set_defaults(command=_run)
 
     step = commands.add_parser(
@@ -58,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--variant", metavar="NAME", help="which of the configuration's variants (default: the first)")
     step.set_defaults(command=_step)
 
-    compile_ = commands.add_parser("compile", help="write the pipeline as YAML", description="Write the pipeline as YAML.")
+    compile_ = commands.add_parser(
+        "compile", help="write the pipeline as YAML", description="Write the pipeline as YAML."
+    )
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     compile_.set_defaults(command=_compile)
     return parser
@@ -81,13 +85,20 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(options: argparse.Namespace) -> None:
-    from pipelines.local import print_result, run_locally
+def _run(options: argparse.Namespace) -> int:
+    from pipelines.local import StepError, print_result, run_locally
     from pipelines.presets import find_config
     from scop.config import load_config
 
     path = find_config(options.config)
-    print_result(run_locally(load_config(path, options.set), options.out, path.stem))
+    config = load_config(path, options.set)
+    try:
+        run = run_locally(config, options.out, path.stem)
+    except StepError as failure:
+        print(f"scop: {failure}", file=sys.stderr)
+        return 1
+    print_result(run)
+    return 0
 
 
 def _step(options: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Images: the dataset artifact, its sources, and batches that cost next to nothing.
 
-Small images are kept as one uint8 array per split, memory-mapped from disk and resident on the training device. A batch
-is one gather that crops, flips and reflects by index arithmetic, then a normalisation on the device; there are no worker
-processes. The layout follows airbench (Keller Jordan, 2024).
+Small images are kept as one uint8 array per split, memory-mapped from disk and resident on the training device. A
+batch is one gather that crops, flips and reflects by index arithmetic, then a normalisation on the device; there are
+no worker processes. The layout follows airbench (Keller Jordan, 2024).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -67,6 +68,7 @@ def autocast_dtype(device: torch.device, precision: Precision) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which convolutions and matrix products compute in `dtype`; float32 changes nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -79,7 +81,7 @@ def describe_device(device: torch.device) -> str:
 
 @cache
 def _processor_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as info:
         for line in info:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

@@ -42,7 +42,9 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     assert program is not None
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return _largest_difference(model, images, lambda part: torch.from_numpy(session.run(None, {INPUT: part.numpy()})[0]))
+    return _largest_difference(
+        model, images, lambda part: torch.from_numpy(session.run(None, {INPUT: part.numpy()})[0])
+    )
 
 
 def export_pt2(model: nn.Module, images: Tensor, path: Path) -> float:
@@ -58,7 +60,7 @@ def export_pt2(model: nn.Module, images: Tensor, path: Path) -> float:
 
 
 def _prepared(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]
+    return copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
 
 
 def _argument(model: nn.Module) -> str:

@@ -161,9 +161,9 @@ class ChannelGraph:
             return None
         channels = producers[0].out_channels
         for dep, indices in items:
-            if dep.target.module in producers and self._dependencies.is_out_channel_pruning_fn(dep.handler):
-                if list(indices) != list(range(channels)):
-                    refusal = refusal or "its channels meet those of another layer at different places"
+            writes = dep.target.module in producers and self._dependencies.is_out_channel_pruning_fn(dep.handler)
+            if writes and list(indices) != list(range(channels)):
+                refusal = refusal or "its channels meet those of another layer at different places"
         names = sorted(self._names[p] for p in producers)
         ordered = tuple(name for name in self._names.values() if name in names)
         residual = any(_is_add(dep.target) for dep, _ in items) and len(producers) > 1

@@ -8,10 +8,11 @@ knockoff stream stays pure. Only the gates s train, on the loss of the real stre
 
 gamma the weight of the convolution's batch norm. Where W is low, the knockoff did as well as the real feature.
 
-**The batch norms are frozen**: they use their running statistics. So they are affine, and an affine map commutes with a
-mixture whose weights sum to 1: mixing before the batch norm, as the paper has it, equals mixing behind it, and the batch
-norm can be folded into the convolution. The knockoff stream needs no gradient, the weights need none, and the dense
-model is never touched, since all of this happens on a folded copy. A step costs about as much as a plain training step.
+**The batch norms are frozen**: they use their running statistics. So they are affine, and an affine map commutes with
+a mixture whose weights sum to 1: mixing before the batch norm, as the paper has it, equals mixing behind it, and the
+batch norm can be folded into the convolution. The knockoff stream needs no gradient, the weights need none, and the
+dense model is never touched, since all of this happens on a folded copy. A step costs about as much as a plain
+training step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scop.config import KnockoffSection, Precision
@@ -102,7 +104,9 @@ def find_source(name: str) -> KnockoffSource:
         return SOURCES[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UserError(f"knockoff source {name!r} is unknown (known: {', '.join(SOURCES)}, or package.module:function)")
+        raise UserError(
+            f"knockoff source {name!r} is unknown (known: {', '.join(SOURCES)}, or package.module:function)"
+        )
     try:
         source: KnockoffSource = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -158,8 +162,11 @@ def train_knockoffs(
 
 
 def gated_layers(graph: ChannelGraph) -> list[str]:
-    """The convolutions whose channels compete: those that `scatter` prunes, as in the paper, and every member of a
-    coupled group that has none of these, so that each rule finds scores."""
+    """The convolutions whose channels compete.
+
+    Those that `scatter` prunes, as in the paper, and every member of a coupled group that has none of these, so that
+    each rule finds scores.
+    """
     gated = {conv for prunable in graph.prunable("scatter") for conv in prunable.convs}
     for prunable in graph.prunable("coupled"):
         if not gated.intersection(prunable.convs):
@@ -171,12 +178,12 @@ def _gamma(model: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
     norm = graph.batch_norm(layer)
     weight = None if norm is None else model.get_submodule(norm).weight
     if weight is None:
-        return torch.ones(model.get_submodule(layer).out_channels)  # type: ignore[call-overload,no-any-return]
-    return weight.detach().abs().float().cpu()  # type: ignore[operator,union-attr,return-value]
+        return torch.ones(model.get_submodule(layer).out_channels)  # type: ignore[call-overload]
+    return weight.detach().abs().float().cpu()  # type: ignore[operator]
 
 
 class Competition:
-    """The objective of the knockoff phase: the loss of the real stream, with knockoffs mixed in, as the gates set it."""
+    """The objective of the knockoff phase: the loss of the real stream, into which the gates mix knockoffs."""
 
     def __init__(
         self,
@@ -189,7 +196,7 @@ class Competition:
         self.source, self.device = source, device
         self.dtype = autocast_dtype(device, precision)
         layers = gated_layers(graph)
-        self._network = folded_copy(model, graph, layers, self.dtype).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = folded_copy(model, graph, self.dtype).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Parameter names may not hold dots, and layer names do.
         self.gates = nn.ParameterDict(
             {
@@ -238,7 +245,7 @@ class Competition:
         return output.clone() if layer in self._overwritten else output
 
     def _find_overwritten(self, input_shape: tuple[int, ...]) -> set[str]:
-        """Layers whose output the network itself changes in place (by a functional ``relu_``, say) after it was kept."""
+        """Layers whose output the network changes in place (by a functional ``relu_``, say) after it was kept."""
         with torch.no_grad(), autocast(self.device, self.dtype):
             self._network(torch.zeros(2, *input_shape, device=self.device))
         kept, self._features = self._features, {}
@@ -269,25 +276,24 @@ class _Mix(torch.autograd.Function):
         return gradient * s, None, (gradient * difference).sum(others, dtype=torch.float32)
 
 
-def folded_copy(model: nn.Module, graph: ChannelGraph, gated: list[str], dtype: torch.dtype) -> nn.Module:
+def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype) -> nn.Module:
     """A frozen copy of the model in eval mode, batch norms folded into the convolutions that they follow.
 
     Args:
         model: the network; not changed.
         graph: its channels.
-        gated: layers whose output is to be kept while the rest of the network runs.
         dtype: of the weights of convolutions and linear layers.
     """
     folded = copy.deepcopy(model).float().eval().requires_grad_(False)
     for name, module in list(folded.named_modules()):
         if isinstance(module, nn.Conv2d) and (norm := graph.batch_norm(name)) is not None:
             batch_norm = folded.get_submodule(norm)
-            if not batch_norm.track_running_stats:
+            if not isinstance(batch_norm, _BatchNorm) or not batch_norm.track_running_stats:
                 continue
-            folded.set_submodule(name, fuse_conv_bn_eval(module, batch_norm))  # type: ignore[type-var]
+            folded.set_submodule(name, fuse_conv_bn_eval(module, batch_norm))
             folded.set_submodule(norm, nn.Identity())
         if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
     for module in folded.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(dtype)

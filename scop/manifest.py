@@ -96,6 +96,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Manifest:
 
 
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

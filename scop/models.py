@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,7 +128,9 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
     if not colon:
         hint = difflib.get_close_matches(name, cifar, n=1)
         meant = f"did you mean {hint[0]!r}?" if hint else f"known: {', '.join(cifar)}"
-        raise UserError(f"model {name!r} is unknown ({meant}); others are 'torchvision:NAME' or 'package.module:function'")
+        raise UserError(
+            f"model {name!r} is unknown ({meant}); others are 'torchvision:NAME' or 'package.module:function'"
+        )
     if module == "torchvision":
         return _torchvision_factory(attribute)
     try:
@@ -142,8 +144,9 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
 
 def _import_user_module(name: str) -> Any:
     """Import a user's module; a console script, unlike ``python -m``, does not look into the current folder."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
     return importlib.import_module(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
@@ -28,7 +29,8 @@ class _Lines:
             self.printed = time.monotonic()
             rate = self.done / (self.printed - self.started)
             of = f"/{self.total}" if self.total else ""
-            print(f"{self.label}: {self.done}{of} {self.unit}s, {rate:.1f} a second{self.notes}", flush=True)
+            plural = self.unit + ("es" if self.unit.endswith("ch") else "s")
+            print(f"{self.label}: {self.done}{of} {plural}, {rate:.1f} a second{self.notes}", flush=True)
 
     def set_postfix(self, **notes: Any) -> None:
         self.notes = "".join(f", {key} {value}" for key, value in notes.items())
@@ -59,7 +61,7 @@ def _terminal() -> TextIO | None:
         return sys.stderr
     if path := os.environ.get(TERMINAL_VARIABLE):
         try:
-            return open(path, "w")
+            return Path(path).open("w")
         except OSError:
             return None
     return None

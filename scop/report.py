@@ -90,8 +90,8 @@ def _table(results: Sequence[VariantResult]) -> str:
     rows += [_row(r.name, r.evaluation["pruned"], r.evaluation["dense"], batch_sizes) for r in results]
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>' + (
-        "<p class=note>Latency is the median of one forward pass (95th percentile in brackets), dense and pruned taking "
-        "turns in one process. Below each figure: the change against the dense network.</p>"
+        "<p class=note>Latency is the median of one forward pass (95th percentile in brackets), dense and pruned "
+        "taking turns in one process. Below each figure: the change against the dense network.</p>"
     )
 
 
@@ -99,9 +99,9 @@ def _row(name: str, figures: Mapping[str, Any], dense: Mapping[str, Any] | None,
     cells = [
         _cell(f"{figures['top1']:.2%}", _points(figures, dense, "top1")),
         _cell(f"{figures['top5']:.2%}", _points(figures, dense, "top5")),
-        _cell(human(figures["params"]), _share(figures["params"], dense and dense["params"])),
-        _cell(human(figures["macs"]), _share(figures["macs"], dense and dense["macs"])),
-        _cell(human(figures["bytes"], "B"), _share(figures["bytes"], dense and dense["bytes"])),
+        _cell(human(figures["params"]), _share(figures, dense, "params")),
+        _cell(human(figures["macs"]), _share(figures, dense, "macs")),
+        _cell(human(figures["bytes"], "B"), _share(figures, dense, "bytes")),
     ]
     for batch_size in batch_sizes:
         latency = figures["latency_ms"][batch_size]
@@ -119,8 +119,8 @@ def _points(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, key: st
     return f"{(figures[key] - dense[key]) * 100:+.2f} points" if dense else ""
 
 
-def _share(value: float, dense: float | None) -> str:
-    return f"{value / dense - 1:+.1%}" if dense else ""
+def _share(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, key: str) -> str:
+    return f"{figures[key] / dense[key] - 1:+.1%}" if dense else ""
 
 
 def human(value: float, unit: str = "") -> str:
@@ -293,7 +293,8 @@ function paint() {
     const plot = JSON.parse(source.textContent);
     const layout = plot.layout;
     layout.font.color = text;
-    layout.hoverlabel = { ...layout.hoverlabel, bgcolor: style.getPropertyValue("--band").trim(), font: { color: text } };
+    layout.hoverlabel = { ...layout.hoverlabel, font: { color: text },
+      bgcolor: style.getPropertyValue("--band").trim() };
     for (const axis of ["xaxis", "yaxis"]) {
       layout[axis] = { ...layout[axis], gridcolor: line, zerolinecolor: line, linecolor: line };
       if (narrow && layout[axis].tickfont) layout[axis].tickfont.size = 8;

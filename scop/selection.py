@@ -1,8 +1,8 @@
 """Selection: from scores to a channel plan, under one rule for all methods.
 
-Every method gives one score per channel; low scores go. The controls differ from SCOP in nothing but the score: `random`
-draws it, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the absolute weight
-of its batch norm (Liu et al., 2017, arXiv 1708.06519). `none` removes nothing.
+Every method gives one score per channel; low scores go. The controls differ from SCOP in nothing but the score:
+`random` draws it, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the
+absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519). `none` removes nothing.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _score_of(
 def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
     norm = graph.batch_norm(conv)
     weight = None if norm is None else model.get_submodule(norm).weight
-    return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator,union-attr,return-value]
+    return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator]
 
 
 def _conv(model: nn.Module, name: str) -> nn.Conv2d:

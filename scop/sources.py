@@ -25,7 +25,13 @@ from scop.errors import UserError
 from scop.progress import progress
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
-_SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+_SPLIT_NAMES = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 _CHUNK = 512
 
 
@@ -206,7 +212,7 @@ def _existing(section: DataSection) -> Path:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every image file of a folder or archive, in the order of a folder's names or of the archive."""
+    """(name, content) of every image file, in the order of a folder's names or of an archive's members."""
     if path.is_dir():
         return _folder_members(path)
     if zipfile.is_zipfile(path):

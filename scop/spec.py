@@ -1,4 +1,4 @@
-"""What is needed, besides the weights, to build a network again: its factory, its arguments, and what was cut from it."""
+"""What it takes, besides the weights, to build a network again: factory, arguments, and what was cut from it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from scop.graph import ChannelGraph, Prunable
 from scop.plan import ChannelPlan
 from scop.spec import LayerCut, attach_spec, spec_of
 
-
 Cuts = Mapping[str, LayerCut]
 
 

@@ -179,7 +179,9 @@ class MlflowTracker:
                         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
                     ) from error
                 self._reachable = False
-                print(f"tracking: MLflow failed ({first_line(error)}); the step goes on, see {self._unsent}", flush=True)
+                print(
+                    f"tracking: MLflow failed ({first_line(error)}); the step goes on, see {self._unsent}", flush=True
+                )
         self._unsent.parent.mkdir(parents=True, exist_ok=True)
         with self._unsent.open("a") as file:
             file.write(json.dumps({"what": what, "content": content}, default=str) + "\n")
@@ -245,6 +247,7 @@ def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 

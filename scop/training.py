@@ -1,7 +1,7 @@
 """One training loop for the dense network, the knockoff gates and fine-tuning.
 
 What is trained, and on which loss, is an `Objective`; the loop does epochs, the learning rate, checks, progress and
-checkpoints. Randomness depends on seed and epoch alone, so a run that was killed and resumed ends like one that was not.
+checkpoints. Randomness depends on seed and epoch alone: a run that was killed and resumed ends as if it had not been.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def fit(
                     group["lr"] = peak * factor
                 loss, logits = objective.loss(images, labels)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 objective.after_step()
                 tally.add(loss, logits, labels, peaks[0] * factor)
@@ -351,7 +351,9 @@ class _Tally:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: TrainingBatches, count: int, device: torch.device, dtype: torch.dtype) -> None:
+def recalibrate(
+    model: nn.Module, batches: TrainingBatches, count: int, device: torch.device, dtype: torch.dtype
+) -> None:
     """Take the batch norms' running statistics anew, as plain means over `count` batches."""
     with autocast(device, dtype):
         torch.optim.swa_utils.update_bn(_first(batches, count), model)

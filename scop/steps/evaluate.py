@@ -51,7 +51,12 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     }
     for batch_size in section.batch_sizes:
         measured = measure_latency(
-            models, dataset.info.shape, batch_size, device, section.repeats, section.threads if device.type == "cpu" else None
+            models,
+            dataset.info.shape,
+            batch_size,
+            device,
+            section.repeats,
+            section.threads if device.type == "cpu" else None,
         )
         for name, latency in measured.items():
             figures[name]["latency_ms"][str(batch_size)] = {k: round(v, 4) for k, v in asdict(latency).items()}
@@ -65,7 +70,11 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         **figures,
         "device": describe_device(device),
         "threads": section.threads or torch.get_num_threads(),
-        "dataset": {"source": dataset.info.source, "content": dataset.info.content, "test": dataset.info.counts["test"]},
+        "dataset": {
+            "source": dataset.info.source,
+            "content": dataset.info.content,
+            "test": dataset.info.counts["test"],
+        },
         "classes": dataset.info.classes,
         "confusion": accuracies["pruned"].confusion.tolist(),
         "kept": {layer: len(kept) for layer, kept in plan["kept"].items()},

@@ -64,7 +64,11 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     version = None
     if config.export.register_model:
         drop = evaluation["dense"]["top1"] - evaluation["pruned"]["top1"]
-        tags = {"prune_rate": str(evaluation["prune_rate"]), "method": config.variant.method, "top1_drop": f"{drop:.6f}"}
+        tags = {
+            "prune_rate": str(evaluation["prune_rate"]),
+            "method": config.variant.method,
+            "top1_drop": f"{drop:.6f}",
+        }
         version = context.tracker.register_onnx(onnx, f"scop-{label}", tags)
     report = {
         "variant": label,

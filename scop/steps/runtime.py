@@ -249,11 +249,11 @@ def _describe(
 
 
 def _absolute(value: str | list[str]) -> str | list[str]:
-    return os.path.abspath(value) if isinstance(value, str) else [os.path.abspath(v) for v in value]
+    return str(Path(value).absolute()) if isinstance(value, str) else [str(Path(v).absolute()) for v in value]
 
 
 def git_revision() -> str | None:
-    """The commit of the source tree that is running, with ``+`` behind it where the tree has changes; None outside git."""
+    """The commit of the source tree that is running, ``+`` behind it where the tree has changes; None outside git."""
     if stated := os.environ.get("SCOP_REVISION"):
         return stated
     here = Path(scop.__file__).parent

@@ -1,0 +1,93 @@
+"""What a person sees of a local run: the steps' own lines. All that KFP says goes into the run's log file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_KFP_LINE = re.compile(r"^\d\d:\d\d:\d\d\.\d+ - \w+ - (?P<text>.*)$")
+_EXECUTOR = "[KFP Executor "
+_ERROR = "scop: error: "
+
+
+class Console(io.TextIOBase):
+    """Stands in for standard output while kfp.local runs.
+
+    Every line goes to the log; the terminal gets a heading for each task, what the step printed, and the time it took.
+
+    Args:
+        log: the file that gets everything.
+        terminal: what the person looks at.
+
+    Attributes:
+        error: the line by which a step refused its input, or None.
+        task: the task that ran last.
+    """
+
+    def __init__(self, log: TextIO, terminal: TextIO) -> None:
+        self._log, self._terminal = log, terminal
+        self._part = ""
+        self._in_dump = False
+        self._started = time.monotonic()
+        self.error: str | None = None
+        self.task: str | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> int:
+        *lines, self._part = (self._part + text).split("\n")
+        for line in lines:
+            self._log.write(_COLOUR.sub("", line) + "\n")
+            self._show(_COLOUR.sub("", line).removeprefix("    "))
+        self._log.flush()
+        return len(text)
+
+    def _show(self, line: str) -> None:
+        if self._in_dump:  # KFP's print of the executor's input, which ends with a brace of its own
+            self._in_dump = line != "}"
+        elif line.startswith(_EXECUTOR):
+            self._in_dump = line.endswith("Got executor_input:")
+        elif match := _KFP_LINE.match(line):
+            self._show_event(match["text"])
+        elif line.startswith(_ERROR):
+            self.error = line.removeprefix(_ERROR)
+        elif line.strip() and set(line) != {"-"} and not self._is_output_listing(line):
+            self._say(f"  {line}")
+
+    def _show_event(self, text: str) -> None:
+        if match := re.match(r"Executing task '(.+)'", text):
+            self.task, self._started = match[1], time.monotonic()
+            self._say(self.task.replace("-", "_"))
+        elif match := re.match(r"Task '(.+)' finished with status (\w+)", text):
+            outcome = "done" if match[2] == "SUCCESS" else "FAILED"
+            self._say(f"  {outcome} in {time.monotonic() - self._started:.1f} s")
+
+    def _say(self, line: str) -> None:
+        # Not by print, which kfp.local replaces by one that indents.
+        self._terminal.write(line + "\n")
+        self._terminal.flush()
+
+    @staticmethod
+    def _is_output_listing(line: str) -> bool:
+        """KFP's lines on a task's output artifacts, three for each."""
+        return bool(re.match(r"\w+: \w+\( name=|\s+(uri|metadata)=", line))
+
+
+@contextlib.contextmanager
+def console(log: Path) -> Iterator[Console]:
+    """Replace standard output by a `Console` that logs to a file."""
+    with log.open("w", encoding="utf-8") as file:
+        view = Console(file, sys.stdout)
+        with contextlib.redirect_stdout(view):
+            yield view
