@@ -202,7 +202,7 @@ class Batches:
         seed: of order and augmentation.
 
     Raises:
-        UserError: fewer training images than a batch.
+        UserError: fewer training images than a batch, or padding as wide as the image.
     """
 
     def __init__(
@@ -216,6 +216,9 @@ class Batches:
     ) -> None:
         if augmentation is not None and len(split) < batch_size:
             raise UserError(f"{len(split)} training images are fewer than a batch: batch_size is {batch_size}")
+        smallest = min(split.images.shape[2:])
+        if augmentation is not None and augmentation.crop_padding >= smallest:
+            raise UserError(f"crop_padding {augmentation.crop_padding} must be below the image's {smallest} pixels")
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.batch_size, self.device, self.augmentation, self.seed = batch_size, device, augmentation, seed

@@ -1,0 +1,82 @@
+"""Fixtures: the digits as a dataset artifact, and a small network trained on them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch starts its threads; two cores are what the tests are planned for.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+import torch
+from torch import nn
+
+from scop.artifacts import save_model
+from scop.config import DataSection, DenseSection
+from scop.data import Augmentation, Batches, Dataset, load_dataset, save_dataset
+from scop.models import make_model
+from scop.sources import load_source
+from scop.spec import attach_spec, spec_of
+from scop.training import Supervised, fit, make_optimizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "dataset"
+    save_dataset(load_source(DataSection()), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(digits_folder: Path) -> Dataset:
+    return load_dataset(digits_folder)
+
+
+@pytest.fixture
+def batches(digits: Dataset) -> Batches:
+    return Batches(digits["train"], digits.info, 64, CPU, Augmentation(crop_padding=1))
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Dataset) -> nn.Module:
+    """A small network that knows the digits; copied for every test that changes it."""
+    torch.manual_seed(0)
+    model = make_model("tests.helpers:Plain", num_classes=10, in_channels=1)
+    spec = spec_of(model)
+    assert spec is not None
+    info = digits.info
+    attach_spec(
+        model,
+        spec.model_copy(
+            update={"input_shape": info.shape, "mean": info.mean, "std": info.std, "classes": info.classes}
+        ),
+    )
+    section = DenseSection(epochs=12, batch_size=64, lr=0.1)
+    training = Batches(digits["train"], info, 64, CPU, Augmentation(crop_padding=1))
+    fit(
+        Supervised(model, CPU, section),
+        training,
+        make_optimizer(model, section),
+        epochs=12,
+        label="trained",
+        schedule="one_cycle",
+    )
+    return model.eval()
+
+
+@pytest.fixture
+def model(trained: nn.Module) -> nn.Module:
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture(scope="session")
+def model_folder(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "dense"
+    save_model(trained, folder, history=[])
+    return folder

@@ -1,0 +1,102 @@
+"""Small networks and data for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+class Plain(nn.Module):
+    """Three convolutions in a row, with batch norms; 8x8 images."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 16, 3, padding=1)
+        self.second_norm = nn.BatchNorm2d(24)
+        self.first_norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
+        self.third = nn.Conv2d(24, 32, 3, stride=2, padding=1, bias=False)
+        self.third_norm = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In place and functional: nothing to find by modules.
+        x = torch.relu_(self.first_norm(self.first(x)))
+        x = torch.relu_(self.second_norm(self.second(x)))
+        x = torch.relu_(self.third_norm(self.third(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class GroupsAndBias(nn.Module):
+    """Grouped, dilated and depthwise convolutions with biases, a residual addition without batch norm, a wide flatten."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.stem_norm = nn.BatchNorm2d(16, eps=1e-3, momentum=0.3)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=2, dilation=2, groups=4)
+        self.grouped_norm = nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.project = nn.Conv2d(24, 16, 1)
+        self.wide = nn.Conv2d(16, 20, 3, stride=2, padding=1)
+        self.wide_norm = nn.BatchNorm2d(20)
+        self.head = nn.Linear(20 * 8 * 8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = torch.relu(self.grouped_norm(self.grouped(x)))
+        y = self.project(torch.relu(self.depthwise(y)))
+        x = torch.relu(self.wide_norm(self.wide(x + y)))
+        return self.head(x.flatten(1))
+
+
+class OnlyLinear(nn.Module):
+    """A network without convolutions."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
+
+
+def small_densenet(num_classes: int = 10) -> nn.Module:
+    """A DenseNet of torchvision with three blocks of two layers."""
+    from torchvision.models.densenet import DenseNet
+
+    return DenseNet(growth_rate=8, block_config=(2, 2, 2), num_init_features=16, num_classes=num_classes)
+
+
+def randomise_batch_norms(model: nn.Module, seed: int = 0) -> None:
+    """Give all batch norms statistics and affine parameters other than those that they start with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low in (
+                    (module.running_mean, -0.5),
+                    (module.running_var, 0.5),
+                    (module.weight, 0.5),
+                    (module.bias, -0.5),
+                ):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+
+
+def write_images(root: Path, per_class: dict[str, int], classes: list[str], size: int = 8, suffix: str = "png") -> None:
+    """Write SPLIT/CLASS/NNNN.png: noise with a bright row whose place tells the class."""
+    generator = np.random.default_rng(0)
+    for split, count in per_class.items():
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = generator.integers(0, 120, (size, size, 3), dtype=np.uint8)
+                image[label % size] = 255
+                Image.fromarray(image).save(folder / f"{number:04}.{suffix}")

@@ -1,0 +1,185 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scop import ChannelPlan, UserError, load_model, make_model, prune, save_model, select_channels
+from scop.evaluation import count_macs, count_parameters
+from scop.export import export_onnx, export_pt2
+from scop.graph import RESIDUAL_RULES, ChannelGraph
+from scop.surgery import cuts_of, exactness, masked_twin
+from tests.helpers import GroupsAndBias, randomise_batch_norms
+
+# name, factory, arguments, input shape
+NETWORKS = [
+    ("resnet20", "resnet20", {"num_classes": 10}, (3, 32, 32)),
+    ("resnet56", "resnet56", {"num_classes": 10}, (3, 16, 16)),
+    ("resnet50", "torchvision:resnet50", {"num_classes": 10}, (3, 32, 32)),
+    ("mobilenet_v2", "torchvision:mobilenet_v2", {"num_classes": 10}, (3, 32, 32)),
+    ("densenet", "tests.helpers:small_densenet", {"num_classes": 10}, (3, 32, 32)),
+    ("groups_and_bias", "tests.helpers:GroupsAndBias", {"num_classes": 5}, (3, 16, 16)),
+]
+
+
+def made(factory: str, arguments: dict[str, int]) -> nn.Module:
+    torch.manual_seed(1)
+    model = make_model(factory, **arguments)
+    randomise_batch_norms(model)
+    return model.eval()
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
+@pytest.mark.parametrize(("name", "factory", "arguments", "shape"), NETWORKS, ids=[n[0] for n in NETWORKS])
+def test_masked_pruned_and_reloaded_are_one_function(name, factory, arguments, shape, rule, tmp_path) -> None:
+    model = made(factory, arguments)
+    plan = select_channels(model, method="random", prune_rate=0.45, residual=rule, input_shape=shape)
+    cuts = cuts_of(ChannelGraph(model, shape), plan)
+    assert exactness(model, cuts, shape) < 1e-4
+
+    pruned = prune(model, plan).eval()
+    assert count_parameters(pruned) < 0.9 * count_parameters(model) or name == "groups_and_bias"
+    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = pruned(images)
+        scale = max(1.0, float(expected.abs().max()))
+        assert largest(masked_twin(model, cuts)(images), expected) < 1e-4 * scale
+        save_model(pruned, tmp_path / "small")
+        assert torch.equal(load_model(tmp_path / "small")(images), expected)
+        # Channels-last takes another way through the addition of a scattered branch.
+        last = copy.deepcopy(pruned).to(memory_format=torch.channels_last)
+        assert largest(last(images.to(memory_format=torch.channels_last)), expected) < 1e-4 * scale
+
+
+@pytest.mark.parametrize("rule", RESIDUAL_RULES)
+@pytest.mark.parametrize(
+    ("factory", "arguments", "shape"),
+    [("resnet20", {"num_classes": 10}, (3, 32, 32)), ("tests.helpers:GroupsAndBias", {"num_classes": 5}, (3, 16, 16))],
+)
+def test_exported_is_the_same_function(factory, arguments, shape, rule, tmp_path: Path) -> None:
+    model = made(factory, arguments)
+    pruned = prune(model, select_channels(model, method="l1", residual=rule, input_shape=shape)).eval()
+    images = torch.randn(4, *shape, generator=torch.Generator().manual_seed(3))
+    assert export_onnx(pruned, images, tmp_path / "model.onnx") < 1e-4
+    assert export_pt2(pruned, images, tmp_path / "model.pt2") < 1e-4
+
+
+def test_vgg_with_batch_norm_flattens_into_its_classifier() -> None:
+    from torchvision.models.vgg import VGG, make_layers
+
+    torch.manual_seed(0)
+    model = VGG(make_layers([16, "M", 32, "M"], batch_norm=True), num_classes=10)  # type: ignore[list-item]
+    model.classifier = nn.Sequential(nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10))
+    randomise_batch_norms(model.eval())
+    plan = select_channels(model, method="l1", input_shape=(3, 28, 28))
+    assert exactness(model, cuts_of(ChannelGraph(model, (3, 28, 28)), plan), (3, 28, 28)) < 1e-4
+    assert prune(model, plan).classifier[0].in_features == 18 * 7 * 7
+
+
+@pytest.mark.parametrize(
+    ("name", "params_removed", "macs_removed"),
+    [("resnet20", 0.563, 0.558), ("resnet32", 0.562, 0.559), ("resnet56", 0.561, 0.560), ("resnet110", 0.560, 0.560)],
+)
+def test_scatter_at_rate_045_removes_what_the_reference_says(name, params_removed, macs_removed) -> None:
+    model = make_model(name, num_classes=10)
+    pruned = prune(model, select_channels(model, method="l1", prune_rate=0.45, input_shape=(3, 32, 32)))
+    assert 1 - count_parameters(pruned) / count_parameters(model) == pytest.approx(params_removed, abs=6e-4)
+    removed = 1 - count_macs(pruned, (3, 32, 32)) / count_macs(model, (3, 32, 32))
+    assert removed == pytest.approx(macs_removed, abs=6e-4)
+
+
+def test_resnet50_at_rate_045_keeps_the_parameters_of_the_reference() -> None:
+    model = make_model("torchvision:resnet50", num_classes=10)
+    pruned = prune(model, select_channels(model, method="l1", prune_rate=0.45, input_shape=(3, 32, 32)))
+    assert count_parameters(pruned) == 10_180_582
+
+
+def test_layers_keep_their_attributes_and_the_dense_model_its_weights() -> None:
+    model = GroupsAndBias()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pruned = prune(model, select_channels(model, method="l1", residual="coupled", input_shape=(3, 16, 16)))
+    assert (pruned.grouped.dilation, pruned.grouped.groups) == ((2, 2), 4)
+    assert pruned.grouped.bias.shape == (pruned.grouped.out_channels,)
+    assert (pruned.stem_norm.eps, pruned.stem_norm.momentum) == (1e-3, 0.3)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_kept_channels_keep_their_order_and_weights() -> None:
+    model = make_model("resnet20")
+    plan = select_channels(model, method="random", prune_rate=0.3, input_shape=(3, 32, 32))
+    pruned = prune(model, plan)
+    kept = plan.kept["layer1.0.conv1"]
+    assert kept == sorted(kept)
+    assert torch.equal(pruned.layer1[0].bn1.weight, model.layer1[0].bn1.weight[kept])
+    assert torch.equal(pruned.layer1[0].conv1.weight, model.layer1[0].conv1.weight[kept])
+
+
+def test_scattering_works_in_training_and_under_autocast() -> None:
+    model = make_model("resnet20").to(memory_format=torch.channels_last)
+    pruned = prune(model, select_channels(model, method="l1", input_shape=(3, 16, 16))).train()
+    images = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        pruned(images).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+def test_a_branch_with_stochastic_depth_is_scattered_in_training_too() -> None:
+    model = make_model("torchvision:efficientnet_b0", num_classes=10)
+    pruned = prune(model, select_channels(model, method="l1", input_shape=(3, 32, 32))).train()
+    assert pruned(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+class Offset(nn.Module):
+    """An activation that is not 0 at 0: a removed channel would have counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(torch.sigmoid(self.norm(self.conv(x)))).mean((2, 3)))
+
+
+def test_exactness_sees_a_network_that_cannot_be_pruned_exactly() -> None:
+    model = Offset()
+    plan = select_channels(model, method="l1", input_shape=(3, 8, 8))
+    assert exactness(model, cuts_of(ChannelGraph(model, (3, 8, 8)), plan), (3, 8, 8)) > 1e-3
+
+
+def plan_for(**changes) -> ChannelPlan:
+    plan = select_channels(make_model("resnet20"), method="l1", input_shape=(3, 32, 32))
+    return ChannelPlan.model_validate(plan.model_dump() | changes)
+
+
+def test_plans_that_do_not_fit_are_refused_by_layer() -> None:
+    resnet = make_model("resnet20")
+    for kept, channels, message in (
+        ({"layer1.0.conv9": [0]}, {"layer1.0.conv9": 16}, r"did you mean 'layer1.0.conv\d'"),
+        ({"layer1.0.conv1": [0]}, {"layer1.0.conv1": 32}, "has 16 channels in the model but 32 in the plan"),
+        ({"conv1": [0]}, {"conv1": 16}, "'conv1' is in the plan but cannot be pruned under residual rule 'scatter'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prune(resnet, plan_for(kept=kept, channels=channels))
+    with pytest.raises(UserError, match="must keep the same in all"):
+        prune(resnet, plan_for(kept={"conv1": [0]}, channels={"conv1": 16}, residual="coupled"))
+
+
+def test_a_group_that_loses_unequally_is_refused() -> None:
+    plan = ChannelPlan(
+        input_shape=(3, 16, 16), residual="inner", kept={"grouped": list(range(1, 24))}, channels={"grouped": 24}
+    )
+    with pytest.raises(UserError, match="each of its 4 groups must lose equally many"):
+        prune(GroupsAndBias(), plan)
+
+
+def test_a_damaged_plan_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"input_shape": [3, 32, 32], "residual": "scatter", "kept": {"a": [3, 1]}, "channels": {"a": 4}}')
+    with pytest.raises(UserError, match="must be ascending"):
+        ChannelPlan.load(path)

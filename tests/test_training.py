@@ -1,0 +1,190 @@
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scop import UserError, make_model
+from scop.config import DenseSection, DistillationSection, FinetuneSection
+from scop.data import Augmentation, Batches, Dataset
+from scop.evaluation import measure_accuracy
+from scop.training import Checkpoint, Supervised, fit, lr_factor, make_optimizer, recalibrate
+
+CPU = torch.device("cpu")
+
+
+def train(
+    digits: Dataset, epochs: int = 2, checkpoint: Checkpoint | None = None, stop_after: int | None = None, **keys
+):
+    """Train a fresh network for some epochs; with `stop_after`, as if the process died behind that epoch."""
+    torch.manual_seed(0)
+    model = make_model("tests.helpers:Plain")
+    section = DenseSection.model_validate({"epochs": epochs, "batch_size": 64, "lr": 0.05, "crop_padding": 1} | keys)
+    batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation(crop_padding=1), seed=section.seed)
+    validation = Batches(digits["validation"], digits.info, 500, CPU)
+
+    def validate() -> tuple[float, float]:
+        accuracy = measure_accuracy(model, validation, CPU)
+        return accuracy.loss, accuracy.top1
+
+    class Killed(Exception):
+        pass
+
+    def on_epoch(record) -> None:
+        if stop_after is not None and record.epoch == stop_after + 1:
+            raise Killed
+
+    try:
+        history = fit(
+            Supervised(model, CPU, section),
+            batches,
+            make_optimizer(model, section),
+            epochs=epochs,
+            label="test",
+            schedule=section.schedule,
+            warmup_epochs=section.warmup_epochs,
+            keep=section.keep,
+            validate=validate,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+    except Killed:
+        history = []
+    return model, history
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+
+
+def test_training_learns(digits: Dataset) -> None:
+    _, history = train(digits, epochs=6)
+    assert history[-1].validation_top1 > 0.85
+    assert history[-1].loss < history[0].loss
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_seeds_reproduce_bit_for_bit(digits: Dataset, optimizer: str) -> None:
+    lr = 0.05 if optimizer == "sgd" else 0.002
+    first, again = (train(digits, optimizer=optimizer, lr=lr)[0] for _ in range(2))
+    other, _ = train(digits, optimizer=optimizer, lr=lr, seed=1)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(digits: Dataset, tmp_path: Path, capsys) -> None:
+    whole, history = train(digits, epochs=4)
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", "abc")
+    train(digits, epochs=4, checkpoint=checkpoint, stop_after=2)
+    resumed, resumed_history = train(digits, epochs=4, checkpoint=checkpoint)
+    assert "resumes after epoch 2 of 4" in capsys.readouterr().out
+    assert same(whole, resumed)
+    assert [record.loss for record in resumed_history] == [record.loss for record in history]
+
+
+def test_checkpoints_of_others_and_damaged_ones_are_refused(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train(digits, epochs=1, checkpoint=Checkpoint(path, "abc"))
+    with pytest.raises(UserError, match="another configuration or other inputs; delete it"):
+        train(digits, checkpoint=Checkpoint(path, "def"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        train(digits, checkpoint=Checkpoint(path, "abc"))
+
+
+def test_best_keeps_the_epoch_that_was_best_on_the_validation_split(digits: Dataset) -> None:
+    # A rate that climbs until it wrecks the network: the last epoch is not the best one.
+    model, history = train(digits, epochs=6, schedule="one_cycle", warmup_epochs=5.9, lr=20.0, keep="best")
+    best = max(record.validation_top1 for record in history)
+    assert best > history[-1].validation_top1
+    validation = Batches(digits["validation"], digits.info, 500, CPU)
+    assert measure_accuracy(model, validation, CPU).top1 == pytest.approx(best)
+
+
+def test_best_without_a_validation_split_is_refused(batches: Batches) -> None:
+    model, section = make_model("tests.helpers:Plain"), DenseSection()
+    with pytest.raises(UserError, match="keep: best needs a validation split"):
+        fit(
+            Supervised(model, CPU, section),
+            batches,
+            make_optimizer(model, section),
+            epochs=1,
+            label="test",
+            keep="best",
+        )
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rate(digits: Dataset) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, learning rate [\d.]+e\+\d+"):
+        train(digits, lr=1e30)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0.0: 1, 0.5: 1, 1.0: 1}),
+        ("cosine", {0.0: 1, 0.5: 0.5, 1.0: 0}),
+        ("poly", {0.0: 1, 0.5: 0.5**0.9, 1.0: 0}),
+        ("step", {0.0: 1, 0.49: 1, 0.5: 0.1, 0.75: 0.01}),
+        ("one_cycle", {0.0: 1 / 25, 0.3: 1, 1.0: 1e-4}),
+    ],
+)
+def test_schedules(schedule: str, expected: dict[float, float]) -> None:
+    for done, factor in expected.items():
+        assert lr_factor(schedule, done, warmup=0.0) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "poly", "step", "one_cycle"])
+def test_warm_up_climbs_to_the_peak(schedule: str) -> None:
+    rates = [lr_factor(schedule, done / 100, warmup=0.2) for done in range(21)]
+    assert rates == sorted(rates)
+    assert rates[0] < 0.05
+    assert rates[-1] == pytest.approx(1)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = make_model("tests.helpers:Plain")
+    decaying, others = make_optimizer(model, DenseSection(weight_decay=0.1)).param_groups
+    assert decaying["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0
+    assert all(p.dim() > 1 for p in decaying["params"])
+    assert all(p.dim() == 1 for p in others["params"])
+
+
+def test_label_smoothing_and_distillation_are_the_losses_they_claim(batches: Batches, model: nn.Module) -> None:
+    images, labels = next(iter(batches))
+    student, teacher = copy.deepcopy(model).eval(), make_model("tests.helpers:Plain").eval()
+    logits, target = student(images), teacher(images)
+    section = FinetuneSection(label_smoothing=0.1, precision="fp32")
+    objective = Supervised(student, CPU, section, teacher, DistillationSection(weight=0.25, temperature=2))
+    loss = objective.loss(images, labels)[0].detach()
+
+    hard = torch.full_like(logits, 0.1 / 10).scatter(1, labels[:, None], 0.9 + 0.1 / 10)
+    cross_entropy = -(hard * logits.log_softmax(1)).sum(1).mean()
+    soft, log_soft = (target / 2).softmax(1), (target / 2).log_softmax(1)
+    divergence = (soft * (log_soft - (logits / 2).log_softmax(1))).sum(1).mean()
+    assert float(loss) == pytest.approx((0.75 * cross_entropy + 0.25 * 4 * divergence).item(), rel=1e-4)
+
+
+def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, model: nn.Module) -> None:
+    batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation(), seed=5)
+    inputs: list[torch.Tensor] = []
+    hook = model.first_norm.register_forward_hook(lambda module, args, out: inputs.append(args[0].detach().clone()))
+    recalibrate(model, batches, 4, CPU, torch.float32)
+    hook.remove()
+    expected = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    assert len(inputs) == 4
+    assert torch.allclose(model.first_norm.running_mean, expected, atol=1e-5)
+    assert model.first_norm.momentum == 0.1
+
+
+def test_compiled_training_ends_like_eager_training(digits: Dataset) -> None:
+    import shutil
+
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    eager, compiled = (train(digits, epochs=1, compile=flag, precision="fp32")[1][0].loss for flag in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    assert math.isfinite(compiled)
