@@ -34,7 +34,7 @@ class Plain(nn.Module):
 
 
 class GroupsAndBias(nn.Module):
-    """Grouped, dilated and depthwise convolutions with biases, a residual addition without batch norm, a wide flatten."""
+    """Grouped, dilated and depthwise convolutions with biases, an addition without batch norm, a wide flatten."""
 
     def __init__(self, num_classes: int = 5) -> None:
         super().__init__()

@@ -265,7 +265,10 @@ def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
         load_source(section(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize(("name", "labels_key", "meta_key"), [("CIFAR10", "labels", "label_names"), ("CIFAR100", "fine_labels", "fine_label_names")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "labels_key", "meta_key"),
+    [("CIFAR10", "labels", "label_names"), ("CIFAR100", "fine_labels", "fine_label_names")],
+)
 def test_cifar_in_torchvisions_layout(name, labels_key, meta_key, tmp_path: Path, monkeypatch) -> None:
     import hashlib
 

@@ -8,9 +8,11 @@ from torch import nn
 
 import scop
 from scop import UserError, make_model, train_knockoffs
+from scop.config import DenseSection
 from scop.data import Batches
 from scop.graph import ChannelGraph
 from scop.knockoff import Competition, Scores, gated_layers, shuffle
+from scop.training import Supervised, fit, make_optimizer
 from tests.helpers import randomise_batch_norms
 
 CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ def test_folding_and_the_written_out_gradient_change_nothing(name: str) -> None:
     loss.backward()
     expected = naive_loss(model, gates, real, fake, labels)
     expected.backward()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for layer, gate in competition.named_gates():
         assert torch.allclose(gate.grad, gates[layer].grad, rtol=1e-3, atol=1e-5), layer
 
@@ -98,11 +100,20 @@ def test_planted_redundant_channels_are_found(model, batches: Batches) -> None:
     """Channels that nothing listens to win nothing over their knockoffs: SCOP drops them, chance would drop a third."""
     generator = torch.Generator().manual_seed(4)
     planted = {}
-    with torch.no_grad():
-        for layer, reader in (("first", model.second), ("second", model.third), ("third", model.head)):
-            channels = model.get_submodule(layer).out_channels
-            planted[layer] = torch.randperm(channels, generator=generator)[: channels // 3].tolist()
-            reader.weight[:, planted[layer]] = 0
+    for layer, reader in (("first", model.second), ("second", model.third), ("third", model.head)):
+        channels = model.get_submodule(layer).out_channels
+        planted[layer] = torch.randperm(channels, generator=generator)[: channels // 3].tolist()
+        silent = torch.ones_like(reader.weight)
+        silent[:, planted[layer]] = 0
+        with torch.no_grad():
+            reader.weight.mul_(silent)
+        reader.weight.register_hook(silent.mul)
+    # The others learn to do without them, so that it is a good network and not a broken one.
+    section = DenseSection(epochs=6, batch_size=64, lr=0.05)
+    optimizer = make_optimizer(model, section)
+    fit(Supervised(model, CPU, section), batches, optimizer, epochs=6, label="planted", schedule="cosine")
+    model.zero_grad()
+
     scores = train_knockoffs(model, batches, epochs=10, lr=0.02)
     plan = scop.select_channels(model, scores, prune_rate=1 / 3)
     for layer, channels in planted.items():
