@@ -37,7 +37,7 @@ class RunSection(Section):
 
     Attributes:
         name: name of the pipeline run; made of the configuration's file name by default.
-        experiment: the MLflow experiment, and the name under which models are registered.
+        experiment: the MLflow experiment; models are registered as EXPERIMENT-VARIANT.
     """
 
     name: str | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -63,7 +64,7 @@ def write_report(
         ("Results", _table(results)),
         ("Accuracy against cost", _plot(_accuracy_against_macs(results, colours), "accuracy-macs", 420)),
         ("Kept channels per layer", _plot(_kept_channels(results, colours), "kept-channels", None)),
-        ("Knockoff scores", _score_text() + _plot(_score_histograms(scores), "scores", None)),
+        ("Score histograms", _score_text() + _plot(_score_histograms(scores), "scores", None)),
         ("Learning curves", _plot(_learning_curves(results, colours), "learning-curves", 420)),
     ]
     body = "".join(f"<section><h2>{html.escape(name)}</h2>{content}</section>" for name, content in sections)
@@ -174,7 +175,7 @@ def _kept_channels(results: Sequence[VariantResult], colours: Mapping[str, str])
             hovertemplate="%{y}: %{customdata[0]} of %{customdata[1]} channels<extra>%{fullData.name}</extra>",
         )
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10}, automargin=True)
-    figure.update_xaxes(title="share of channels kept", tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(title="share of channels kept", tickformat=".0%", range=[0, 1.04], dtick=0.25)
     figure.update_layout(barmode="group", height=140 + len(layers) * max(18, 9 * len(results)))
     return figure
 
@@ -182,28 +183,33 @@ def _kept_channels(results: Sequence[VariantResult], colours: Mapping[str, str])
 def _score_text() -> str:
     return (
         "<p>W is the batch norm's absolute weight times how far a channel's gate moved towards its real feature (1) "
-        "or its knockoff (&minus;1). Channels at the left of a layer's row are the first to go.</p>"
+        "or its knockoff (&minus;1). A row is a layer's histogram: the darker, the more of its channels score there. "
+        "Channels at the left are the first to go.</p>"
     )
 
 
 def _score_histograms(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Figure:
-    figure = go.Figure()
-    for layer, values in scores.items():
-        figure.add_box(
-            x=list(values["score"]),
-            name=layer,
-            orientation="h",
-            boxpoints="all",
-            jitter=0.4,
-            pointpos=0,
-            line={"width": 1, "color": _COLOURS[0]},
-            marker={"size": 3, "color": _COLOURS[0], "opacity": 0.55},
-            hovertemplate="W %{x:.3f}<extra>%{y}</extra>",
-            showlegend=False,
+    values = {layer: np.asarray(entry["score"]) for layer, entry in scores.items()}
+    everything = np.concatenate(list(values.values()))
+    edges = np.linspace(min(everything.min(), 0), max(everything.max(), 0) + 1e-9, 51)
+    counts = {layer: np.histogram(of_layer, edges)[0] for layer, of_layer in values.items()}
+    figure = go.Figure(
+        go.Heatmap(
+            y=list(counts),
+            x=((edges[:-1] + edges[1:]) / 2).tolist(),
+            # Shares, since layers differ in width; empty bins show the background.
+            z=[[share or None for share in (row / row.sum()).tolist()] for row in counts.values()],
+            customdata=[row.tolist() for row in counts.values()],
+            colorscale=[[0, "rgba(0,114,178,0.15)"], [1, "rgba(0,114,178,1)"]],
+            showscale=False,
+            xgap=1,
+            ygap=3,
+            hovertemplate="%{y}: %{customdata} channels with W about %{x:.3f}<extra></extra>",
         )
-    figure.update_yaxes(autorange="reversed", tickfont={"size": 10}, automargin=True)
+    )
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 10}, automargin=True, showgrid=False)
     figure.update_xaxes(title="knockoff score W", zeroline=True)
-    figure.update_layout(height=120 + 24 * len(scores))
+    figure.update_layout(height=120 + 22 * len(scores))
     return figure
 
 
@@ -224,7 +230,8 @@ def _learning_curves(results: Sequence[VariantResult], colours: Mapping[str, str
                 marker={"size": 5},
                 hovertemplate=f"epoch %{{x}}: {kind} top-1 %{{y:.2%}}<extra>{html.escape(name)}</extra>",
             )
-    figure.update_xaxes(title="epoch")
+    longest = max((len(history) for _, history, _ in curves), default=1)
+    figure.update_xaxes(title="epoch", dtick=max(1, round(longest / 10)), tick0=0)
     figure.update_yaxes(title="top-1, validation split", tickformat=".0%")
     return figure
 
@@ -299,9 +306,10 @@ function paint() {
       layout[axis] = { ...layout[axis], gridcolor: line, zerolinecolor: line, linecolor: line };
       if (narrow && layout[axis].tickfont) layout[axis].tickfont.size = 8;
     }
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text };
     if (narrow) layout.margin = { ...layout.margin, r: 4 };
     Plotly.react(source.dataset.plot, plot.data, layout, { responsive: true, displaylogo: false,
-      displayModeBar: !narrow, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
+      displayModeBar: narrow ? false : "hover", modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
   }
 }
 paint();

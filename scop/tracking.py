@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
     def log_file(self, path: Path, folder: str | None = None) -> None: ...
 
-    def register_onnx(self, path: Path, name: str, tags: Mapping[str, str]) -> str | None: ...
+    def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None: ...
 
     def close(self, succeeded: bool, error: str | None = None) -> None: ...
 
@@ -52,7 +52,7 @@ class NoTracker:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         pass
 
-    def register_onnx(self, path: Path, name: str, tags: Mapping[str, str]) -> str | None:
+    def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None:
         return None
 
     def close(self, succeeded: bool, error: str | None = None) -> None:
@@ -116,11 +116,18 @@ class MlflowTracker:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self._send("file", {"path": str(path)}, lambda: self._client.log_artifact(self._run, str(path), folder))
 
-    def register_onnx(self, path: Path, name: str, tags: Mapping[str, str]) -> str | None:
-        """Enter an ONNX model into the registry, with the alias `candidate`; returns the version's number."""
-        return self._send("model", {"path": str(path), "name": name}, lambda: self._register(path, name, tags))
+    def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None:
+        """Enter a variant's ONNX model into the registry, with the alias `candidate`.
 
-    def _register(self, path: Path, name: str, tags: Mapping[str, str]) -> str:
+        Every variant has a registered model of its own, EXPERIMENT-VARIANT: a control must not take the alias away
+        from the network that it is a control for.
+
+        Returns:
+            ``models:/NAME/VERSION``, or None where MLflow could not be reached.
+        """
+        return self._send("model", {"path": str(path), "variant": variant}, lambda: self._register(path, variant, tags))
+
+    def _register(self, path: Path, variant: str, tags: Mapping[str, str]) -> str:
         import logging
         import warnings
         from importlib.metadata import version
@@ -131,6 +138,8 @@ class MlflowTracker:
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
 
+        experiment = self._client.get_experiment(self._client.get_run(self._run).info.experiment_id)
+        name = f"{experiment.name}-{variant}"
         model = onnx.load(path)
         ends = []
         for value in (model.graph.input[0], model.graph.output[0]):
@@ -151,7 +160,7 @@ class MlflowTracker:
         for key, value in tags.items():
             self._client.set_model_version_tag(name, number, key, value)
         self._client.set_registered_model_alias(name, CANDIDATE, number)
-        return number
+        return f"models:/{name}/{number}"
 
     def close(self, succeeded: bool, error: str | None = None) -> None:
         def end() -> None:

@@ -56,6 +56,18 @@ class GroupsAndBias(nn.Module):
         return self.head(x.flatten(1))
 
 
+class Offset(nn.Module):
+    """An activation that is not 0 at 0: a removed channel would have counted."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(torch.sigmoid(self.norm(self.conv(x)))).mean((2, 3)))
+
+
 class OnlyLinear(nn.Module):
     """A network without convolutions."""
 

@@ -10,7 +10,7 @@ from scop.evaluation import count_macs, count_parameters
 from scop.export import export_onnx, export_pt2
 from scop.graph import RESIDUAL_RULES, ChannelGraph
 from scop.surgery import cuts_of, exactness, masked_twin
-from tests.helpers import GroupsAndBias, randomise_batch_norms
+from tests.helpers import GroupsAndBias, Offset, randomise_batch_norms
 
 # name, factory, arguments, input shape
 NETWORKS = [
@@ -134,20 +134,8 @@ def test_a_branch_with_stochastic_depth_is_scattered_in_training_too() -> None:
     assert pruned(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-class Offset(nn.Module):
-    """An activation that is not 0 at 0: a removed channel would have counted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.last, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.last(torch.sigmoid(self.norm(self.conv(x)))).mean((2, 3)))
-
-
 def test_exactness_sees_a_network_that_cannot_be_pruned_exactly() -> None:
-    model = Offset()
+    model = Offset(in_channels=3)
     plan = select_channels(model, method="l1", input_shape=(3, 8, 8))
     assert exactness(model, cuts_of(ChannelGraph(model, (3, 8, 8)), plan), (3, 8, 8)) > 1e-3
 

@@ -61,7 +61,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
                 f"export.tolerance {config.export.tolerance:g}"
             )
     evaluation = json.loads((inputs.evaluation / "evaluation.json").read_text())
-    version = None
+    registered = None
     if config.export.register_model:
         drop = evaluation["dense"]["top1"] - evaluation["pruned"]["top1"]
         tags = {
@@ -69,14 +69,14 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             "method": config.variant.method,
             "top1_drop": f"{drop:.6f}",
         }
-        version = context.tracker.register_onnx(onnx, f"scop-{label}", tags)
+        registered = context.tracker.register_onnx(onnx, label, tags)
     report = {
         "variant": label,
         "exactness": differences,
         "model": str(folder),
         "onnx": str(onnx),
         "onnx_bytes": onnx.stat().st_size,
-        "registered": f"scop-{label}/{version}" if version else None,
+        "registered": registered,
     }
     (folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
     write_manifest(folder, kind="model")

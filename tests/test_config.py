@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+
+from pipelines.presets import FOLDER, find_config
+from scop import UserError
+from scop.config import Config, FinetuneSection, VariantSection, finetune_for, load_config, parse
+
+
+def refusal(values: dict[str, object]) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(Config, values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"finetun": {}}, "configuration key 'finetun' is unknown (did you mean 'finetune'?)"),
+        ({"finetune": {"epoch": 3}}, "configuration key 'finetune.epoch' is unknown (did you mean 'epochs'?)"),
+        ({"finetune": {"distillation": {"wieght": 1}}}, "(did you mean 'weight'?)"),
+        ({"variants": [{"prunerate": 0.3}]}, "configuration key 'variants.0.prunerate' is unknown (did you mean 'prune_rate'?)"),
+        ({"variants": [{"prune_rate": 1.0}]}, "configuration 'variants.0.prune_rate' is 1.0: input should be less than 1"),
+        ({"variants": [{"prune_rate": -0.1}]}, "configuration 'variants.0.prune_rate' is -0.1"),
+        ({"variants": []}, "configuration 'variants' is []"),
+        ({"variants": [{}, {}]}, "variants: the name 'scop-0.45' is used twice"),
+        ({"variants": [{"name": "a/b"}]}, "configuration 'variants.0.name' is 'a/b'"),
+        ({"variants": [{"name": "v", "finetune": {"epoch": 3}}]}, "configuration key 'variants (v).finetune.epoch' is unknown"),
+        ({"dense": {"epochs": 2.5}}, "configuration 'dense.epochs' is 2.5"),
+        ({"dense": {"epochs": 2, "warmup_epochs": 2}}, "warmup_epochs 2.0 must be below epochs 2"),
+        ({"dense": {"lr": float("nan")}}, "configuration 'dense.lr' is nan"),
+        ({"knockoff": {"betas": [0.5]}}, "configuration 'knockoff.betas"),
+        ({"data": {"source": "mnist"}}, "configuration 'data.source' is 'mnist'"),
+    ],
+)  # fmt: skip
+def test_bad_configurations_are_refused_by_name_value_and_remedy(values: dict[str, object], expected: str) -> None:
+    assert expected in refusal(values)
+
+
+def test_whole_numbers_may_arrive_as_doubles() -> None:
+    config = parse(Config, {"dense": {"epochs": 3.0}, "data": {"channels": 3.0}, "evaluate": {"batch_sizes": [1.0]}})
+    assert (config.dense.epochs, config.data.channels, config.evaluate.batch_sizes) == (3, 3, [1])
+
+
+def test_a_section_survives_the_way_through_kfp() -> None:
+    for preset in FOLDER.glob("*.yaml"):
+        config = load_config(preset)
+        dumped = config.model_dump(mode="json", exclude_none=True)
+        assert parse(Config, dumped) == config
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("variants:\n  - {name: a, prune_rate: 0.2}\n")
+    config = load_config(path, ["finetune.epochs=3", "variants.0.prune_rate=0.3", "knockoff.betas=[0.1, 0.2]"])
+    assert config.finetune.epochs == 3
+    assert config.variants[0].prune_rate == 0.3
+    assert config.knockoff.betas == (0.1, 0.2)
+    for override, message in (
+        ("finetune.epochs", "must have the form section.key=value"),
+        ("variants.7.prune_rate=0.3", "there is no such entry"),
+        ("variants.0.name.x=1", "there is no such entry"),
+        ("finetune.epochs=[", "is not valid YAML"),
+        ("finetune.epoch=3", "did you mean 'epochs'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, [override])
+
+
+def test_a_variants_own_finetuning_wins() -> None:
+    section = finetune_for(FinetuneSection(epochs=5, lr=0.1), VariantSection(finetune={"epochs": 7}))
+    assert (section.epochs, section.lr) == (7, 0.1)
+
+
+def test_labels_tell_method_and_rate() -> None:
+    assert VariantSection().label == "scop-0.45"
+    assert VariantSection(method="none").label == "none"
+    assert VariantSection(name="mine").label == "mine"
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for content, message in (("a: [", "is not valid YAML"), ("- 1", "must hold a mapping of sections, not list")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_config(path)
+    with pytest.raises(UserError, match="did you mean 'digits-resnet20'"):
+        find_config("digit-resnet20")
+    assert find_config("digits-resnet20").is_file()

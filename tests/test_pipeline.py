@@ -1,0 +1,240 @@
+"""The compiled pipeline, and the whole of it through kfp.local."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.console import Console
+from pipelines.pipeline import compile_pipeline
+from scop import load_model
+from scop.config import Config
+from scop.steps import STEPS
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    compile_pipeline(str(path))
+    return re.sub(r"sdkVersion: kfp-[\d.]+", "sdkVersion: kfp-X", path.read_text())
+
+
+def test_the_compiled_pipeline_is_the_golden_file(compiled: str) -> None:
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(compiled)
+    assert compiled == GOLDEN.read_text(), (
+        "if the change is meant: UPDATE_GOLDEN=1 make test ARGS=tests/test_pipeline.py"
+    )
+
+
+def test_every_step_is_a_component_and_every_section_a_parameter(compiled: str) -> None:
+    spec = yaml.safe_load(compiled)
+    names = {name.removeprefix("exec-").replace("-", "_") for name in spec["deploymentSpec"]["executors"]}
+    assert names == set(STEPS)
+    assert set(spec["root"]["inputDefinitions"]["parameters"]) == set(Config.model_fields) - {"run"}
+
+
+def test_a_section_reaches_only_the_steps_that_depend_on_it(compiled: str) -> None:
+    components = yaml.safe_load(compiled)["components"]
+    parameters = {
+        name.removeprefix("comp-"): set(component.get("inputDefinitions", {}).get("parameters", {}))
+        for name, component in components.items()
+    }
+    assert parameters["prepare-data"] == {"data"}
+    assert parameters["train-dense"] == {"dense"}
+    assert parameters["train-knockoff"] == {"knockoff"}
+    assert parameters["select-channels"] == {"variant"}
+    assert parameters["finetune"] == {"finetune", "variant"}
+    assert parameters["compare"] == set()
+
+
+def test_the_docker_sdk_is_not_shadowed_by_our_folder() -> None:
+    import docker
+
+    assert docker.DockerClient
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of the default preset, shortened, with two variants: its output folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs")
+    variants = "[{name: scop, prune_rate: 0.45}, {method: none, finetune: {epochs: 1}}]"
+    settings = {
+        "dense.epochs": 8,
+        "knockoff.epochs": 2,
+        "finetune.epochs": 4,
+        "variants": variants,
+        "evaluate.repeats": 5,
+    }
+    command = [sys.executable, "-m", "scop.cli", "run", "--out", str(out)]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    result = run(command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (path.parent for path in out.glob("*/summary.json"))
+    return folder, result.stdout
+
+
+def test_the_summary_tells_dense_against_pruned(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["run_id"] == folder.name
+    assert summary["seconds"] > 0
+    scop, none = summary["variants"]
+    assert (scop["name"], scop["method"], scop["prune_rate"]) == ("scop", "scop", 0.45)
+    assert (none["name"], none["method"], none["prune_rate"]) == ("none", "none", 0)
+    assert scop["pruned"]["params"] / scop["dense"]["params"] == pytest.approx(1 - 0.563, abs=2e-3)
+    assert none["pruned"]["params"] == none["dense"]["params"]
+    assert scop["dense"]["top1"] == none["dense"]["top1"] > 0.8
+    assert scop["pruned"]["top1"] > 0.8
+    for variant in (scop, none):
+        assert max(variant["exactness"].values()) <= 1e-4
+        assert set(variant["pruned"]["latency_ms"]) == {"1", "64"}
+        assert load_model(variant["model"]) is not None
+        assert Path(variant["onnx"]).stat().st_size > 0
+
+
+def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    for name in STEPS:
+        assert f"\n{name}\n" in printed
+    assert "KFP Executor" not in printed
+    assert "executor_input" in (folder / "log.txt").read_text()
+    assert re.search(r"dense +\d+\.\d\d% +272 k", printed)
+    assert f"mlflow server --backend-store-uri sqlite:///{folder.parent / 'mlflow.db'}" in printed
+
+
+def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    records = [json.loads(path.read_text()) for path in folder.rglob("step.json")]
+    assert sorted(record["step"] for record in records) == sorted([*STEPS[:3], *STEPS[3:7] * 2, "compare"])
+    assert {record["status"] for record in records} == {"done"}
+    assert {record["run"] for record in records} == {folder.name}
+    metrics = [p for p in folder.rglob("executor_output.json") if "evaluate" in str(p)]
+    assert len(metrics) == 2
+    confusion = json.loads(metrics[0].read_text())["artifacts"]["confusion"]["artifacts"][0]["metadata"]
+    assert len(confusion["confusionMatrix"]["rows"]) == 10
+
+
+def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    folder, _ = finished
+    client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits-resnet20")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.tags["scop.step"] for run in children) == sorted([*STEPS[:3], *STEPS[3:7] * 2, "compare"])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    evaluate = next(run for run in children if run.info.run_name == "scop evaluate")
+    assert evaluate.data.params["variant.prune_rate"] == "0.45"
+    assert evaluate.data.metrics["macs_removed"] == pytest.approx(0.56, abs=0.01)
+    finetune = next(run for run in children if run.info.run_name == "scop finetune")
+    assert [m.step for m in client.get_metric_history(finetune.info.run_id, "loss")] == [1, 2, 3, 4]
+    plan = next(run for run in children if run.info.run_name == "scop select_channels")
+    assert {f.path for f in client.list_artifacts(plan.info.run_id)} == {"plan.json", "plan.png"}
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"report.html", "summary.json", "config.yaml"}
+
+
+def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
+    finished: tuple[Path, str], digits, monkeypatch
+) -> None:
+    import mlflow
+    import numpy as np
+    import torch
+
+    folder, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
+    registered = mlflow.pyfunc.load_model("models:/digits-resnet20-scop@candidate")
+    summary = json.loads((folder / "summary.json").read_text())
+    images = torch.randn(5, *digits.info.shape)
+    with torch.no_grad():
+        expected = load_model(summary["variants"][0]["model"])(images).numpy()
+    assert float(np.abs(registered.predict(images.numpy())["logits"] - expected).max()) < 1e-4
+
+
+def chromium() -> str | None:
+    import shutil
+
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Path, str], width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    executable = chromium()
+    if executable is None:
+        pytest.skip("Chromium is not installed")
+    folder, _ = finished
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"],
+        )
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        problems: list[str] = []
+        requests: list[str] = []
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((folder / "report.html").as_uri())
+        page.wait_for_selector("#learning-curves .main-svg")
+        assert problems == []
+        assert requests == [(folder / "report.html").as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator(".plot .main-svg").count() >= 4
+        rows = page.locator("tbody tr th").all_inner_texts()
+        assert rows == ["dense", "scop", "none"]
+        assert page.locator("#accuracy-macs .point").count() == 3
+        browser.close()
+
+
+def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scop.cli", "run", "--out", str(tmp_path), "--set", "dense.batch_size=5000"]
+    result = run(command)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(
+        "scop: error: train_dense: 1295 training images are fewer than a batch"
+    )
+    assert "Traceback" not in result.stdout + result.stderr
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FAILED"
+    assert "fewer than a batch" in parent.data.tags["scop.error"]
+
+
+def test_the_console_shows_steps_and_logs_everything() -> None:
+    log, terminal = io.StringIO(), io.StringIO()
+    console = Console(log, terminal)
+    console.write("12:00:00.000 - INFO - Executing task \x1b[96m'train-dense'\x1b[0m\n")
+    console.write("    [KFP Executor 2026-01-01 12:00:00,000 INFO]: Got executor_input:\n    {\n")
+    console.write('        "inputs": {}\n    }\n    dense: epoch 1/2')
+    console.write(", loss 1\n    scop: error: train_dense: no such thing\n")
+    console.write(
+        "12:00:01.000 - INFO - Task \x1b[96m'train-dense'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m\n"
+    )
+    shown = terminal.getvalue().splitlines()
+    assert shown[:2] == ["train_dense", "  dense: epoch 1/2, loss 1"]
+    assert shown[2].startswith("  FAILED in ")
+    assert console.error == "train_dense: no such thing"
+    assert '"inputs": {}' in log.getvalue()

@@ -1,0 +1,221 @@
+"""Steps on folders, as `scop step` and the components run them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scop import UserError, load_model
+from scop.cli import main
+from scop.manifest import MANIFEST
+from scop.steps.runtime import run_step
+
+TINY = {"model": "tests.helpers:Plain", "epochs": 1, "batch_size": 64}
+ROOT = Path(__file__).parents[1]
+
+
+def train_dense(dataset: Path, output: Path, **settings: object) -> None:
+    run_step("train_dense", {"dense": TINY | settings}, {"dataset": str(dataset)}, {"model": str(output)})
+
+
+def test_all_steps_in_a_row(digits_folder: Path, tmp_path: Path) -> None:
+    def folder(name: str) -> str:
+        return str(tmp_path / name)
+
+    dataset = {"dataset": str(digits_folder)}
+    variant = {"method": "scop", "prune_rate": 0.5, "residual": "coupled", "round_to": 8}
+    finetune = {"epochs": 3, "batch_size": 64, "lr": 0.05, "distillation": {"weight": 0.5}}
+    train_dense(digits_folder, tmp_path / "dense", epochs=6, lr=0.05)
+    dense = {"dense": folder("dense")}
+    knockoff = {"epochs": 1, "batch_size": 64}
+    run_step("train_knockoff", {"knockoff": knockoff}, dataset | dense, {"scores": folder("scores")})
+    run_step("select_channels", {"variant": variant}, dense | {"scores": folder("scores")}, {"plan": folder("plan")})
+    run_step(
+        "finetune",
+        {"finetune": finetune, "variant": variant},
+        dataset | dense | {"plan": folder("plan")},
+        {"model": folder("pruned")},
+    )
+    measured = run_step(
+        "evaluate",
+        {"evaluate": {"batch_sizes": [1, 8], "repeats": 3}, "variant": variant},
+        dataset | dense | {"pruned": folder("pruned")},
+        {"evaluation": folder("evaluation")},
+    )
+    run_step(
+        "export",
+        {"export": {}, "variant": variant},
+        dataset | {"pruned": folder("pruned"), "evaluation": folder("evaluation")},
+        {"exported": folder("exported")},
+    )
+    run_step(
+        "compare",
+        {},
+        {"scores": folder("scores"), "evaluations": [folder("evaluation")], "exports": [folder("exported")]},
+        {"report": folder("report")},
+    )
+
+    assert sum(map(sum, measured.confusion)) == 360
+    assert measured.metrics["params_removed"] > 0.5
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())["variants"][0]
+    assert set(summary["dense"]) == {"top1", "top5", "params", "macs", "bytes", "latency_ms"}
+    assert set(summary["pruned"]["latency_ms"]) == {"1", "8"}
+    assert set(summary["pruned"]["latency_ms"]["1"]) == {"p50", "p95"}
+    assert set(summary["exactness"]) == {"masked_pruned", "pruned_reloaded", "pruned_onnx", "pruned_pt2"}
+    assert max(summary["exactness"].values()) < 1e-4
+    assert Path(summary["onnx"]).is_file()
+    exported = load_model(summary["model"])
+    assert (exported.first.out_channels, exported.second.out_channels) == (8, 8)  # 12 of 24 is a tie of 8 and 16
+    assert summary["pruned"]["top1"] > 0.7
+    record = json.loads((tmp_path / "pruned" / "step.json").read_text())
+    assert record["status"] == "done"
+    assert record["config"]["finetune"]["epochs"] == 3
+    assert record["inputs"]["plan"]["uri"] == folder("plan")
+    assert len(record["inputs"]["plan"]["content"]) == 64
+
+
+def test_given_weights_are_taken_as_they_are(digits_folder: Path, model_folder: Path, tmp_path: Path, trained) -> None:
+    train_dense(digits_folder, tmp_path / "dense", weights=str(model_folder / "model.safetensors"))
+    loaded = load_model(tmp_path / "dense")
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_a_step_that_fails_leaves_a_record_and_no_whole_output(digits_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dense"
+    train_dense(digits_folder, output)
+    assert (output / MANIFEST).exists()
+    with pytest.raises(UserError, match="the loss is"):
+        train_dense(digits_folder, output, lr=1e30, epochs=2)
+    assert not (output / MANIFEST).exists()
+    record = json.loads((output / "step.json").read_text())
+    assert record["status"] == "failed"
+    assert "the loss is" in record["error"]
+    with pytest.raises(UserError, match="was not finished"):
+        load_model(output)
+
+
+def test_a_killed_step_resumes_to_the_same_weights(digits_folder: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 30, "lr": 0.05, "precision": "fp32"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    code = (
+        "from scop.steps.runtime import run_step; "
+        f"run_step('train_dense', {{'dense': {TINY | settings!r}}}, "
+        f"{{'dataset': {str(digits_folder)!r}}}, {{'model': {str(killed)!r}}})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "epoch 3/30" in line:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert (killed / "checkpoint.pt").exists()
+    with pytest.raises(UserError, match="was not finished"):
+        load_model(killed)
+    with pytest.raises(UserError, match="another configuration or other inputs"):
+        train_dense(digits_folder, killed, **settings | {"lr": 0.01})
+
+    train_dense(digits_folder, killed, **settings)
+    train_dense(digits_folder, whole, **settings)
+    resumed, undisturbed = (load_model(folder).state_dict() for folder in (killed, whole))
+    assert all(torch.equal(value, undisturbed[key]) for key, value in resumed.items())
+    assert not (killed / "checkpoint.pt").exists()
+    assert len(json.loads((killed / "history.json").read_text())) == 30
+
+
+def test_inputs_and_outputs_are_checked_before_any_work(
+    digits_folder: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    dataset = {"dataset": str(digits_folder)}
+    out = {"model": str(tmp_path / "out")}
+    for config, inputs, outputs, message in (
+        ({"dense": TINY}, {}, out, "needs --input dataset=FOLDER"),
+        ({"dense": TINY}, dataset | {"modle": "x"}, out, "has no input 'modle'"),
+        ({"dense": TINY}, dataset, {}, "needs --output model=FOLDER"),
+        ({"dense": TINY}, {"dataset": str(model_folder)}, out, "holds a model, but a dataset is needed"),
+        ({"dense": TINY}, {"dataset": str(tmp_path / "no")}, out, "is not there"),
+        ({"dense": TINY | {"epoch": 1}}, dataset, out, "did you mean 'epochs'"),
+        ({"dense": TINY | {"batch_size": 5000}}, dataset, out, "1295 training images are fewer than a batch"),
+        ({"dense": TINY | {"model": "tests.helpers:OnlyLinear", "weights": "no.pt"}}, dataset, out, "do not exist"),
+        ({"dense": TINY | {"model": "torchvision:resnet18"}}, dataset, out, "set data.channels: 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_step("train_dense", config, inputs, outputs)
+        assert not (tmp_path / "out" / MANIFEST).exists()
+    with pytest.raises(UserError, match="step 'train' is unknown"):
+        run_step("train", {}, {}, {})
+
+
+def test_foreign_files_in_an_output_folder_are_not_touched(digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        train_dense(digits_folder, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_output_that_cannot_be_written_is_named(digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output folder .*file/model cannot be written"):
+        train_dense(digits_folder, tmp_path / "file" / "model")
+    with pytest.raises(UserError, match="output folder /proc/model cannot be written"):
+        train_dense(digits_folder, Path("/proc/model"))
+
+
+def test_a_network_without_prunable_layers_is_refused(digits_folder: Path, tmp_path: Path) -> None:
+    train_dense(digits_folder, tmp_path / "dense", model="tests.helpers:OnlyLinear")
+    with pytest.raises(UserError, match="no prunable layer"):
+        run_step(
+            "train_knockoff",
+            {"knockoff": {"epochs": 1}},
+            {"dataset": str(digits_folder), "dense": str(tmp_path / "dense")},
+            {"scores": str(tmp_path / "scores")},
+        )
+
+
+def test_the_exactness_gate_fails_the_step(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    train_dense(digits_folder, tmp_path / "dense", model="tests.helpers:Offset")
+    variant = {"method": "l1", "prune_rate": 0.5}
+    inputs = {"dataset": str(digits_folder), "dense": str(tmp_path / "dense")}
+    run_step("train_knockoff", {"knockoff": {"epochs": 1}}, inputs, {"scores": str(tmp_path / "scores")})
+    select = {"dense": inputs["dense"], "scores": str(tmp_path / "scores")}
+    run_step("select_channels", {"variant": variant}, select, {"plan": str(tmp_path / "plan")})
+    with pytest.raises(UserError, match="the pruned network differs from the masked one by"):
+        run_step(
+            "finetune",
+            {"finetune": {"epochs": 1}, "variant": variant},
+            inputs | {"plan": str(tmp_path / "plan")},
+            {"model": str(tmp_path / "pruned")},
+        )
+
+
+def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["step", "prepare_data", "--output", f"dataset={tmp_path / 'data'}"]) == 0
+    assert (tmp_path / "data" / MANIFEST).exists()
+    capsys.readouterr()
+    for arguments, message in (
+        (["step", "prepare_data"], "needs --output dataset=FOLDER"),
+        (["step", "prepare_data", "--output", "dataset"], "must have the form NAME=DIR"),
+        (["step", "prepare", "--output", "dataset=x"], "step 'prepare' is unknown"),
+        (["step", "finetune", "--variant", "x"], "--variant 'x' is not in the configuration"),
+        (["run", "-f", "nowhere.yaml"], "neither a file nor a preset"),
+        (["run", "--set", "variants.0.prune_rate=2", "--out", str(tmp_path)], "'variants.0.prune_rate' is 2"),
+        (["run", "--out", "/proc/runs"], "output folder /proc/runs/"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("scop: error: ")
+        assert error.count("\n") == 1
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    code = "import sys; from scop.cli import _parser; _parser().format_help(); print(*sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert not {"torch", "mlflow", "kfp", "numpy", "pydantic"} & set(result.stdout.split())

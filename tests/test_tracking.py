@@ -1,0 +1,143 @@
+"""Tracking against a real MLflow server, while it lives and after it died."""
+
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scop import UserError, load_model
+from scop.steps.runtime import run_step
+from scop.tracking import PARENT_VARIABLE, UNSENT, MlflowTracker, end_parent, start_parent
+
+TINY = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    uri: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A real MLflow server; MLFLOW_TRACKING_URI names it."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    running = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        wait_for(running, tmp_path / "server.log")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        yield running
+    finally:
+        if process.poll() is None:
+            running.kill()
+
+
+def wait_for(server: Server, log: Path) -> None:
+    ready = threading.Event()
+    for _ in range(600):
+        assert server.process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"{server.uri}/health", timeout=1) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            ready.wait(0.1)
+    raise TimeoutError(log.read_text())
+
+
+def test_a_step_is_a_child_run_on_the_server(server: Server, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    parent = start_parent("experiment", "run", {"scop.run": "run"}, None)
+    monkeypatch.setenv(PARENT_VARIABLE, parent)
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
+    end_parent(parent, True, {"seconds": 1.0}, [])
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
+    (child,) = (run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent)
+    assert child.info.status == "FINISHED"
+    assert child.data.params["dense.batch_size"] == "64"
+    assert len(client.get_metric_history(child.info.run_id, "validation_top1")) >= 2
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+def test_a_server_that_dies_costs_no_training(server: Server, tmp_path: Path, capsys) -> None:
+    tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    assert not (tmp_path / UNSENT).exists()
+    server.kill()
+    tracker.log_metrics({"loss": 0.5}, step=2)
+    tracker.log_metrics({"loss": 0.25}, step=3)
+    tracker.close(succeeded=True)
+    assert capsys.readouterr().out.count("tracking: MLflow failed") == 1
+    unsent = [json.loads(line) for line in (tmp_path / UNSENT).read_text().splitlines()]
+    assert [entry["what"] for entry in unsent] == ["metrics", "metrics", "close"]
+    assert unsent[1]["content"] == {"step": 3, "loss": 0.25}
+
+
+def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    output = tmp_path / "model"
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
+    assert load_model(output) is not None
+    assert "the step goes on" in capsys.readouterr().out
+    assert (output / UNSENT).exists()
+
+
+def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI and its credentials"):
+        start_parent("experiment", "run", {}, None)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers as a server behind authentication does."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", "Basic")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_refused_credentials_are_a_clear_error_at_the_start(tmp_path: Path, monkeypatch) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{refusing.server_port}")
+        with pytest.raises(UserError, match="refuses access .*MLFLOW_TRACKING_USERNAME"):
+            MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+        refusing.shutdown()
