@@ -87,7 +87,7 @@ class TrainingSection(Section):
             10 at half and at three quarters.
         warmup_epochs: the rate rises linearly from near 0 for so long; may be a fraction.
         label_smoothing: share of the label's probability spread over all classes.
-        crop_padding, flip: augmentation, see `scop.data.Augmentation`.
+        crop_padding, flip: augmentation, see `scop.batches.Augmentation`.
         precision: bf16 autocast, fp32, or auto: bf16 where the device has it natively.
         compile: run through torch.compile.
         keep: the weights of the last epoch, or of the best one on the validation split.

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from scop.artifacts import save_model
+from scop.batches import Augmentation, Batches
 from scop.config import DataSection, DenseSection
-from scop.data import Augmentation, Batches, Dataset, load_dataset, save_dataset
+from scop.data import Dataset, load_dataset, save_dataset
 from scop.models import make_model
 from scop.sources import load_source
 from scop.spec import attach_spec, spec_of

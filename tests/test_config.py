@@ -89,3 +89,10 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'digits-resnet20'"):
         find_config("digit-resnet20")
     assert find_config("digits-resnet20").is_file()
+
+
+def test_every_setting_is_described_and_the_page_is_up_to_date() -> None:
+    from pipelines.reference import PATH, render, undocumented
+
+    assert undocumented() == []
+    assert PATH.read_text() == render(), "run make docs"

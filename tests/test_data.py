@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from scop import UserError
+from scop.batches import Augmentation, Batches
 from scop.config import DataSection
-from scop.data import Augmentation, Batches, Dataset, Split, load_dataset, make_dataset, save_dataset
+from scop.data import Dataset, Split, load_dataset, make_dataset, save_dataset
 from scop.manifest import MANIFEST
 from scop.sources import load_source
 from tests.helpers import SHARED, write_images

@@ -8,8 +8,8 @@ from torch import nn
 
 import scop
 from scop import UserError, make_model, train_knockoffs
+from scop.batches import Batches
 from scop.config import DenseSection
-from scop.data import Batches
 from scop.graph import ChannelGraph
 from scop.knockoff import Competition, Scores, gated_layers, shuffle
 from scop.training import Supervised, fit, make_optimizer

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from scop import UserError, make_model
+from scop.batches import Augmentation, Batches
 from scop.config import DenseSection, DistillationSection, FinetuneSection
-from scop.data import Augmentation, Batches, Dataset
+from scop.data import Dataset
 from scop.evaluation import measure_accuracy
 from scop.training import Checkpoint, Supervised, fit, lr_factor, make_optimizer, recalibrate
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from scop.batches import Augmentation, Batches
 from scop.config import FinetuneSection, TrainingSection
-from scop.data import Augmentation, Batches, Dataset, SplitName
+from scop.data import Dataset, SplitName
 from scop.device import autocast_dtype
 from scop.evaluation import Accuracy, measure_accuracy
 from scop.steps.runtime import Context

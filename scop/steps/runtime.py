@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
@@ -231,8 +232,6 @@ def _describe(
     contents: Mapping[str, str | list[str]],
     outputs: Mapping[str, str],
 ) -> dict[str, Any]:
-    import torch
-
     return {
         "step": name,
         "version": scop.__version__,
@@ -241,7 +240,7 @@ def _describe(
         "image": os.environ.get(IMAGE_VARIABLE),
         "revision": git_revision(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "config": settings.model_dump(mode="json"),
         "inputs": {key: {"uri": _absolute(inputs[key]), "content": contents[key]} for key in inputs},
         "outputs": {key: _absolute(value) for key, value in outputs.items()},

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scop.artifacts import load_model
+from scop.batches import Augmentation, Batches
 from scop.config import KnockoffSection, Section
-from scop.data import Augmentation, Batches, load_dataset
+from scop.data import load_dataset
 from scop.knockoff import train_knockoffs
 from scop.manifest import write_manifest
 from scop.plots import score_histograms

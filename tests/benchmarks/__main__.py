@@ -1,0 +1,50 @@
+"""`make bench`: run the benchmarks, print a table, write JSON with machine and versions.
+
+Name some to run only these: ``make bench ARGS="batches finetuning"``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import machine
+from tests.benchmarks.speed import BENCHMARKS
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+
+
+def main(names: list[str]) -> int:
+    """Run benchmarks by name, all by default; returns 1 where one misses its bound."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"no benchmark {unknown[0]!r} (known: {', '.join(BENCHMARKS)})", file=sys.stderr)
+        return 2
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    missed = 0
+    for name in names or BENCHMARKS:
+        run, turns = BENCHMARKS[name]
+        results[name] = {**run(turns), "machine": machine(), "command": f"make bench ARGS={name}"}
+        for label, value, bound, kept in _figures(name, results[name]):
+            missed += not kept
+            print(f"{label:24} {value:8.3f}   {bound:14} {'' if kept else 'MISSED'}", flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if missed else 0
+
+
+def _figures(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """(label, figure, bound, whether it is kept) of a benchmark, which has one figure or several with names."""
+    if "at_most" in result or "at_least" in result:
+        value = result.get("ratio", result.get("seconds"))
+        if "at_most" in result:
+            return [(name, value, f"at most {result['at_most']}", value <= result["at_most"])]
+        return [(name, value, f"at least {result['at_least']}", value >= result["at_least"])]
+    parts = ((key, part) for key, part in result.items() if isinstance(part, dict))
+    return [figure for key, part in parts for figure in _figures(f"{name} {key}", part)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

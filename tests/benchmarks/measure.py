@@ -1,0 +1,49 @@
+"""Timing by turns: what is compared takes turns in one process, so that a noisy machine is noisy for all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from scop.device import describe_device, pick_device
+from scop.steps.runtime import git_revision
+
+
+def take_turns(work: Mapping[str, Callable[[], object]], turns: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each piece of work.
+
+    Args:
+        work: by name.
+        turns: timed rounds; in each every piece runs once.
+        warmup: rounds before these.
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(warmup + turns):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "device": describe_device(pick_device()),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "revision": git_revision(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }

@@ -1,0 +1,191 @@
+"""The speed figures that the README states, each a ratio inside one process, with the bound it must keep."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scop.batches import Augmentation, Batches
+from scop.config import DenseSection
+from scop.data import Dataset, Split, make_dataset
+from scop.device import pick_device
+from scop.graph import ChannelGraph
+from scop.knockoff import Competition, shuffle
+from scop.models import make_model
+from scop.selection import select_channels
+from scop.steps.runtime import run_step
+from scop.surgery import prune
+from scop.tracking import PARENT_VARIABLE, start_parent
+from scop.training import Supervised, make_optimizer
+from tests.benchmarks.measure import take_turns
+
+SHAPE = (3, 32, 32)
+ROOT = Path(__file__).parents[2]
+
+
+def synthetic(count: int = 20_000) -> Dataset:
+    """Random images of CIFAR's shape: speed does not depend on what they show."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (count, *SHAPE), dtype=np.uint8)
+    labels = np.arange(count, dtype=np.int64) % 10
+    small = Split(images[:100], labels[:100])
+    return make_dataset("noise", [str(i) for i in range(10)], Split(images, labels), small)
+
+
+def training_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
+    """A plain training step of the project's own loop: forward, backward, optimizer."""
+    device = pick_device()
+    section = DenseSection(lr=1e-4)
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    objective, optimizer = Supervised(model, device, section), make_optimizer(model, section)
+
+    def step() -> None:
+        loss, _ = objective.loss(images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def random_batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    device = pick_device()
+    images = torch.randn(count, *SHAPE).to(device, memory_format=torch.channels_last)
+    return images, torch.randint(0, 10, (count,)).to(device)
+
+
+def batches(turns: int) -> dict[str, Any]:
+    """What a batch costs, as a share of a ResNet-20 training step."""
+    dataset, device = synthetic(), pick_device()
+    source = Batches(dataset["train"], dataset.info, 128, device, Augmentation(crop_padding=4, flip=True))
+    stream = iter(source)
+
+    def batch() -> None:
+        nonlocal stream
+        try:
+            next(stream)
+        except StopIteration:
+            stream = iter(source)
+            next(stream)
+
+    times = take_turns({"batch": batch, "step": training_step(make_model("resnet20"), *random_batch(128))}, turns)
+    return {"ms": _ms(times), "ratio": times["batch"] / times["step"], "at_most": 0.05}
+
+
+def knockoff_step(turns: int) -> dict[str, Any]:
+    """A knockoff step against a plain training step, ResNet-20, batch 256."""
+    model, device = make_model("resnet20"), pick_device()
+    images, labels = random_batch(256)
+    competition = Competition(model, ChannelGraph(model, SHAPE), shuffle, device)
+    optimizer = torch.optim.Adam(competition.gates.parameters(), lr=0.004)
+
+    def step() -> None:
+        loss, _ = competition.loss(images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        competition.after_step()
+
+    times = take_turns({"knockoff": step, "plain": training_step(model, images, labels)}, turns)
+    return {"ms": _ms(times), "ratio": times["knockoff"] / times["plain"], "at_most": 1.4}
+
+
+def finetuning(turns: int) -> dict[str, Any]:
+    """Training throughput of pruned ResNet-56 against dense, rate 0.45, batch 128."""
+    dense = make_model("resnet56")
+    images, labels = random_batch(128)
+    scatter = prune(dense, select_channels(dense, method="l1", input_shape=SHAPE))
+    coupled = prune(dense, select_channels(dense, method="l1", input_shape=SHAPE, residual="coupled", round_to=8))
+    work = {
+        name: training_step(model, images, labels)
+        for name, model in (("dense", dense), ("scatter", scatter), ("coupled", coupled))
+    }
+    times = take_turns(work, turns)
+    return {
+        "ms": _ms(times),
+        "scatter": {"ratio": times["dense"] / times["scatter"], "at_least": 1.4},
+        "coupled": {"ratio": times["dense"] / times["coupled"], "at_least": 1.8},
+    }
+
+
+def help_seconds(turns: int) -> dict[str, Any]:
+    """How long `scop --help` takes."""
+    command = [sys.executable, "-m", "scop.cli", "--help"]
+    times = take_turns({"help": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns)
+    return {"seconds": times["help"], "at_most": 0.5}
+
+
+def step_overhead(turns: int) -> dict[str, Any]:
+    """Wall time of the cheapest step that loads a model, started as KFP starts it, with tracking.
+
+    `select_channels` with the control `l1` on a ResNet-20 computes for some milliseconds: all else is the start of the
+    process, imports, records and tracking.
+    """
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(name)
+        data, dense, scores = (str(folder / part) for part in ("data", "dense", "scores"))
+        run_step("prepare_data", {"data": {}}, {}, {"dataset": data})
+        run_step("train_dense", {"dense": {"epochs": 0}}, {"dataset": data}, {"model": dense})
+        knockoff = {"epochs": 1, "batch_size": 1024}
+        run_step("train_knockoff", {"knockoff": knockoff}, {"dataset": data, "dense": dense}, {"scores": scores})
+        with tracking(folder):
+            command = _as_kfp_does("select_channels", {"dense": dense, "scores": scores}, folder)
+            times = take_turns({"step": lambda: subprocess.run(command, check=True, capture_output=True)}, turns, 1)
+    return {"seconds": times["step"], "at_most": 8.0}
+
+
+@contextlib.contextmanager
+def tracking(folder: Path) -> Iterator[None]:
+    """A fresh MLflow database with a parent run, named in the environment."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ[PARENT_VARIABLE] = start_parent("benchmark", "benchmark", {}, str(folder / "artifacts"))
+    try:
+        yield
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"], os.environ[PARENT_VARIABLE]
+
+
+def _as_kfp_does(step: str, inputs: dict[str, str], folder: Path) -> list[str]:
+    """The command by which a KFP launcher runs a component with a variant and input artifacts."""
+
+    def artifacts(paths: dict[str, str]) -> dict[str, Any]:
+        kind = {"schemaTitle": "system.Artifact", "schemaVersion": "0.0.1"}
+        return {
+            name: {"artifacts": [{"name": name, "type": kind, "uri": path, "metadata": {}}]}
+            for name, path in paths.items()
+        }
+
+    executor_input = {
+        "inputs": {"artifacts": artifacts(inputs), "parameterValues": {"variant": {"method": "l1"}}},
+        "outputs": {
+            "artifacts": artifacts({"plan": str(folder / "plan")}),
+            "outputFile": str(folder / "executor_output.json"),
+        },
+    }
+    module = ROOT / "components" / step / "component.py"
+    command = [sys.executable, "-m", "kfp.dsl.executor_main", "--component_module_path", str(module)]
+    return [*command, "--function_to_execute", step, "--executor_input", json.dumps(executor_input)]
+
+
+def _ms(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(seconds * 1e3, 2) for name, seconds in times.items()}
+
+
+BENCHMARKS = {
+    "batches": (batches, 30),
+    "knockoff_step": (knockoff_step, 12),
+    "finetuning": (finetuning, 10),
+    "help": (help_seconds, 9),
+    "step_overhead": (step_overhead, 5),
+}
