@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from scop.config import KnockoffSection, Precision
+from scop.config import KnockoffSection, Precision, parse
 from scop.device import autocast, autocast_dtype, pick_device
 from scop.errors import UserError
 from scop.graph import ChannelGraph
-from scop.training import Checkpoint, EpochRecord, TrainingBatches, fit
+from scop.training import Checkpoint, EpochRecord, TrainingBatches, fit, to_device
 
 KnockoffSource = Callable[[Tensor, Tensor], Tensor]
 """Makes knockoff images (B, C, H, W) of real ones (B, C, H, W) and their labels (B,)."""
@@ -139,7 +139,7 @@ def train_knockoffs(
     Raises:
         UserError: no layer can be pruned, or a setting is bad.
     """
-    section = KnockoffSection(**settings) if section is None else section.model_copy(update=settings)
+    section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
     device = device or pick_device()
     images, _ = next(iter(batches))
     channels, height, width = images.shape[1:]
@@ -223,6 +223,7 @@ class Competition:
         pass
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = to_device(images, labels, self.device)
         with autocast(self.device, self.dtype):
             self._mixing = False
             with torch.no_grad():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from scop.config import VariantSection
+from scop.config import VariantSection, parse
 from scop.errors import UserError
 from scop.graph import ChannelGraph, Prunable
 from scop.knockoff import Scores
@@ -42,8 +42,6 @@ def select_channels(
     Raises:
         UserError: a setting is bad, scores are missing or do not fit, or nothing can be pruned.
     """
-    from scop.config import parse
-
     variant = parse(VariantSection, settings) if variant is None else variant
     shape = input_shape or (scores.input_shape if isinstance(scores, Scores) else None)
     if shape is None:

@@ -10,8 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,9 @@ from scop.config import DistillationSection, TrainingSection
 from scop.device import autocast, autocast_dtype
 from scop.errors import UserError
 from scop.progress import progress
+
+# Looking at the loss makes a GPU wait, so not at every step.
+_STEPS_BETWEEN_CHECKS = 20
 
 
 class Objective(Protocol):
@@ -104,6 +106,7 @@ class Supervised:
         self.model.train()
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = to_device(images, labels, self.device)
         with autocast(self.device, self.dtype):
             logits = self._forward(images)
         logits = logits.float()
@@ -123,6 +126,11 @@ class Supervised:
 
     def after_step(self) -> None:
         pass
+
+
+def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch on the device, channels last; nothing is copied where it is that already."""
+    return images.to(device, memory_format=torch.channels_last, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:
@@ -242,7 +250,7 @@ def fit(
     """
     if keep == "best" and validate is None:
         raise UserError("keep: best needs a validation split; set data.validation above 0 or keep: last")
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    rate = _LearningRate(optimizer, schedule, total_steps=epochs * len(batches), warmup=warmup_epochs / max(1, epochs))
     history: list[EpochRecord] = []
     best: dict[str, Tensor] | None = None
     if checkpoint and (saved := checkpoint.load()):
@@ -251,60 +259,70 @@ def fit(
         history, best = [EpochRecord(**record) for record in saved["history"]], saved["best"]
         print(f"{label}: resumes after epoch {len(history)} of {epochs} from {checkpoint.path}", flush=True)
 
-    total = max(1, epochs * len(batches))
     for epoch in range(len(history), epochs):
         torch.manual_seed(seed * 1_000_003 + epoch)
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
-        objective.start_epoch()
-        started = time.perf_counter()
-        tally = _Tally(first_step=epoch * len(batches))
-        with progress(len(batches), f"{label} {epoch + 1}/{epochs}") as bar:
-            for step, (images, labels) in enumerate(batches, start=epoch * len(batches)):
-                factor = lr_factor(schedule, step / total, warmup_epochs / epochs)
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * factor
-                loss, logits = objective.loss(images, labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                objective.after_step()
-                tally.add(loss, logits, labels, peaks[0] * factor)
-                bar.update(1)
-                if step % 20 == 19:
-                    bar.set_postfix(loss=f"{tally.check():.4f}")
-        tally.check()
-        record = EpochRecord(
-            epoch=epoch + 1,
-            lr=optimizer.param_groups[0]["lr"],
-            loss=tally.mean_loss,
-            top1=tally.top1,
-            seconds=round(time.perf_counter() - started, 3),
-        )
+        record = _train_epoch(objective, batches, optimizer, rate, epoch, f"{label} {epoch + 1}/{epochs}")
         if validate is not None:
-            validation_loss, validation_top1 = validate()
-            record = EpochRecord(**asdict(record) | _validation(validation_loss, validation_top1))
-            if keep == "best" and validation_top1 >= max((r.validation_top1 or 0 for r in history), default=0):
+            loss, top1 = validate()
+            record = replace(record, validation_loss=loss, validation_top1=top1)
+            if keep == "best" and top1 >= max((r.validation_top1 or 0 for r in history), default=0):
                 best = {key: value.detach().clone() for key, value in objective.state.state_dict().items()}
         history.append(record)
         on_epoch(record)
         print(_line(label, record, epochs), flush=True)
         if checkpoint:
-            checkpoint.save(
-                {
-                    "model": objective.state.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": [asdict(r) for r in history],
-                    "best": best,
-                }
-            )
+            state = {"model": objective.state.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
+            checkpoint.save(state | {"history": [asdict(r) for r in history]})
     if best is not None:
         objective.state.load_state_dict(best)
     return history
 
 
-def _validation(loss: float, top1: float) -> dict[str, float]:
-    return {"validation_loss": loss, "validation_top1": top1}
+def _train_epoch(
+    objective: Objective,
+    batches: TrainingBatches,
+    optimizer: torch.optim.Optimizer,
+    rate: _LearningRate,
+    epoch: int,
+    label: str,
+) -> EpochRecord:
+    """One pass over the batches; raises UserError at a loss that is not finite."""
+    first_step = epoch * len(batches)
+    tally = _Tally(first_step)
+    started = time.perf_counter()
+    objective.start_epoch()
+    with progress(len(batches), label) as bar:
+        for step, (images, labels) in enumerate(batches, start=first_step):
+            lr = rate.set(step)
+            loss, logits = objective.loss(images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            objective.after_step()
+            tally.add(loss, logits, labels, lr)
+            bar.update(1)
+            if step % _STEPS_BETWEEN_CHECKS == 0:
+                bar.set_postfix(loss=f"{tally.check():.4f}")
+    tally.check()
+    seconds = round(time.perf_counter() - started, 3)
+    return EpochRecord(epoch=epoch + 1, lr=tally.rates[-1], loss=tally.mean_loss, top1=tally.top1, seconds=seconds)
+
+
+class _LearningRate:
+    """Sets the rate of every parameter group to its peak times the schedule's factor."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: str, total_steps: int, warmup: float) -> None:
+        self.optimizer, self.schedule, self.total_steps, self.warmup = optimizer, schedule, total_steps, warmup
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def set(self, step: int) -> float:
+        """Set it for a step, counted from 0; returns the first group's rate."""
+        factor = lr_factor(self.schedule, step / max(1, self.total_steps), self.warmup)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        return self.peaks[0] * factor
 
 
 def _line(label: str, record: EpochRecord, epochs: int) -> str:
@@ -326,7 +344,7 @@ class _Tally:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, lr: float) -> None:
         self.losses.append(loss.detach())
         self.rates.append(lr)
-        self.hits = self.hits + (logits.detach().argmax(1) == labels).sum()
+        self.hits = self.hits + (logits.detach().argmax(1) == labels.to(logits.device)).sum()
         self.seen += len(labels)
 
     def check(self) -> float:
@@ -364,18 +382,3 @@ def _first(batches: TrainingBatches, count: int) -> Iterator[tuple[Tensor, Tenso
         batches.set_epoch(0)
     for batch, _ in zip(batches, range(count), strict=False):
         yield batch
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within, no parameter of the model takes gradients and all of it is in eval mode; afterwards all is as before."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    model.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
