@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench docs lock clean
+.PHONY: help setup run test test-slow lint format bench docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ bench: $(READY)  ## measure speed; JSON goes to tests/benchmarks/results
 
 docs: $(READY)  ## make docs/configuration.md from the docstrings
 	$(BIN)/python -m pipelines.reference
+
+results: $(READY)  ## make docs/results.md from the measured figures
+	$(BIN)/python -m tests.benchmarks.tables
 
 lock: $(READY)  ## pin the newest versions that pyproject.toml allows, with hashes
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \

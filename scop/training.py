@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from scop.config import DistillationSection, TrainingSection
 from scop.device import autocast, autocast_dtype
 from scop.errors import UserError
+from scop.narrow import NarrowBatchNorms
 from scop.progress import progress
 
 # Looking at the loss makes a GPU wait, so not at every step.
@@ -96,6 +98,9 @@ class Supervised:
         self.dtype = autocast_dtype(device, section.precision)
         self.smoothing = section.label_smoothing
         self.teacher, self.distillation = teacher, distillation or DistillationSection()
+        # A compiler makes kernels of its own for every width.
+        fast = device.type == "cpu" and not section.compile
+        self._narrow: AbstractContextManager[Any] = NarrowBatchNorms() if fast else nullcontext()
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if section.compile else model
 
     @property
@@ -107,7 +112,7 @@ class Supervised:
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), self._narrow:
             logits = self._forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)

@@ -182,10 +182,21 @@ def _ms(times: dict[str, float]) -> dict[str, float]:
     return {name: round(seconds * 1e3, 2) for name, seconds in times.items()}
 
 
+def default_run(turns: int) -> dict[str, Any]:
+    """`scop run` on its default configuration, from its start to the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "scop.cli", "run", "--out", folder]
+        times = take_turns(
+            {"run": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns, 0
+        )
+    return {"seconds": times["run"], "at_most": 240}
+
+
 BENCHMARKS = {
     "batches": (batches, 30),
     "knockoff_step": (knockoff_step, 12),
     "finetuning": (finetuning, 10),
     "help": (help_seconds, 9),
     "step_overhead": (step_overhead, 5),
+    "default_run": (default_run, 1),
 }

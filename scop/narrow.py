@@ -1,0 +1,129 @@
+"""Batch norm of narrow feature maps, fast on CPUs.
+
+PyTorch's kernels for channels-last memory work on 16 channels at a time. Pruned layers have 9 or 18, and fall off that
+road: a batch norm of 9 channels takes twice as long as one of 16. But to a kernel that only sees memory, k neighbouring
+pixels of C channels are one pixel of k * C channels. Statistics of these are combined to those of the C channels, and
+the normalisation itself is the same. With k * C a multiple of 16 everything runs at full width: 3.3 times as fast for 9
+channels, twice for 18 (bf16, two cores).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_LANES = 16
+_WIDEST = 32
+"""From here on the kernels are fast enough by themselves."""
+
+
+class NarrowBatchNorms(TorchFunctionMode):
+    """Within, batch norms in training take the fast way where there is one; all else is as before."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, by folding where that helps."""
+    fold = _fold_of(x)
+    if not training or fold == 1 or weight is None or bias is None:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    output, mean, var = _FoldedBatchNorm.apply(x, weight, bias, eps, fold)
+    if running_mean is not None and running_var is not None:
+        count = x.numel() / x.shape[1]
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    return output
+
+
+def _fold_of(x: Tensor) -> int:
+    """How many pixels to take for one, or 1 where folding does not help."""
+    if x.dim() != 4 or x.device.type != "cpu" or x.is_contiguous():
+        return 1
+    channels = x.shape[1]
+    fold = math.lcm(channels, _LANES) // channels
+    whole = x.is_contiguous(memory_format=torch.channels_last) and (x.numel() // channels) % fold == 0
+    return fold if whole and channels < _WIDEST else 1
+
+
+class _FoldedBatchNorm(torch.autograd.Function):
+    """Batch norm in training over (N, C, H, W), channels last; returns (output, mean, biased variance)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, fold: int) -> tuple[Tensor, ...]:
+        folded = _folded(x, fold)
+        ones = torch.ones(folded.shape[1])
+        # float32 weights make the kernel give float32 statistics of bfloat16 maps.
+        _, means, inverses = torch.native_batch_norm(folded, ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
+        means, variances = means.view(fold, -1), (inverses.square().reciprocal() - eps).view(fold, -1)
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        output = _normalise(folded, mean, var, weight.float(), bias.float(), eps, fold)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.fold = eps, fold
+        ctx.mark_non_differentiable(mean, var)
+        return _unfolded(output, x), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        fold, eps, scale = ctx.fold, ctx.eps, weight.float()
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        folded = _folded(x, fold)
+        # As if the statistics were constants: gives the sums that the weight's and the bias's gradients are.
+        direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            _folded(gradient, fold),
+            folded,
+            scale.repeat(fold),
+            mean.repeat(fold),
+            var.repeat(fold),
+            None,
+            None,
+            False,
+            eps,
+            [True, True, True],
+        )
+        by_weight, by_bias = by_weight.view(fold, -1).sum(0), by_bias.view(fold, -1).sum(0)
+        # Through the statistics flows -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
+        share = -scale * (var + eps).rsqrt() / (x.numel() // x.shape[1])
+        through = _normalise(folded, mean, var, share * by_weight, share * by_bias, eps, fold)
+        return _unfolded(direct.add_(through), x), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None, None
+
+
+def _folded(x: Tensor, fold: int) -> Tensor:
+    """(N, C, H, W), channels last -> (N*H*W/fold, fold*C, 1, 1), the same memory, also channels last."""
+    width = fold * x.shape[1]
+    return x.as_strided((x.numel() // width, width, 1, 1), (width, 1, width, width))
+
+
+def _unfolded(folded: Tensor, like: Tensor) -> Tensor:
+    # Not a view: the network may go on in place, which autograd forbids for views that a Function returns.
+    return folded.new_empty(0).set_(folded.untyped_storage(), 0, like.shape, like.stride())  # type: ignore[call-overload]
+
+
+def _normalise(
+    folded: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, fold: int
+) -> Tensor:
+    statistics = (mean.repeat(fold), var.repeat(fold), weight.repeat(fold), bias.repeat(fold))
+    return F.batch_norm(folded, *statistics, False, 0.0, eps)

@@ -1,0 +1,132 @@
+"""`make results`: docs/results.md, made from the JSON files in tests/benchmarks/results.
+
+    python -m tests.benchmarks.tables add NAME runs/RUN "COMMAND" "DATA"
+
+takes a finished run in: its summary, its configuration and the machine; DATA is what the tables call its images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scop.report import human
+from tests.benchmarks.measure import machine
+
+FOLDER = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+_INTRODUCTION = """# Results
+
+Every table is made by `make results` from the JSON files in
+[tests/benchmarks/results](../tests/benchmarks/results), which hold configuration, machine, versions and command.
+"""
+
+
+def add(name: str, folder: Path, command: str, data: str) -> None:
+    """Take a finished run into the results."""
+    summary = json.loads((folder / "summary.json").read_text())
+    for variant in summary["variants"]:
+        del variant["model"], variant["onnx"]  # paths of the machine that it ran on
+    record = next(json.loads(path.read_text()) for path in sorted(folder.rglob("step.json")))
+    content = {
+        "command": command,
+        "data": data,
+        "machine": machine() | {"torch": record["torch"], "revision": record["revision"]},
+        "config": yaml.safe_load((folder / "config.yaml").read_text()),
+        "seconds": summary["seconds"],
+        "variants": summary["variants"],
+    }
+    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def render() -> str:
+    """The page, as Markdown."""
+    runs = [path for path in sorted(FOLDER.glob("*.json")) if path.name != "speed.json"]
+    sections = [_run(path.stem, json.loads(path.read_text())) for path in runs]
+    speed = FOLDER / "speed.json"
+    if speed.exists():
+        sections.append(_speed(json.loads(speed.read_text())))
+    return "\n".join([_INTRODUCTION, *sections])
+
+
+def _run(name: str, content: dict[str, Any]) -> str:
+    variants = content["variants"]
+    reference = next((v for v in variants if v["method"] == "none"), None)
+    rows = [
+        _row("dense, as given" if content["config"]["dense"].get("weights") else "dense", variants[0]["dense"], None)
+    ]
+    rows += [_row(v["name"], v["pruned"], reference and reference["pruned"]) for v in variants]
+    config, device = content["config"], content["machine"]
+    finetune = config["finetune"]
+    return f"""## {name}: {content["data"]}
+
+{config["dense"]["model"]}; knockoff phase of {config["knockoff"]["epochs"]} epochs; fine-tuning of {finetune["epochs"]}
+epochs, batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]};
+residual rule {config["variants"][0]["residual"]}; one seed. The last column compares with `none`: nothing removed,
+fine-tuned just as long.
+
+| network | top-1 | top-5 | parameters | MACs | ms, batch 1 | ms, batch 64 | against `none` |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alone on the machine). Machine:
+{device["device"]}, Python {device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}.
+"""
+
+
+def _row(name: str, figures: dict[str, Any], reference: dict[str, Any] | None) -> str:
+    cells = [
+        name,
+        f"{figures['top1']:.2%}",
+        f"{figures['top5']:.2%}",
+        human(figures["params"]),
+        human(figures["macs"]),
+        *(f"{value['p50']:.2f}" for value in figures["latency_ms"].values()),
+        f"{(figures['top1'] - reference['top1']) * 100:+.2f}" if reference else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _speed(content: dict[str, Any]) -> str:
+    finetuning, device = content["finetuning"], content["batches"]["machine"]
+    rows = [
+        ("a batch, as a share of a ResNet-20 training step", f"{content['batches']['ratio']:.1%}", "at most 5 %"),
+        (
+            "a knockoff step against a training step, ResNet-20, batch 256",
+            f"{content['knockoff_step']['ratio']:.2f}x",
+            "at most 1.4x",
+        ),
+        (
+            "training throughput of ResNet-56 pruned at 0.45 against dense, `scatter`",
+            f"{finetuning['scatter']['ratio']:.2f}x",
+            "at least 1.4x",
+        ),
+        (
+            "the same, `coupled`, widths a multiple of 8",
+            f"{finetuning['coupled']['ratio']:.2f}x",
+            "at least 1.8x",
+        ),
+        ("`scop --help`", f"{content['help']['seconds']:.2f} s", "at most 0.5 s"),
+        ("a step's own overhead, with tracking", f"{content['step_overhead']['seconds']:.1f} s", "at most 8 s"),
+        ("`make run` after set-up", f"{content['default_run']['seconds']:.0f} s", "at most 240 s"),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"""## Speed
+
+| what | measured | bound |
+| --- | --- | --- |
+{table}
+
+Command: `make bench`. Machine: {device["device"]}, Python {device["python"]}, torch {device["torch"]},
+{device["date"]}.
+"""
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"]:
+        add(sys.argv[2], Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+    PAGE.write_text(render())
