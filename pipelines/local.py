@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -69,10 +71,14 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(f"run {run_id}: {len(config.variants)} variant(s), everything in {folder}", flush=True)
 
-    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out / 'mlflow.db'}")
-    artifacts = str(out / "mlflow-artifacts") if uri.startswith("sqlite:") else None
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out / 'mlflow.db'}"
+    with _environment({"MLFLOW_TRACKING_URI": uri}):
+        return _run_tracked(config, folder, run_id, started)
+
+
+def _run_tracked(config: Config, folder: Path, run_id: str, started: float) -> LocalRun:
     tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
-    parent = start_parent(config.run.experiment, run_id, tags, artifacts)
+    parent = start_parent(config.run.experiment, run_id, tags)
     succeeded = False
     try:
         with _environment({RUN_VARIABLE: run_id, PARENT_VARIABLE: parent, **_terminal()}):
@@ -88,10 +94,18 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
     end_parent(
         parent,
         True,
-        {"seconds": summary["seconds"]},
+        _headline(summary),
         [folder / "config.yaml", folder / "summary.json", folder / "report.html"],
     )
-    return LocalRun(folder, summary, uri)
+    return LocalRun(folder, summary, os.environ["MLFLOW_TRACKING_URI"])
+
+
+def _headline(summary: dict[str, Any]) -> dict[str, float]:
+    """The figures by which pipeline runs are compared, for the parent run."""
+    metrics = {"seconds": float(summary["seconds"]), "dense/top1": summary["variants"][0]["dense"]["top1"]}
+    for variant in summary["variants"]:
+        metrics |= {f"{variant['name']}/{key}": variant["pruned"][key] for key in ("top1", "params", "macs")}
+    return metrics
 
 
 def _execute(config: Config, folder: Path) -> Path:
@@ -160,7 +174,7 @@ def print_result(run: LocalRun) -> None:
             human(figures["bytes"], "B"),
         ]
         table.add_row(name, *cells, *latencies)
-    console = Console(width=max(80, Console().width) if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=max(80, Console().width) if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print()
     console.print(table)
     console.print()
@@ -175,4 +189,6 @@ def mlflow_command(uri: str) -> str:
     """The line that opens MLflow's pages on the results."""
     if uri.startswith("http"):
         return uri
-    return f"mlflow server --backend-store-uri {uri} --port 5000   # then open http://127.0.0.1:5000"
+    # By its path where the virtual environment is not active, as after `make run`.
+    command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+    return f"{shlex.join([command, 'server', '--backend-store-uri', uri, '--port', '5000'])}  # http://127.0.0.1:5000"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scop.errors import UserError
-from scop.manifest import read_folder, write_manifest
+from scop.manifest import MANIFEST, read_folder, write_manifest
 from scop.models import make_model
 from scop.spec import ModelSpec, attach_spec, spec_of
 from scop.surgery import apply_cuts
@@ -28,6 +28,7 @@ from scop.training import EpochRecord
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
 HISTORY = "history.json"
+SURGERY = "surgery.json"
 
 
 def save_model(
@@ -37,6 +38,7 @@ def save_model(
     factory: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     history: list[EpochRecord] | None = None,
+    others: Sequence[str] = (),
 ) -> None:
     """Write a model folder.
 
@@ -45,15 +47,15 @@ def save_model(
         folder: is created; what it holds of a model is replaced.
         factory, arguments: how to build the dense network, where the model does not carry that itself.
         history: the epochs of its training, for reports.
+        others: further files, in the folder already, that belong to the model.
 
     Raises:
         UserError: nothing tells how to build the network again, or the folder cannot be written.
     """
     spec = spec_of(model)
     if factory is not None:
-        carried = spec.model_dump() if spec else {}
-        spec = ModelSpec.model_validate(carried | {"factory": factory, "arguments": dict(arguments or {})})
-    if spec is None:
+        spec = (spec or ModelSpec()).model_copy(update={"factory": factory, "arguments": dict(arguments or {})})
+    if spec is None or spec.factory is None:
         raise UserError(
             f"save_model cannot tell how to build this {type(model).__name__} again: make it by scop.make_model(NAME), "
             "or say save_model(..., factory='package.module:function', arguments={...})"
@@ -61,12 +63,15 @@ def save_model(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # While it is being written it is not whole; and an older model's history is not this one's.
+        for name in (MANIFEST, HISTORY):
+            (folder / name).unlink(missing_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         save_file(_unshared(state), folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(spec.model_dump_json(indent=1) + "\n")
         if history is not None:
             (folder / HISTORY).write_text(json.dumps([record.__dict__ for record in history], indent=1) + "\n")
-        write_manifest(folder, kind="model")
+        write_manifest(folder, "model", (WEIGHTS, DESCRIPTION, HISTORY, *others))
     except OSError as error:
         raise UserError(f"cannot write model folder {folder}: {error.strerror or error}") from error
 
@@ -91,10 +96,16 @@ def load_model(folder: str | Path) -> nn.Module:
     read_folder(folder, kind="model")
     try:
         spec = ModelSpec.model_validate_json((folder / DESCRIPTION).read_text())
-    except ValidationError as error:
+    except (OSError, ValidationError) as error:
         raise UserError(f"{folder / DESCRIPTION} does not describe a model") from error
+    if spec.factory is None:
+        raise UserError(f"{folder / DESCRIPTION} names no factory")
     model = apply_cuts(make_model(spec.factory, **spec.arguments), spec.cuts)
-    _assign(model, load_file(folder / WEIGHTS), folder / WEIGHTS)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    _assign(model, state, folder / WEIGHTS)
     return attach_spec(model, spec).eval()
 
 
@@ -153,3 +164,12 @@ def load_history(folder: Path) -> list[EpochRecord]:
     """The epochs of a model's training; empty where none were recorded."""
     path = folder / HISTORY
     return [EpochRecord(**record) for record in json.loads(path.read_text())] if path.exists() else []
+
+
+def load_surgery(folder: Path) -> dict[str, float]:
+    """What fine-tuning recorded of the surgery; raises UserError where the folder's model was not pruned by it."""
+    path = folder / SURGERY
+    if not path.is_file():
+        raise UserError(f"{folder} holds no pruned model (there is no {SURGERY}); give the output of finetune")
+    figures: dict[str, float] = json.loads(path.read_text())
+    return figures

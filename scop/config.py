@@ -17,12 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from scop.errors import UserError
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+"""What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
+
 ResidualRule = Literal["scatter", "inner", "coupled"]
 Method = Literal["scop", "random", "l1", "bn_gamma", "none"]
 Precision = Literal["auto", "bf16", "fp32"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -40,8 +44,8 @@ class RunSection(Section):
         experiment: the MLflow experiment; models are registered as EXPERIMENT-VARIANT.
     """
 
-    name: str | None = None
-    experiment: str = "scop"
+    name: Annotated[str, Field(pattern=NAME, max_length=60)] | None = None
+    experiment: Annotated[str, Field(pattern=NAME, max_length=100)] = "scop"
 
 
 class DataSection(Section):
@@ -63,14 +67,14 @@ class DataSection(Section):
     image_size: PositiveInt | None = None
     channels: Literal[1, 3] | None = None
     validation: Fraction = 0.1
-    seed: int = 0
+    seed: Seed = 0
     mean: list[float] | None = None
     std: list[PositiveFloat] | None = None
 
     @field_validator("channels", mode="before")
     @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def _whole_number(cls, value: Any) -> Any:
+        return _whole(value)
 
 
 class TrainingSection(Section):
@@ -108,7 +112,7 @@ class TrainingSection(Section):
     precision: Precision = "auto"
     compile: bool = False
     keep: Literal["last", "best"] = "last"
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _warmup_within(self) -> TrainingSection:
@@ -129,6 +133,12 @@ class DenseSection(TrainingSection):
     model: str = "resnet20"
     arguments: dict[str, Any] = {}
     weights: str | None = None
+
+    @field_validator("arguments")
+    @classmethod
+    def _whole_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """KFP hands all numbers over as doubles; a factory wants its whole numbers back."""
+        return {key: _whole(entry) for key, entry in value.items()}
 
 
 class KnockoffSection(Section):
@@ -152,7 +162,7 @@ class KnockoffSection(Section):
     crop_padding: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     precision: Precision = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class VariantSection(Section):
@@ -169,13 +179,13 @@ class VariantSection(Section):
         finetune: entries of section `finetune` that are different for this variant.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)] | None = None
+    name: Annotated[str, Field(pattern=NAME, max_length=60)] | None = None
     method: Method = "scop"
     prune_rate: Fraction = 0.45
     residual: ResidualRule = "scatter"
     round_to: PositiveInt = 1
     min_channels: PositiveInt = 1
-    seed: int = 0
+    seed: Seed = 0
     finetune: dict[str, Any] = {}
 
     @property
@@ -258,6 +268,15 @@ class Config(Section):
         return self
 
 
+def _whole(value: Any) -> Any:
+    """The value with every whole number in it an integer, however deep."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: _whole(entry) for key, entry in value.items()}
+    return [_whole(entry) for entry in value] if isinstance(value, list) else value
+
+
 def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneSection:
     """The section `finetune` with a variant's own entries put in."""
     return parse(FinetuneSection, section.model_dump() | variant.finetune, f"variants ({variant.label}).finetune")
@@ -332,9 +351,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; raises UserError where it does not."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

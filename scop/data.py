@@ -93,6 +93,10 @@ def make_dataset(
         missing = sorted(set(range(len(classes))) - set(np.unique(split.labels).tolist()))
         if missing and len(split):
             raise UserError(f"{source}: class {classes[missing[0]]!r} has no image in split {name!r}")
+    channels = train.images.shape[1]
+    for key, given in (("mean", mean), ("std", std)):
+        if given is not None and len(given) != channels:
+            raise UserError(f"data.{key} has {len(given)} entries, but the images have {channels} channels")
     own_mean, own_std = _statistics(train.images)
     info = DatasetInfo(
         source=source,
@@ -112,7 +116,9 @@ def _stratified(train: Split, fraction: float, seed: int, classes: list[str]) ->
     chosen = np.zeros(len(train), dtype=bool)
     for label in range(len(classes)):
         members = np.flatnonzero(train.labels == label)
-        chosen[generator.permutation(members)[: round(fraction * len(members))]] = True
+        # At least one image of each class in both parts, however small the class.
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1) if fraction else 0
+        chosen[generator.permutation(members)[: max(count, 0)]] = True
     if not chosen.any():
         return train, Split(train.images[:0], train.labels[:0])
     return (Split(train.images[~chosen], train.labels[~chosen]), Split(train.images[chosen], train.labels[chosen]))
@@ -123,7 +129,9 @@ def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     values = np.arange(256) / 255
     means, deviations = [], []
     for channel in range(images.shape[1]):
-        counts = np.bincount(images[:, channel].ravel(), minlength=256)
+        counts = np.zeros(256, dtype=np.int64)
+        for start in range(0, len(images), 4096):  # bincount makes an int64 copy of what it counts
+            counts += np.bincount(images[start : start + 4096, channel].ravel(), minlength=256)
         mean = float((counts * values).sum() / counts.sum())
         variance = float((counts * (values - mean) ** 2).sum() / counts.sum())
         means.append(round(mean, 6))
@@ -157,6 +165,13 @@ def load_dataset(folder: Path) -> Dataset:
         UserError: the folder is not a whole dataset.
     """
     read_folder(folder, kind="dataset")
+    try:
+        return _read_dataset(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no dataset that this version can read: {error}") from error
+
+
+def _read_dataset(folder: Path) -> Dataset:
     info = DatasetInfo.model_validate_json((folder / "dataset.json").read_text())
     splits: dict[SplitName, Split] = {
         name: Split(

@@ -73,7 +73,8 @@ def _argument(model: nn.Module) -> str:
 @torch.inference_mode()
 def _largest_difference(model: nn.Module, images: Tensor, other) -> float:  # type: ignore[no-untyped-def]
     """Over the whole batch, and over its first image alone: the batch must really be dynamic."""
-    return max(float((model(part) - other(part)).abs().max()) for part in (images, images[:1]))
+    # torch's maximum, unlike Python's, lets a NaN through.
+    return float(torch.stack([(model(part) - other(part)).abs().max() for part in (images, images[:1])]).max())
 
 
 @contextlib.contextmanager

@@ -46,8 +46,6 @@ _SUPPORTED = {
     _OP.ELEMENTWISE,
     _OP.CONCAT,
     _OP.RESHAPE,
-    _OP.LN,
-    _OP.GN,
 }
 
 
@@ -108,7 +106,7 @@ class ChannelGraph:
         self._calls = self._count_calls()
         try:
             self._dependencies = tp.DependencyGraph().build_dependency(
-                self._model, example_inputs=self._example(), verbose=False
+                self._model, example_inputs=(self._example(),), verbose=False
             )
         except Exception as error:
             raise UserError(f"the channels of {type(model).__name__} cannot be traced: {error}") from error
@@ -175,12 +173,11 @@ class ChannelGraph:
         if node.type == _OP.OUTPUT or not node.outputs:
             # A group reaches a layer without consumers only by its output channels: they are the network's answer.
             return "its channels are the network's output" if self._writes(dep) else None
-        if node.type not in _SUPPORTED:
+        convolution = isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d)
+        if node.type not in _SUPPORTED or convolution:
             return f"its channels pass through {name!r} ({node.type.name.lower()}), which is not supported"
         if node.type == _OP.RESHAPE and not _flattens(node):
             return "its channels pass through a reshape other than flattening"
-        if node.type == _OP.GN:
-            return f"its channels pass through the group norm {name!r}"
         if self._calls.get(module, 1) > 1 and list(module.parameters(recurse=False)):
             return f"{name!r} runs more than once in a forward pass"
         if isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -199,8 +196,17 @@ class ChannelGraph:
         """The decisions that a selection takes under a residual rule, in the model's order.
 
         Raises:
-            UserError: there is nothing to prune; the message says why for each convolution.
+            UserError: there is nothing to prune; the message says why.
         """
+        found, refusals = self.survey(rule)
+        if not found:
+            reasons = "; ".join(refusals[:4]) or "it has no convolution"
+            other = "" if rule == "coupled" else "; try residual: coupled"
+            raise UserError(f"no prunable layer under residual rule {rule!r} ({reasons}){other}")
+        return found
+
+    def survey(self, rule: ResidualRule) -> tuple[tuple[Prunable, ...], list[str]]:
+        """What a rule prunes, in the model's order, and for each group that it leaves whole the reason."""
         found: list[Prunable] = []
         refusals: list[str] = []
         streams = any(group.residual for group in self.groups)
@@ -213,24 +219,25 @@ class ChannelGraph:
                 found.append(Prunable(group.convs, group.channels, group.blocks, scatter=False))
             elif rule == "scatter":
                 ends = [conv for conv in group.convs if self._ends_branch(conv)]
+                if not ends:
+                    refusals.append(f"{group.name}: part of a residual stream to which no branch is simply added")
                 found += [Prunable((conv,), group.channels, self._groups_of(conv), scatter=True) for conv in ends]
             else:
                 refusals.append(f"{group.name}: part of a residual stream")
-        if not found:
-            reasons = "; ".join(refusals[:4]) or "it has no convolution"
-            raise UserError(f"no prunable layer under residual rule {rule!r} ({reasons}); try residual: coupled")
         order = {name: place for place, name in enumerate(self._names.values())}
-        return tuple(sorted(found, key=lambda p: order[p.name]))
+        return tuple(sorted(found, key=lambda p: order[p.name])), refusals
 
     def _groups_of(self, conv: str) -> int:
         return int(self._model.get_submodule(conv).groups)  # type: ignore[arg-type]
 
     def batch_norm(self, conv: str) -> str | None:
         """The name of the batch norm that alone reads the convolution's output, or None."""
-        outputs = self._node(conv).outputs
-        if len(outputs) == 1 and outputs[0].type == _OP.BN:
-            return self._names[outputs[0].module]
-        return None
+        node = self._nodes.get(self._model.get_submodule(conv))
+        if node is None or len(node.outputs) != 1 or node.outputs[0].type != _OP.BN:
+            return None
+        norm = node.outputs[0]
+        alone = len(norm.inputs) == 1 and self._calls.get(norm.module) == 1 and self._calls.get(node.module) == 1
+        return self._names[norm.module] if alone else None
 
     def _ends_branch(self, conv: str) -> bool:
         """Whether the convolution, with its batch norm, ends the deeper of two branches that an addition joins."""
@@ -251,14 +258,17 @@ class ChannelGraph:
     def _depths(self) -> dict[Any, int]:
         depths: dict[Any, int] = {}
         stack = list(self._nodes.values())
+        entered: set[Any] = set()
         while stack:
             node = stack[-1]
-            waiting = [source for source in node.inputs if source not in depths]
+            # A layer that runs twice is one node, so there can be cycles: what was entered already is not waited for.
+            waiting = [source for source in node.inputs if source not in depths and source not in entered]
+            entered.add(node)
             if waiting:
                 stack += waiting
                 continue
             own = node.type in (_OP.CONV, _OP.DEPTHWISE_CONV)
-            depths[node] = own + max((depths[source] for source in node.inputs), default=0)
+            depths[node] = own + max((depths.get(source, 0) for source in node.inputs), default=0)
             stack.pop()
         return depths
 

@@ -18,7 +18,6 @@ training step.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,15 +26,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scop.config import KnockoffSection, Precision, parse
 from scop.device import autocast, autocast_dtype, pick_device
 from scop.errors import UserError
 from scop.graph import ChannelGraph
+from scop.models import import_user_module
 from scop.training import Checkpoint, EpochRecord, TrainingBatches, fit, to_device
 
 KnockoffSource = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +46,7 @@ KnockoffSource = Callable[[Tensor, Tensor], Tensor]
 INITIAL_GATE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
     """The knockoff phase's result: layer -> W, a float32 tensor (channels,), on the CPU.
 
@@ -78,11 +80,12 @@ class Scores(Mapping[str, Tensor]):
     @classmethod
     def load(cls, path: Path) -> Scores:
         """Read what `save` wrote; the history is not part of it."""
-        from safetensors import safe_open
-
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            channels, height, width = map(int, file.metadata()["input_shape"].split("x"))
+        try:
+            with safe_open(path, "pt") as file:
+                channels, height, width = map(int, file.metadata()["input_shape"].split("x"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} holds no scores of the knockoff phase: {error}") from error
         parts: dict[str, dict[str, Tensor]] = {"gate": {}, "gamma": {}}
         for key, tensor in tensors.items():
             kind, _, layer = key.partition("/")
@@ -108,7 +111,7 @@ def find_source(name: str) -> KnockoffSource:
             f"knockoff source {name!r} is unknown (known: {', '.join(SOURCES)}, or package.module:function)"
         )
     try:
-        source: KnockoffSource = getattr(importlib.import_module(module), attribute)
+        source: KnockoffSource = getattr(import_user_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"knockoff source {name!r} cannot be imported: {error}") from error
     return source
@@ -167,7 +170,7 @@ def gated_layers(graph: ChannelGraph) -> list[str]:
     Those that `scatter` prunes, as in the paper, and every member of a coupled group that has none of these, so that
     each rule finds scores.
     """
-    gated = {conv for prunable in graph.prunable("scatter") for conv in prunable.convs}
+    gated = {conv for prunable in graph.survey("scatter")[0] for conv in prunable.convs}
     for prunable in graph.prunable("coupled"):
         if not gated.intersection(prunable.convs):
             gated.update(prunable.convs)
@@ -270,11 +273,12 @@ class _Mix(torch.autograd.Function):
         return torch.addcmul(knockoff, difference, s)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor]:
         difference, s = ctx.saved_tensors
         (gradient,) = gradients
         others = [0, *range(2, gradient.dim())]
-        return gradient * s, None, (gradient * difference).sum(others, dtype=torch.float32)
+        to_real = gradient * s if ctx.needs_input_grad[0] else None
+        return to_real, None, (gradient * difference).sum(others, dtype=torch.float32)
 
 
 def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype) -> nn.Module:
@@ -287,7 +291,9 @@ def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype) -> nn
     """
     folded = copy.deepcopy(model).float().eval().requires_grad_(False)
     for name, module in list(folded.named_modules()):
-        if isinstance(module, nn.Conv2d) and (norm := graph.batch_norm(name)) is not None:
+        # A subclass or a parametrised convolution computes with other weights than those that it holds.
+        plain = type(module) is nn.Conv2d and not parametrize.is_parametrized(module) and not module._forward_pre_hooks
+        if plain and (norm := graph.batch_norm(name)) is not None:
             batch_norm = folded.get_submodule(norm)
             if not isinstance(batch_norm, _BatchNorm) or not batch_norm.track_running_stats:
                 continue

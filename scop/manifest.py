@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +19,7 @@ MANIFEST = "manifest.json"
 RECORD = "step.json"
 FORMAT = 1
 # Not part of an artifact's content: the record of the step that made it, and what a killed step leaves behind.
-_OUTSIDE = {MANIFEST, RECORD, "checkpoint.pt", "tracking-unsent.jsonl"}
+LEFTOVERS = {MANIFEST, RECORD, "checkpoint.pt", "tracking-unsent.jsonl"}
 
 
 class FileEntry(BaseModel):
@@ -35,7 +36,7 @@ class Manifest(BaseModel):
 
     Attributes:
         format: version of the folder's layout.
-        kind: dataset, model, scores, plan, evaluation, export or report.
+        kind: dataset, model, scores, plan, evaluation or report.
         files: by path relative to the folder, with forward slashes.
     """
 
@@ -52,12 +53,19 @@ class Manifest(BaseModel):
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, kind: str) -> Manifest:
-    """Hash all files of a folder and write its manifest: the folder is whole from here on."""
+def write_manifest(folder: Path, kind: str, names: Sequence[str] | None = None) -> Manifest:
+    """Hash the files of a folder and write its manifest: the folder is whole from here on.
+
+    Args:
+        folder: the artifact.
+        kind: what it is.
+        names: the files that belong to it, as far as they exist; all by default.
+    """
+    paths = [folder / name for name in names] if names is not None else sorted(folder.rglob("*"))
     files = {
         path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in _OUTSIDE
+        for path in paths
+        if path.is_file() and path.relative_to(folder).as_posix() not in LEFTOVERS
     }
     manifest = Manifest(kind=kind, files=files)
     write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from scop.errors import UserError
@@ -102,7 +103,10 @@ def make_model(factory: str, **arguments: Any) -> nn.Module:
         raise UserError(f"model {factory!r} does not accept {arguments}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model {factory!r} returned a {type(model).__name__}, not an nn.Module")
-    return attach_spec(model, ModelSpec(factory=factory, arguments=arguments))
+    try:
+        return attach_spec(model, ModelSpec(factory=factory, arguments=arguments))
+    except ValidationError as error:
+        raise UserError(f"arguments of model {factory!r} must be what JSON can hold, not {arguments}") from error
 
 
 def accepts_channels(factory: str) -> bool:
@@ -134,7 +138,7 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
     if module == "torchvision":
         return _torchvision_factory(attribute)
     try:
-        found = getattr(_import_user_module(module), attribute)
+        found = getattr(import_user_module(module), attribute)
     except ImportError as error:
         raise UserError(f"model {name!r}: cannot import {module!r} ({error}); is it on PYTHONPATH?") from error
     except AttributeError as error:
@@ -142,7 +146,7 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
     return found
 
 
-def _import_user_module(name: str) -> Any:
+def import_user_module(name: str) -> Any:
     """Import a user's module; a console script, unlike ``python -m``, does not look into the current folder."""
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:

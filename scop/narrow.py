@@ -119,7 +119,7 @@ def _folded(x: Tensor, fold: int) -> Tensor:
 
 def _unfolded(folded: Tensor, like: Tensor) -> Tensor:
     # Not a view: the network may go on in place, which autograd forbids for views that a Function returns.
-    return folded.new_empty(0).set_(folded.untyped_storage(), 0, like.shape, like.stride())  # type: ignore[call-overload]
+    return folded.new_empty(0).set_(folded.untyped_storage(), 0, like.shape, like.stride())
 
 
 def _normalise(

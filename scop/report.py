@@ -127,7 +127,7 @@ def _share(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, key: str
 def human(value: float, unit: str = "") -> str:
     """A number with three digits and a metric prefix: 272.3 k, 40.8 M."""
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".strip()
 
@@ -232,7 +232,8 @@ def _learning_curves(results: Sequence[VariantResult], colours: Mapping[str, str
             )
     longest = max((len(history) for _, history, _ in curves), default=1)
     figure.update_xaxes(title="epoch", dtick=max(1, round(longest / 10)), tick0=0)
-    figure.update_yaxes(title="top-1, validation split", tickformat=".0%")
+    kinds = {"validation" if h[0].get("validation_top1") is not None else "training" for _, h, _ in curves if h}
+    figure.update_yaxes(title=f"top-1, {' or '.join(sorted(kinds))} split", tickformat=".0%")
     return figure
 
 

@@ -42,7 +42,7 @@ def select_channels(
     Raises:
         UserError: a setting is bad, scores are missing or do not fit, or nothing can be pruned.
     """
-    variant = parse(VariantSection, settings) if variant is None else variant
+    variant = parse(VariantSection, (variant.model_dump() if variant else {}) | settings)
     shape = input_shape or (scores.input_shape if isinstance(scores, Scores) else None)
     if shape is None:
         raise UserError("select_channels needs input_shape=(C, H, W) where the scores do not tell it")
@@ -96,7 +96,7 @@ def keep_highest(scores: Tensor, blocks: int, variant: VariantSection) -> list[i
 
 def _combined(prunable: Prunable, score: LayerScore, variant: VariantSection) -> Tensor:
     """One score per channel for layers that share their channels: the mean over those that have one."""
-    found = [s for conv in prunable.convs if (s := score(conv)) is not None]
+    found = [s.detach().float().cpu() for conv in prunable.convs if (s := score(conv)) is not None]
     if not found:
         raise UserError(
             f"method {variant.method!r} has no scores for layer {prunable.name!r}"

@@ -7,7 +7,10 @@ path for a member to escape to; links, devices and paths that point elsewhere ar
 from __future__ import annotations
 
 import io
+import lzma
+import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -33,6 +36,7 @@ _SPLIT_NAMES = {
     "test": "test",
 }
 _CHUNK = 512
+_ORIENTATION = 0x0112
 
 
 def load_source(section: DataSection) -> Dataset:
@@ -127,7 +131,7 @@ def _image_folder(section: DataSection) -> Dataset:
     path = _existing(section)
     pixels: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     decoder = _Decoder(section.image_size, section.channels)
-    with ThreadPoolExecutor(2) as pool, progress(None, "reading images", unit="image") as bar:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress(None, "reading images", unit="image") as bar:
         members = _members(path)
         while chunk := list(islice(members, _CHUNK)):
             decoder.settle(*chunk[0])
@@ -171,15 +175,19 @@ class _Decoder:
         """Take from the first image what the configuration leaves open."""
         image = self._open(name, encoded)
         self.shape = self.shape or (image.height, image.width)
-        self.channels = self.channels or (1 if image.mode in ("1", "L", "I;16") else 3)
+        self.channels = self.channels or (1 if image.mode[:1] in ("1", "L", "I") else 3)
 
     def __call__(self, name: str, encoded: bytes) -> np.ndarray:
         from PIL import Image, ImageOps
 
         image = self._open(name, encoded)
         try:
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits; converting would cut off at 255
+                image = image.point(lambda value: value / 256)
             image = image.convert("RGB" if self.channels == 3 else "L")
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
             raise UserError(f"image {name!r} cannot be decoded ({error})") from error
         if self.size:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
@@ -198,7 +206,7 @@ class _Decoder:
 
         try:
             return Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG"))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"image {name!r} cannot be decoded: it is no JPEG or PNG file") from error
 
 
@@ -222,8 +230,11 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
     for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in _SUFFIXES and file.is_file():
-            yield file.relative_to(path).as_posix(), file.read_bytes()
+        if _is_image(file.name) and file.is_file():
+            try:
+                yield file.relative_to(path).as_posix(), file.read_bytes()
+            except OSError as error:
+                raise UserError(f"image {file} cannot be read: {error.strerror}") from error
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -233,7 +244,7 @@ def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
             mode = member.external_attr >> 16
             if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise UserError(f"{path}: member {member.filename!r} is a link or device; such archives are refused")
-            if PurePosixPath(member.filename).suffix.lower() in _SUFFIXES:
+            if _is_image(member.filename):
                 yield member.filename, archive.read(member)
 
 
@@ -243,10 +254,16 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
             _refuse_escape(path, member.name)
             if not (member.isfile() or member.isdir()):
                 raise UserError(f"{path}: member {member.name!r} is a link or device; such archives are refused")
-            if member.isfile() and PurePosixPath(member.name).suffix.lower() in _SUFFIXES:
+            if member.isfile() and _is_image(member.name):
                 file = archive.extractfile(member)
                 assert file is not None
                 yield member.name, file.read()
+
+
+def _is_image(name: str) -> bool:
+    """Whether a path names an image; the shadows that macOS puts into archives do not."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith("._") and "__MACOSX" not in path.parts
 
 
 def _refuse_escape(path: Path, name: str) -> None:
@@ -258,5 +275,7 @@ def _refuse_escape(path: Path, name: str) -> None:
 def _readable(path: Path, members: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
     try:
         yield from members
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise UserError(f"archive {path} is damaged or of an unknown kind: {error}") from error
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"archive {path} cannot be read: {error}") from error

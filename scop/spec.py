@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import nn
 
 from scop.plan import ChannelPlan
@@ -28,7 +28,7 @@ class ModelSpec(BaseModel):
     """The description of a network.
 
     Attributes:
-        factory, arguments: see `scop.models.make_model`.
+        factory, arguments: see `scop.models.make_model`; None where nobody has said how the network is made.
         cuts: what surgery took away, layer by layer; empty for a dense network.
         plan: the plan behind the cuts.
         input_shape: (C, H, W) of an image.
@@ -38,8 +38,8 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    factory: str
-    arguments: dict[str, bool | int | float | str | None] = {}
+    factory: str | None = None
+    arguments: dict[str, JsonValue] = {}
     cuts: dict[str, LayerCut] = {}
     plan: ChannelPlan | None = None
     input_shape: tuple[int, int, int] | None = None

@@ -86,7 +86,8 @@ class MlflowTracker:
                 experiment = self._client.get_run(parent).info.experiment_id
                 tags_of_run = {**tags, "mlflow.parentRunId": parent}
             else:
-                experiment, tags_of_run = find_experiment(self._client, "scop"), dict(tags)
+                experiment = find_experiment(self._client, "scop", local_artifacts())
+                tags_of_run = dict(tags)
             run_id: str = self._client.create_run(experiment, run_name=run_name, tags=tags_of_run).info.run_id
             return run_id
 
@@ -170,6 +171,8 @@ class MlflowTracker:
                     self._client.set_tag(self._parent, "scop.error", error)
             self._client.set_terminated(self._run, "FINISHED" if succeeded else "FAILED")
 
+        # Even where something failed before: a run that is not closed looks as if it went on for ever.
+        self._reachable = self.run_id is not None
         self._send("close", {"succeeded": succeeded}, end)
 
     @property
@@ -188,9 +191,9 @@ class MlflowTracker:
                         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
                     ) from error
                 self._reachable = False
-                print(
-                    f"tracking: MLflow failed ({first_line(error)}); the step goes on, see {self._unsent}", flush=True
-                )
+                if not self._unsent.exists():
+                    reason = first_line(error)
+                    print(f"tracking: MLflow failed ({reason}); the step goes on, see {self._unsent}", flush=True)
         self._unsent.parent.mkdir(parents=True, exist_ok=True)
         with self._unsent.open("a") as file:
             file.write(json.dumps({"what": what, "content": content}, default=str) + "\n")
@@ -204,6 +207,12 @@ def configure_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def local_artifacts() -> str | None:
+    """Where artifacts go when MLflow is a SQLite file: beside it, not into the current folder as by default."""
+    scheme, separator, path = os.environ.get("MLFLOW_TRACKING_URI", "").partition(":///")
+    return str(Path(path).parent / "mlflow-artifacts") if separator and scheme == "sqlite" else None
 
 
 def find_experiment(client: Any, name: str, artifact_location: str | None = None) -> str:
@@ -221,7 +230,7 @@ def find_experiment(client: Any, name: str, artifact_location: str | None = None
     return str(found.experiment_id)
 
 
-def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], artifact_location: str | None) -> str:
+def start_parent(experiment: str, run_name: str, tags: Mapping[str, str]) -> str:
     """Open the run under which a pipeline's steps are tracked, and return its id.
 
     Raises:
@@ -232,7 +241,7 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], artifa
 
     try:
         client = MlflowClient()
-        experiment_id = find_experiment(client, experiment, artifact_location)
+        experiment_id = find_experiment(client, experiment, local_artifacts())
         return str(client.create_run(experiment_id, run_name=run_name, tags=dict(tags)).info.run_id)
     except Exception as error:
         raise UserError(

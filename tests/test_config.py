@@ -32,6 +32,9 @@ def refusal(values: dict[str, object]) -> str:
         ({"dense": {"epochs": 2, "warmup_epochs": 2}}, "warmup_epochs 2.0 must be below epochs 2"),
         ({"dense": {"lr": float("nan")}}, "configuration 'dense.lr' is nan"),
         ({"knockoff": {"betas": [0.5]}}, "configuration 'knockoff.betas"),
+        ({"dense": {"seed": -1}}, "configuration 'dense.seed' is -1"),
+        ({"run": {"name": "../elsewhere"}}, "configuration 'run.name' is '../elsewhere'"),
+        ({"run": {"experiment": "a/b"}}, "configuration 'run.experiment' is 'a/b'"),
         ({"data": {"source": "mnist"}}, "configuration 'data.source' is 'mnist'"),
     ],
 )  # fmt: skip
@@ -41,6 +44,8 @@ def test_bad_configurations_are_refused_by_name_value_and_remedy(values: dict[st
 
 def test_whole_numbers_may_arrive_as_doubles() -> None:
     config = parse(Config, {"dense": {"epochs": 3.0}, "data": {"channels": 3.0}, "evaluate": {"batch_sizes": [1.0]}})
+    arguments = parse(Config, {"dense": {"arguments": {"width": 64.0, "rates": [0.5, 2.0]}}}).dense.arguments
+    assert repr(arguments) == "{'width': 64, 'rates': [0.5, 2]}"
     assert (config.dense.epochs, config.data.channels, config.evaluate.batch_sizes) == (3, 3, [1])
 
 

@@ -190,6 +190,37 @@ def test_sizes_and_channels_follow_the_configuration(folder: Path) -> None:
     assert load_source(section(folder, image_size=4, channels=1)).info.shape == (1, 4, 4)
 
 
+def test_sixteen_bit_images_and_turned_ones_are_read_as_they_look(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write_images(tmp_path, {"train": 2, "test": 2}, CLASSES)
+    deep = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "train" / "ant" / "deep.png")
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 1))  # a bright first row, to be shown upside down
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned.save(tmp_path / "train" / "ant" / "turned.png", exif=exif)
+    images = load_source(section(tmp_path, validation=0))["train"].images
+    by_name = dict(zip(["0000", "0001", "deep", "turned"], images, strict=False))
+    assert np.abs(by_name["deep"][0].astype(int) - deep // 256).max() <= 1
+    assert by_name["turned"][0, -1].min() > 200
+    assert by_name["turned"][0, 0].max() < 50
+
+
+def test_what_macos_adds_to_archives_is_passed_over(folder: Path) -> None:
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+            archive.writestr(f"__MACOSX/{file.relative_to(folder).parent}/._{file.name}", b"shadow")
+    assert load_source(section(folder.with_suffix(".zip"))).info.counts["test"] == 12
+
+
+def test_a_small_class_keeps_an_image_in_both_parts(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 3, "test": 1}, CLASSES)
+    assert load_source(section(tmp_path, validation=0.1)).info.counts == {"train": 6, "validation": 3, "test": 3}
+
+
 def test_a_validation_split_that_is_there_is_taken(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 5, "val": 2, "test": 3}, CLASSES)
     assert load_source(section(tmp_path)).info.counts == {"train": 15, "validation": 6, "test": 9}

@@ -11,7 +11,7 @@ from scop import UserError, make_model, train_knockoffs
 from scop.batches import Batches
 from scop.config import DenseSection
 from scop.graph import ChannelGraph
-from scop.knockoff import Competition, Scores, gated_layers, shuffle
+from scop.knockoff import Competition, Scores, folded_copy, gated_layers, shuffle
 from scop.training import Supervised, fit, make_optimizer
 from tests.helpers import randomise_batch_norms
 
@@ -167,3 +167,50 @@ def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     again = Scores.load(tmp_path / "scores.safetensors")
     assert torch.equal(again["a.b"], scores["a.b"])
     assert again.input_shape == (3, 8, 9)
+
+
+class Odd(nn.Module):
+    """A batch norm that two convolutions share, a convolution nobody runs, and one with weights of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.shared = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.unused = nn.Conv2d(3, 3, 1)
+        self.c, self.norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)
+        self.d = nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.shared(self.b(torch.relu(self.shared(self.a(x)))))
+        return self.head(self.d(torch.relu(self.norm(self.c(torch.relu(x))))).mean((2, 3)))
+
+
+def test_the_folded_copy_computes_what_the_network_does() -> None:
+    torch.manual_seed(0)
+    for model in (Odd(), make_model("resnet20", in_channels=1), make_model("tests.helpers:Plain")):
+        randomise_batch_norms(model.eval())
+        folded = folded_copy(model, ChannelGraph(model, (1, 8, 8)), torch.float32)
+        images = torch.randn(4, 1, 8, 8)
+        assert torch.allclose(folded(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+class Mixer(nn.Module):
+    """Adds a branch behind its activation: only the whole stream can be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.norm = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head((x + torch.relu(self.norm(self.branch(x)))).mean((2, 3)))
+
+
+def test_a_network_that_only_coupled_can_prune_is_scored_all_the_same(batches: Batches) -> None:
+    model = Mixer()
+    scores = train_knockoffs(model, batches, epochs=1)
+    assert set(scores) == {"stem", "branch"}
+    assert len(scop.select_channels(model, scores, residual="coupled", prune_rate=0.5).kept["stem"]) == 4
+    with pytest.raises(UserError, match="no branch is simply added"):
+        scop.select_channels(model, scores, residual="scatter")

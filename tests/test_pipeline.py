@@ -117,6 +117,8 @@ def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple
     assert "executor_input" in (folder / "log.txt").read_text()
     assert re.search(r"dense +\d+\.\d\d% +272 k", printed)
     assert f"mlflow server --backend-store-uri sqlite:///{folder.parent / 'mlflow.db'}" in printed
+    mlflow = Path(re.search(r"MLflow: +(\S+) server", printed)[1])
+    assert not mlflow.is_absolute() or mlflow.exists()
 
 
 def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:

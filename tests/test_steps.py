@@ -140,7 +140,9 @@ def test_inputs_and_outputs_are_checked_before_any_work(
         ({"dense": TINY}, {"dataset": str(tmp_path / "no")}, out, "is not there"),
         ({"dense": TINY | {"epoch": 1}}, dataset, out, "did you mean 'epochs'"),
         ({"dense": TINY | {"batch_size": 5000}}, dataset, out, "1295 training images are fewer than a batch"),
-        ({"dense": TINY | {"model": "tests.helpers:OnlyLinear", "weights": "no.pt"}}, dataset, out, "do not exist"),
+        ({"dense": TINY | {"weights": "no.pt"}}, dataset, out, "weights no.pt do not exist"),
+        ({"dense": TINY | {"model": "tests.helpers:OnlyLinear"}}, dataset, out, "no prunable layer .*no convolution"),
+        ({"dense": TINY | {"arguments": {"num_classes": 7}}}, dataset, out, "with 2x7; 2x10 logits are needed"),
         ({"dense": TINY | {"model": "torchvision:resnet18"}}, dataset, out, "set data.channels: 3"),
     ):
         with pytest.raises(UserError, match=message):
@@ -165,15 +167,22 @@ def test_an_output_that_cannot_be_written_is_named(digits_folder: Path, tmp_path
         train_dense(digits_folder, Path("/proc/model"))
 
 
-def test_a_network_without_prunable_layers_is_refused(digits_folder: Path, tmp_path: Path) -> None:
-    train_dense(digits_folder, tmp_path / "dense", model="tests.helpers:OnlyLinear")
-    with pytest.raises(UserError, match="no prunable layer"):
-        run_step(
-            "train_knockoff",
-            {"knockoff": {"epochs": 1}},
-            {"dataset": str(digits_folder), "dense": str(tmp_path / "dense")},
-            {"scores": str(tmp_path / "scores")},
-        )
+def test_an_output_never_overlaps_with_an_input(digits_folder: Path, tmp_path: Path) -> None:
+    train_dense(digits_folder, tmp_path / "dense")
+    for output in (digits_folder, digits_folder / "inside", digits_folder.parent):
+        with pytest.raises(UserError, match="overlaps with"):
+            train_dense(digits_folder, output)
+    assert (digits_folder / MANIFEST).exists()
+    (tmp_path / "dense" / "notes").mkdir()
+    with pytest.raises(UserError, match="holds other files"):
+        train_dense(digits_folder, tmp_path / "dense")
+    assert load_model(tmp_path / "dense") is not None
+
+
+def test_a_dense_model_is_not_taken_for_a_pruned_one(digits_folder: Path, tmp_path: Path, model_folder: Path) -> None:
+    inputs = {"dataset": str(digits_folder), "dense": str(model_folder), "pruned": str(model_folder)}
+    with pytest.raises(UserError, match="holds no pruned model"):
+        run_step("evaluate", {"evaluate": {}, "variant": {}}, inputs, {"evaluation": str(tmp_path / "out")})
 
 
 def test_the_exactness_gate_fails_the_step(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:

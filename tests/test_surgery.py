@@ -171,3 +171,59 @@ def test_a_damaged_plan_file_is_refused(tmp_path: Path) -> None:
     path.write_text('{"input_shape": [3, 32, 32], "residual": "scatter", "kept": {"a": [3, 1]}, "channels": {"a": 4}}')
     with pytest.raises(UserError, match="must be ascending"):
         ChannelPlan.load(path)
+
+
+class Own(nn.Module):
+    """A user's own network, made by nothing of ours."""
+
+    def __init__(self, width: int = 8, kind: str = "plain") -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.b, self.other = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.layer_norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        x = torch.relu(self.norm(self.a(x)))
+        y = self.other(self.b(x))
+        if self.kind == "dropout":
+            y = nn.functional.dropout(y, 0.1, self.training)
+        if self.kind != "plain":
+            y = x + y
+        y = y.mean((2, 3))
+        return self.head(self.layer_norm(y) if self.kind == "layer_norm" else y)
+
+
+def test_a_users_own_network_is_pruned_saved_and_loaded(tmp_path: Path) -> None:
+    model = Own().eval()
+    pruned = prune(model, select_channels(model, method="l1", prune_rate=0.5, input_shape=(3, 8, 8))).eval()
+    with pytest.raises(UserError, match="cannot tell how to build this Own again"):
+        save_model(pruned, tmp_path / "small")
+    save_model(pruned, tmp_path / "small", factory="tests.test_surgery:Own", arguments={"width": 8})
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_model(tmp_path / "small")(images), pruned(images))
+
+
+def test_a_pruned_model_is_not_pruned_again() -> None:
+    model = make_model("resnet20")
+    plan = select_channels(model, method="l1", input_shape=(3, 16, 16), residual="inner")
+    with pytest.raises(UserError, match="is pruned already"):
+        prune(prune(model, plan), plan)
+
+
+def test_what_cannot_be_pruned_exactly_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match="differs from the masked one by"):
+        model = Offset(in_channels=3)
+        prune(model, select_channels(model, method="l1", input_shape=(3, 8, 8)))
+    refusals = [g.refusal for g in ChannelGraph(Own(kind="layer_norm"), (3, 8, 8)).groups]
+    assert any("'layer_norm' (ln), which is not supported" in (refusal or "") for refusal in refusals)
+
+
+def test_dropout_before_the_addition_is_refused_by_name() -> None:
+    model = Own(kind="dropout")
+    with pytest.raises(UserError, match="passes through dropout before it is added"):
+        prune(model, select_channels(model, method="l1", input_shape=(3, 8, 8))).train()(torch.randn(2, 3, 8, 8))
+    coupled = prune(model, select_channels(model, method="l1", residual="coupled", input_shape=(3, 8, 8)))
+    assert coupled.train()(torch.randn(2, 3, 8, 8)).shape == (2, 4)

@@ -75,7 +75,7 @@ def wait_for(server: Server, log: Path) -> None:
 def test_a_step_is_a_child_run_on_the_server(server: Server, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     from mlflow.tracking import MlflowClient
 
-    parent = start_parent("experiment", "run", {"scop.run": "run"}, None)
+    parent = start_parent("experiment", "run", {"scop.run": "run"})
     monkeypatch.setenv(PARENT_VARIABLE, parent)
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
     end_parent(parent, True, {"seconds": 1.0}, [])
@@ -116,7 +116,7 @@ def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI and its credentials"):
-        start_parent("experiment", "run", {}, None)
+        start_parent("experiment", "run", {})
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

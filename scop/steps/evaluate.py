@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scop.artifacts import HISTORY, WEIGHTS, load_history, load_model
+from scop.artifacts import WEIGHTS, load_history, load_model, load_surgery
 from scop.config import EvaluateSection, Section, VariantSection
 from scop.data import load_dataset
 from scop.device import describe_device
@@ -41,7 +41,7 @@ class Outputs:
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
     section, variant = config.evaluate, config.variant
-    dataset, device = load_dataset(inputs.dataset), context.device
+    surgery, dataset, device = load_surgery(inputs.pruned), load_dataset(inputs.dataset), context.device
     folders = {"dense": inputs.dense, "pruned": inputs.pruned}
     models = {name: load_model(folder) for name, folder in folders.items()}
     batches = evaluation_batches(dataset, "test", device)
@@ -79,8 +79,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         "confusion": accuracies["pruned"].confusion.tolist(),
         "kept": {layer: len(kept) for layer, kept in plan["kept"].items()},
         "channels": plan["channels"],
-        "surgery": json.loads((inputs.pruned / "surgery.json").read_text()),
-        HISTORY.removesuffix(".json"): [asdict(record) for record in load_history(inputs.pruned)],
+        "surgery": surgery,
+        "history": [asdict(record) for record in load_history(inputs.pruned)],
         "dense_history": [asdict(record) for record in load_history(inputs.dense)],
     }
     (outputs.evaluation / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from scop.artifacts import DESCRIPTION, WEIGHTS, load_model
+from scop.artifacts import DESCRIPTION, WEIGHTS, load_model, load_surgery
 from scop.config import ExportSection, Section, VariantSection
 from scop.data import load_dataset
 from scop.errors import UserError
@@ -47,7 +47,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     # The same weights and description as the pruned model's, so that the folder is all that a user needs.
     for name in (WEIGHTS, DESCRIPTION):
         shutil.copyfile(inputs.pruned / name, folder / name)
-    surgery = json.loads((inputs.pruned / "surgery.json").read_text())
+    surgery = load_surgery(inputs.pruned)
     differences = {
         "masked_pruned": surgery["masked_pruned"],
         "pruned_reloaded": surgery["pruned_reloaded"],

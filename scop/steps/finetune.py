@@ -10,20 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scop.artifacts import load_model, save_model
+from scop.artifacts import SURGERY, load_model, save_model
 from scop.config import FinetuneSection, Section, VariantSection, finetune_for
 from scop.data import load_dataset
 from scop.device import autocast_dtype
-from scop.errors import UserError
 from scop.evaluation import count_macs, count_parameters
 from scop.plan import ChannelPlan
 from scop.spec import spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
 from scop.steps.runtime import Context, StepResult
-from scop.surgery import exactness, prune
+from scop.surgery import prune_exactly
 from scop.training import recalibrate
-
-TOLERANCE = 1e-4
 
 
 class Config(Section):
@@ -46,8 +43,9 @@ class Outputs:
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
     section, label = finetune_for(config.finetune, config.variant), config.variant.label
     dataset, dense = load_dataset(inputs.dataset), load_model(inputs.dense)
-    pruned, difference = _prune_exactly(dense, ChannelPlan.load(inputs.plan / "plan.json"))
+    pruned, difference = prune_exactly(dense, ChannelPlan.load(inputs.plan / "plan.json"))
 
+    torch.manual_seed(section.seed)
     metrics: dict[str, float] = {}
     if (before := validation_accuracy(pruned, dataset, context)) is not None:
         metrics["validation_top1_pruned"] = before.top1
@@ -62,8 +60,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     teacher = _teacher(dense, section, context)
     history = train_supervised(pruned, dataset, section, context, outputs.model, label, teacher)
     figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
-    (outputs.model / "surgery.json").write_text(json.dumps(figures, indent=1) + "\n")
-    save_model(pruned, outputs.model, history=history)
+    (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
+    save_model(pruned, outputs.model, history=history, others=[SURGERY])
     context.checkpoint(outputs.model).remove()
     if (after := validation_accuracy(pruned, dataset, context)) is not None:
         metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
@@ -74,21 +72,6 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     }
     print(f"{label}: {metrics}", flush=True)
     return StepResult(metrics)
-
-
-def _prune_exactly(dense: nn.Module, plan: ChannelPlan) -> tuple[nn.Module, float]:
-    """The pruned network, and by how much it differs from its masked twin; raises UserError where that is too much."""
-    pruned = prune(dense, plan)
-    spec = spec_of(pruned)
-    assert spec is not None
-    difference = exactness(dense, spec.cuts, plan.input_shape)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"the pruned network differs from the masked one by {difference:.3g}, more than {TOLERANCE}: something in "
-            "this network makes a removed channel count (an activation that is not 0 at 0, say); "
-            "try another residual rule, and please report the network"
-        )
-    return pruned, difference
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -142,19 +141,21 @@ def run_step(
     step = find_step(name)
     settings = parse(step.Config, config)
     sources = _folders(name, "input", step.Inputs, inputs)
-    contents = {key: _contents(value) for key, value in dataclasses.asdict(sources).items()}
+    contents = {key: _contents(key, value) for key, value in dataclasses.asdict(sources).items()}
     targets = _folders(name, "output", step.Outputs, outputs)
     folders = list(dataclasses.asdict(targets).values())
+    _refuse_overlap(sources, folders)
     for folder in folders:
         _make_ready(folder)
     record = _Record(folders[0] / RECORD, _describe(name, settings, inputs, contents, outputs))
     record.write(status="running")
 
     fingerprint = _hash({"step": name, "config": settings.model_dump(mode="json"), "inputs": contents})
-    tracker = _open_tracker(name, settings, folders[0])
-    if isinstance(tracker, MlflowTracker):
-        record.write(tracking_run=tracker.run_id)
+    tracker: Tracker = NoTracker()
     try:
+        tracker = _open_tracker(name, settings, folders[0])
+        if isinstance(tracker, MlflowTracker):
+            record.write(tracking_run=tracker.run_id)
         tracker.log_params(_flat(settings.model_dump(mode="json")))
         result = step.run(settings, sources, targets, Context(tracker, fingerprint))
         tracker.log_metrics(result.metrics)
@@ -189,29 +190,62 @@ def _folders(step: str, kind: str, fields: type[Any], given: Mapping[str, str | 
     return fields(**paths)
 
 
-def _contents(value: Path | list[Path]) -> str | list[str]:
+# What kind of artifact each input must be.
+_KINDS = {
+    "dataset": "dataset",
+    "dense": "model",
+    "pruned": "model",
+    "scores": "scores",
+    "plan": "plan",
+    "evaluation": "evaluation",
+    "evaluations": "evaluation",
+    "exports": "model",
+}
+
+
+def _contents(name: str, value: Path | list[Path]) -> str | list[str]:
     if isinstance(value, list):
-        return [read_folder(path).content for path in value]
-    return read_folder(value).content
+        return [read_folder(path, _KINDS[name]).content for path in value]
+    return read_folder(value, _KINDS[name]).content
+
+
+def _refuse_overlap(sources: Any, outputs: list[Path]) -> None:
+    """An output folder is emptied before the work: it must not be, hold or lie in an input or another output."""
+    inputs = [p for v in dataclasses.asdict(sources).values() for p in (v if isinstance(v, list) else [v])]
+    for place, output in enumerate(outputs):
+        for other in [*inputs, *outputs[:place]]:
+            a, b = output.resolve(), other.resolve()
+            if a == b or a in b.parents or b in a.parents:
+                raise UserError(f"output folder {output} overlaps with {other}; name another one")
 
 
 def _make_ready(folder: Path) -> None:
-    """Make an output folder, or empty the one of an earlier try, whose checkpoint stays."""
+    """Make an output folder, or clear the one of an earlier try, whose checkpoint stays.
+
+    Only what that try wrote is removed: what its manifest lists or, where it did not come to that, what lies beside its
+    record. Other folders, and files of any other kind, are somebody's: then nothing is touched.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = list(folder.iterdir())
-        if present and not any((folder / name).exists() for name in (MANIFEST, RECORD)):
+        earlier = {path for path in present if path.is_file() and path.suffix in _WRITTEN_BY_STEPS}
+        marked = any((folder / name).exists() for name in (MANIFEST, RECORD))
+        if present and (not marked or set(present) - earlier):
             raise UserError(f"output folder {folder} holds other files; name a new or empty one")
         # The manifest first: from here on nobody takes the folder for whole.
         (folder / MANIFEST).unlink(missing_ok=True)
-        for path in present:
+        for path in earlier:
             if path.name not in (MANIFEST, RECORD, "checkpoint.pt"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                path.unlink()
         probe = folder / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from error
+
+
+# Suffixes of all that a step leaves in its output folder, a killed one included.
+_WRITTEN_BY_STEPS = {".json", ".jsonl", ".npy", ".onnx", ".png", ".html", ".pt", ".pt2", ".safetensors", ".part"}
 
 
 class _Record:

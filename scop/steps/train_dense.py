@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scop.config import DenseSection, Section
 from scop.data import Dataset, load_dataset
 from scop.errors import UserError
 from scop.evaluation import count_macs, count_parameters
+from scop.graph import ChannelGraph
 from scop.models import accepts_channels, make_model
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
@@ -36,6 +38,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     section, dataset = config.dense, load_dataset(inputs.dataset)
     torch.manual_seed(section.seed)
     model = build(section, dataset)
+    check(model, dataset)
     if section.weights is not None:
         load_weights(model, section.weights)
         history = []
@@ -52,6 +55,22 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         metrics |= {"validation_top1": accuracy.top1, "validation_loss": accuracy.loss}
     print(f"dense: {metrics}", flush=True)
     return StepResult(metrics)
+
+
+def check(model: torch.nn.Module, dataset: Dataset) -> None:
+    """Find out before any training what would stop the pipeline after it.
+
+    Raises:
+        UserError: the network does not run on these images, answers for other classes, or cannot be pruned.
+    """
+    info = dataset.info
+    ChannelGraph(model, info.shape).prunable("coupled")
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(torch.zeros(2, *info.shape))
+    if isinstance(logits, torch.Tensor) and logits.shape == (2, len(info.classes)):
+        return
+    got = "x".join(map(str, logits.shape)) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+    raise UserError(f"the model answers two images with {got}; 2x{len(info.classes)} logits are needed, one per class")
 
 
 def build(section: DenseSection, dataset: Dataset) -> torch.nn.Module:

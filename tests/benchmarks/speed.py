@@ -149,7 +149,7 @@ def step_overhead(turns: int) -> dict[str, Any]:
 def tracking(folder: Path) -> Iterator[None]:
     """A fresh MLflow database with a parent run, named in the environment."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    os.environ[PARENT_VARIABLE] = start_parent("benchmark", "benchmark", {}, str(folder / "artifacts"))
+    os.environ[PARENT_VARIABLE] = start_parent("benchmark", "benchmark", {})
     try:
         yield
     finally:
