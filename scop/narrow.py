@@ -79,36 +79,41 @@ class _FoldedBatchNorm(torch.autograd.Function):
         means, variances = means.view(fold, -1), (inverses.square().reciprocal() - eps).view(fold, -1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
-        output = _normalise(folded, mean, var, weight.float(), bias.float(), eps, fold)
-        ctx.save_for_backward(x, weight, mean, var)
+        # One repetition for all: on tensors this small it is the number of operations that costs.
+        repeated = torch.stack((mean, var, weight.float(), bias.float())).repeat(1, fold)
+        output = F.batch_norm(folded, *repeated.unbind(), False, 0.0, eps)
+        ctx.save_for_backward(x, weight, var, repeated)
         ctx.eps, ctx.fold = eps, fold
         ctx.mark_non_differentiable(mean, var)
         return _unfolded(output, x), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
-        fold, eps, scale = ctx.fold, ctx.eps, weight.float()
+        x, weight, var, repeated = ctx.saved_tensors
+        fold, eps = ctx.fold, ctx.eps
+        means, variances, scales, _ = repeated.unbind()
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         folded = _folded(x, fold)
         # As if the statistics were constants: gives the sums that the weight's and the bias's gradients are.
         direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             _folded(gradient, fold),
             folded,
-            scale.repeat(fold),
-            mean.repeat(fold),
-            var.repeat(fold),
+            scales,
+            means,
+            variances,
             None,
             None,
             False,
             eps,
             [True, True, True],
         )
-        by_weight, by_bias = by_weight.view(fold, -1).sum(0), by_bias.view(fold, -1).sum(0)
+        sums = torch.stack((by_weight, by_bias)).view(2, fold, -1).sum(1)
         # Through the statistics flows -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
-        share = -scale * (var + eps).rsqrt() / (x.numel() // x.shape[1])
-        through = _normalise(folded, mean, var, share * by_weight, share * by_bias, eps, fold)
-        return _unfolded(direct.add_(through), x), by_weight.to(weight.dtype), by_bias.to(weight.dtype), None, None
+        share = weight.float() * (var + eps).rsqrt() * (-x.shape[1] / x.numel())
+        by_statistics = (sums * share).repeat(1, fold)
+        through = F.batch_norm(folded, means, variances, *by_statistics.unbind(), False, 0.0, eps)
+        by_weight, by_bias = sums.to(weight.dtype).unbind()
+        return _unfolded(direct.add_(through), x), by_weight, by_bias, None, None
 
 
 def _folded(x: Tensor, fold: int) -> Tensor:
@@ -120,10 +125,3 @@ def _folded(x: Tensor, fold: int) -> Tensor:
 def _unfolded(folded: Tensor, like: Tensor) -> Tensor:
     # Not a view: the network may go on in place, which autograd forbids for views that a Function returns.
     return folded.new_empty(0).set_(folded.untyped_storage(), 0, like.shape, like.stride())
-
-
-def _normalise(
-    folded: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, fold: int
-) -> Tensor:
-    statistics = (mean.repeat(fold), var.repeat(fold), weight.repeat(fold), bias.repeat(fold))
-    return F.batch_norm(folded, *statistics, False, 0.0, eps)

@@ -106,6 +106,11 @@ def _speed(content: dict[str, Any]) -> str:
             "at least 1.4x",
         ),
         (
+            "the same, `scatter`, widths a multiple of 8",
+            f"{finetuning['scatter rounded to 8']['ratio']:.2f}x",
+            "",
+        ),
+        (
             "the same, `coupled`, widths a multiple of 8",
             f"{finetuning['coupled']['ratio']:.2f}x",
             "at least 1.8x",
