@@ -73,6 +73,8 @@ fine-tuned just as long.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
+{content.get("remark", "")}
+
 Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alone on the machine). Machine:
 {device["device"]}, Python {device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}.
 """
