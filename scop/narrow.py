@@ -81,7 +81,8 @@ class _FoldedBatchNorm(torch.autograd.Function):
         var = (variances + (means - mean).square()).mean(0)
         # One repetition for all: on tensors this small it is the number of operations that costs.
         repeated = torch.stack((mean, var, weight.float(), bias.float())).repeat(1, fold)
-        output = F.batch_norm(folded, *repeated.unbind(), False, 0.0, eps)
+        means, variances, scales, shifts = repeated.unbind()
+        output = F.batch_norm(folded, means, variances, scales, shifts, False, 0.0, eps)
         ctx.save_for_backward(x, weight, var, repeated)
         ctx.eps, ctx.fold = eps, fold
         ctx.mark_non_differentiable(mean, var)
@@ -110,8 +111,8 @@ class _FoldedBatchNorm(torch.autograd.Function):
         sums = torch.stack((by_weight, by_bias)).view(2, fold, -1).sum(1)
         # Through the statistics flows -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
         share = weight.float() * (var + eps).rsqrt() * (-x.shape[1] / x.numel())
-        by_statistics = (sums * share).repeat(1, fold)
-        through = F.batch_norm(folded, means, variances, *by_statistics.unbind(), False, 0.0, eps)
+        scales, shifts = (sums * share).repeat(1, fold).unbind()
+        through = F.batch_norm(folded, means, variances, scales, shifts, False, 0.0, eps)
         by_weight, by_bias = sums.to(weight.dtype).unbind()
         return _unfolded(direct.add_(through), x), by_weight, by_bias, None, None
 
