@@ -24,8 +24,8 @@ from scop.config import Config
 from scop.errors import UserError
 from scop.manifest import write_atomically
 from scop.progress import TERMINAL_VARIABLE
-from scop.report import human
 from scop.steps.runtime import RUN_VARIABLE, git_revision
+from scop.text import human
 from scop.tracking import PARENT_VARIABLE, end_parent, start_parent
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from scop.text import human
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too light on white.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b"]
 _NEUTRAL = "#7a8594"
@@ -122,14 +124,6 @@ def _points(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, key: st
 
 def _share(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, key: str) -> str:
     return f"{figures[key] / dense[key] - 1:+.1%}" if dense else ""
-
-
-def human(value: float, unit: str = "") -> str:
-    """A number with three digits and a metric prefix: 272.3 k, 40.8 M."""
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".strip()
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

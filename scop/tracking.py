@@ -8,6 +8,7 @@ file. Wrong credentials, which show at the start, are an error.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -129,7 +130,6 @@ class MlflowTracker:
         return self._send("model", {"path": str(path), "variant": variant}, lambda: self._register(path, variant, tags))
 
     def _register(self, path: Path, variant: str, tags: Mapping[str, str]) -> str:
-        import logging
         import warnings
         from importlib.metadata import version
 
@@ -239,6 +239,8 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str]) -> str
     configure_mlflow()
     from mlflow.tracking import MlflowClient
 
+    # It tells of every table that it creates.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     try:
         client = MlflowClient()
         experiment_id = find_experiment(client, experiment, local_artifacts())

@@ -27,6 +27,8 @@ from scop.progress import progress
 
 # Looking at the loss makes a GPU wait, so not at every step.
 _STEPS_BETWEEN_CHECKS = 20
+# Epochs of a small network take less than a second: a log need not tell of each.
+_SECONDS_BETWEEN_LINES = 3.0
 
 
 class Objective(Protocol):
@@ -264,6 +266,7 @@ def fit(
         history, best = [EpochRecord(**record) for record in saved["history"]], saved["best"]
         print(f"{label}: resumes after epoch {len(history)} of {epochs} from {checkpoint.path}", flush=True)
 
+    said = -math.inf
     for epoch in range(len(history), epochs):
         torch.manual_seed(seed * 1_000_003 + epoch)
         if hasattr(batches, "set_epoch"):
@@ -276,7 +279,9 @@ def fit(
                 best = {key: value.detach().clone() for key, value in objective.state.state_dict().items()}
         history.append(record)
         on_epoch(record)
-        print(_line(label, record, epochs), flush=True)
+        if epoch + 1 == epochs or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(_line(label, record, epochs), flush=True)
         if checkpoint:
             state = {"model": objective.state.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
             checkpoint.save(state | {"history": [asdict(r) for r in history]})

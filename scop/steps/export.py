@@ -80,5 +80,6 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     }
     (folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
     write_manifest(folder, kind="model")
-    print(f"{label}: exported to {onnx}, differences {differences}", flush=True)
+    largest = max(differences.values())
+    print(f"{label}: masked = pruned = reloaded = ONNX = .pt2 within {largest:.1g}, in {folder}", flush=True)
     return StepResult({f"difference_{key}": value for key, value in differences.items()})

@@ -20,6 +20,7 @@ from scop.spec import spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
 from scop.steps.runtime import Context, StepResult
 from scop.surgery import prune_exactly
+from scop.text import human
 from scop.training import recalibrate
 
 
@@ -70,8 +71,20 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         "macs": float(count_macs(pruned, dataset.info.shape)),
         "train_seconds": sum(record.seconds for record in history),
     }
-    print(f"{label}: {metrics}", flush=True)
+    print(f"{label}: {_describe(metrics)}", flush=True)
     return StepResult(metrics)
+
+
+def _describe(metrics: dict[str, float]) -> str:
+    """The figures in words: sizes, and how accuracy on the validation split came back, where there is one."""
+    text = f"{human(metrics['params'])} parameters, {human(metrics['macs'])} MACs"
+    names = {"_pruned": "cut", "_recalibrated": "recalibrated", "": "fine-tuned"}
+    course = [
+        f"{word} {metrics[f'validation_top1{key}']:.2%}"
+        for key, word in names.items()
+        if f"validation_top1{key}" in metrics
+    ]
+    return f"{text}; validation top-1: {', '.join(course)}" if course else text
 
 
 @torch.inference_mode()

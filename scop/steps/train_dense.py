@@ -18,6 +18,7 @@ from scop.models import accepts_channels, make_model
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
 from scop.steps.runtime import Context, StepResult
+from scop.text import human
 
 
 class Config(Section):
@@ -53,7 +54,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     }
     if (accuracy := validation_accuracy(model, dataset, context)) is not None:
         metrics |= {"validation_top1": accuracy.top1, "validation_loss": accuracy.loss}
-    print(f"dense: {metrics}", flush=True)
+    accuracy_text = f", validation top-1 {metrics['validation_top1']:.2%}" if "validation_top1" in metrics else ""
+    print(f"dense: {human(metrics['params'])} parameters, {human(metrics['macs'])} MACs{accuracy_text}", flush=True)
     return StepResult(metrics)
 
 

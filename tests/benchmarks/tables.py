@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from scop.report import human
+from scop.text import human
 from tests.benchmarks.measure import machine
 
 FOLDER = Path(__file__).parent / "results"
