@@ -61,6 +61,7 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
         StepError: a step failed.
     """
     started = time.monotonic()
+    _refuse_missing_files(config)
     out = out.expanduser().absolute()
     run_id = f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = out / run_id
@@ -76,6 +77,13 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
         return _run_tracked(config, folder, run_id, started)
 
 
+def _refuse_missing_files(config: Config) -> None:
+    """What the steps would find missing minutes later is said at once."""
+    for key, value in (("data.path", config.data.path), ("dense.weights", config.dense.weights)):
+        if value is not None and not Path(value).expanduser().exists():
+            raise UserError(f"{key} {value} does not exist")
+
+
 def _run_tracked(config: Config, folder: Path, run_id: str, started: float) -> LocalRun:
     tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
     parent = start_parent(config.run.experiment, run_id, tags)
@@ -88,6 +96,7 @@ def _run_tracked(config: Config, folder: Path, run_id: str, started: float) -> L
         if not succeeded:
             end_parent(parent, False, {}, [folder / "config.yaml"])
     summary = json.loads((report / "summary.json").read_text())
+    _link_deliverables(summary, folder)
     summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(folder / "report.html", (report / "report.html").read_text(encoding="utf-8"))
@@ -98,6 +107,15 @@ def _run_tracked(config: Config, folder: Path, run_id: str, started: float) -> L
         [folder / "config.yaml", folder / "summary.json", folder / "report.html"],
     )
     return LocalRun(folder, summary, os.environ["MLFLOW_TRACKING_URI"])
+
+
+def _link_deliverables(summary: dict[str, Any], folder: Path) -> None:
+    """RUN/models/VARIANT for what lies as deep as KFP puts it; the summary names these short paths."""
+    (folder / "models").mkdir()
+    for variant in summary["variants"]:
+        deep, link = Path(variant["model"]), folder / "models" / variant["name"]
+        link.symlink_to(os.path.relpath(deep, link.parent), target_is_directory=True)
+        variant["model"], variant["onnx"] = str(link), str(link / Path(variant["onnx"]).name)
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, float]:

@@ -10,6 +10,11 @@ from scop.errors import UserError
 FOLDER = Path(__file__).parent / "configs"
 
 
+def preset_names() -> list[str]:
+    """The names of the presets."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
 def find_config(name: str) -> Path:
     """The file of a configuration: a path, or the name of a preset.
 
@@ -19,9 +24,9 @@ def find_config(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    presets = {preset.stem: preset for preset in sorted(FOLDER.glob("*.yaml"))}
+    presets = preset_names()
     if name in presets:
-        return presets[name]
+        return FOLDER / f"{name}.yaml"
     hint = difflib.get_close_matches(name, presets, n=1)
     meant = f"did you mean {hint[0]!r}?" if hint else f"presets: {', '.join(presets)}"
     raise UserError(f"configuration {name!r} is neither a file nor a preset ({meant})")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scop.errors import UserError
 from scop.manifest import MANIFEST, read_folder, write_manifest
-from scop.models import make_model
+from scop.models import find_factory, make_model
 from scop.spec import ModelSpec, attach_spec, spec_of
 from scop.surgery import apply_cuts
 from scop.training import EpochRecord
@@ -50,7 +50,8 @@ def save_model(
         others: further files, in the folder already, that belong to the model.
 
     Raises:
-        UserError: nothing tells how to build the network again, or the folder cannot be written.
+        UserError: nothing tells how to build the network again, its factory cannot be imported, or the folder cannot be
+            written.
     """
     spec = spec_of(model)
     if factory is not None:
@@ -60,6 +61,7 @@ def save_model(
             f"save_model cannot tell how to build this {type(model).__name__} again: make it by scop.make_model(NAME), "
             "or say save_model(..., factory='package.module:function', arguments={...})"
         )
+    find_factory(spec.factory)  # better refused now than when it is to be loaded
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from pipelines.presets import preset_names
+    from scop.steps import STEPS
+
     parser = argparse.ArgumentParser(
         prog="scop",
         description="Prune convolutional networks with scientific control (SCOP), as a Kubeflow pipeline.",
@@ -40,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run the whole pipeline on this machine",
         description="Run the whole pipeline on this machine, through KFP's local runner.",
+        epilog=f"presets: {', '.join(preset_names())}",
     )
     _add_config(run)
     run.add_argument(
@@ -51,9 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         "step",
         help="run one step on folders",
         description="Run one step on folders, as its container does, without KFP.",
+        epilog=_describe_steps(STEPS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    step.add_argument("name", metavar="NAME", help="prepare_data, train_dense, train_knockoff, select_channels, "
-                      "finetune, evaluate, export or compare")  # fmt: skip
+    step.add_argument("name", metavar="NAME", help="the step, see below")
     _add_config(step)
     step.add_argument("--input", action="append", default=[], metavar="NAME=DIR", help="an input folder (repeatable)")
     step.add_argument("--output", action="append", default=[], metavar="NAME=DIR", help="an output folder (repeatable)")
@@ -66,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     compile_.set_defaults(command=_compile)
     return parser
+
+
+def _describe_steps(steps: dict[str, tuple[str, str]]) -> str:
+    inputs = max(len(inputs) for inputs, _ in steps.values())
+    lines = [f"  {name:16} {given or '-':{inputs}}  ->  {made}" for name, (given, made) in steps.items()]
+    return "\n".join(["steps, with their inputs and their output (... stands for several folders):", *lines])
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scop.errors import UserError
 
@@ -27,7 +27,15 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _below_one(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError("must lie in [0, 1): 0 or more, and below 1")
+    return value
+
+
+Fraction = Annotated[float, AfterValidator(_below_one)]
 
 
 class Section(BaseModel):
@@ -75,6 +83,12 @@ class DataSection(Section):
     @classmethod
     def _whole_number(cls, value: Any) -> Any:
         return _whole(value)
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> DataSection:
+        if self.source != "digits" and self.path is None:
+            raise ValueError(f"path is missing: source {self.source} needs to be told where its images are")
+        return self
 
 
 class TrainingSection(Section):
@@ -308,7 +322,10 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
         return f"configuration key {field!r} is unknown ({meant})"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"configuration: {message}" if not first["loc"] else f"configuration {field!r}: {message}"
+        if not first["loc"]:
+            return f"configuration: {message}"
+        given = f" is {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
+        return f"configuration {field!r}{given}: {message}"
     return f"configuration {field!r} is {first['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

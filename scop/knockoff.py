@@ -18,7 +18,7 @@ training step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -144,8 +144,7 @@ def train_knockoffs(
     """
     section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
     device = device or pick_device()
-    images, _ = next(iter(batches))
-    channels, height, width = images.shape[1:]
+    channels, height, width = _image_shape(batches)
     graph = ChannelGraph(model, (channels, height, width))
     competition = Competition(model, graph, source or find_source(section.source), device, section.precision)
     optimizer = torch.optim.Adam(competition.gates.parameters(), lr=section.lr, betas=section.betas)
@@ -162,6 +161,19 @@ def train_knockoffs(
     gates = {layer: gate.detach().float().cpu() for layer, gate in competition.named_gates()}
     gammas = {layer: _gamma(model, graph, layer) for layer in gates}
     return Scores(gates, gammas, (channels, height, width), history)
+
+
+def _image_shape(batches: TrainingBatches) -> tuple[int, int, int]:
+    if not isinstance(batches, Sized) or isinstance(batches, Iterator):
+        raise UserError(
+            f"batches must have a length and start anew for each epoch, as a DataLoader or a list does, not a "
+            f"{type(batches).__name__}"
+        )
+    first = next(iter(batches), None)
+    if first is None:
+        raise UserError("batches are empty: there is nothing to train the gates on")
+    channels, height, width = first[0].shape[1:]
+    return channels, height, width
 
 
 def gated_layers(graph: ChannelGraph) -> list[str]:

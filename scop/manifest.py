@@ -85,7 +85,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         what = "is not there" if not folder.exists() else "has no manifest.json: it was not finished"
-        raise UserError(f"{kind or 'artifact'} folder {folder} {what}; run the step that makes it")
+        raise UserError(f"{kind or 'artifact'} folder {folder} {what}; name one that a step finished")
     try:
         manifest = Manifest.model_validate_json(path.read_text())
     except ValidationError as error:

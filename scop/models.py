@@ -96,7 +96,7 @@ def make_model(factory: str, **arguments: Any) -> nn.Module:
     Raises:
         UserError: no such factory, or it does not take these arguments.
     """
-    make = _find_factory(factory)
+    make = find_factory(factory)
     try:
         model = make(**arguments)
     except TypeError as error:
@@ -112,7 +112,7 @@ def make_model(factory: str, **arguments: Any) -> nn.Module:
 def accepts_channels(factory: str) -> bool:
     """Whether the factory has an ``in_channels`` argument (torchvision's models are for 3 channels only)."""
     try:
-        return "in_channels" in inspect.signature(_find_factory(factory)).parameters
+        return "in_channels" in inspect.signature(find_factory(factory)).parameters
     except ValueError:
         return False
 
@@ -124,7 +124,8 @@ def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
     return make
 
 
-def _find_factory(name: str) -> Callable[..., nn.Module]:
+def find_factory(name: str) -> Callable[..., nn.Module]:
+    """The callable that a factory's name stands for; raises UserError where there is none."""
     cifar = {f"resnet{depth}": depth for depth in CIFAR_DEPTHS}
     if name in cifar:
         return _cifar_resnet(cifar[name])

@@ -172,7 +172,8 @@ class Scattered:
     def __init__(self, values: Tensor, places: Tensor, spread: Tensor) -> None:
         self.values, self.places, self.spread = values, places, spread
 
-    def __add__(self, stream: Tensor) -> Tensor:
+    def added_to(self, stream: Tensor) -> Tensor:
+        """The stream with the branch's channels added where they belong."""
         # Channels that lie side by side in memory are hard to address one by one: there a 1x1 convolution with a
         # 0/1 matrix is 2.5 times faster than index_add (bf16, two cores), and exact, each sum having one term.
         # Runtimes for exported graphs are good at convolutions too, and turn index_add into transposes and a scatter.
@@ -180,14 +181,15 @@ class Scattered:
             return stream + F.conv2d(self.values, self.spread.to(self.values.dtype))
         return stream.index_add(1, self.places, self.values.to(stream.dtype))
 
-    __radd__ = __add__
-    __iadd__ = __add__
+    __add__ = added_to
+    __radd__ = added_to
+    __iadd__ = added_to
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("add", "__add__", "__radd__", "__iadd__", "add_") and len(args) == 2:
             branch, stream = args if isinstance(args[0], cls) else reversed(args)
-            return branch + stream
+            return branch.added_to(stream)  # not with +, which torch.compile would send here again
         raise UserError(
             f"a residual branch passes through {getattr(func, '__name__', func)} before it is added, so it cannot be "
             "scattered; use residual: inner or coupled"

@@ -151,6 +151,13 @@ def test_sources_are_pluggable_by_name(model, batches: Batches) -> None:
         train_knockoffs(model, batches, scop.knockoff.KnockoffSection(source="tests.nowhere:noise"))
 
 
+def test_batches_that_cannot_be_trained_on_are_refused(model, batches: Batches) -> None:
+    with pytest.raises(UserError, match="batches are empty"):
+        train_knockoffs(model, [], epochs=1)
+    with pytest.raises(UserError, match="start anew for each epoch, .* not a generator"):
+        train_knockoffs(model, (batch for batch in batches), epochs=1)
+
+
 def test_every_residual_rule_finds_scores() -> None:
     for name, shape in (("resnet20", (3, 16, 16)), ("torchvision:resnet18", (3, 32, 32))):
         graph = ChannelGraph(make_model(name), shape)

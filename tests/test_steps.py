@@ -1,5 +1,6 @@
 """Steps on folders, as `scop step` and the components run them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ import torch
 
 from scop import UserError, load_model
 from scop.cli import main
-from scop.manifest import MANIFEST
-from scop.steps.runtime import run_step
+from scop.manifest import MANIFEST, read_folder
+from scop.steps import STEPS
+from scop.steps.runtime import find_step, run_step
 
 TINY = {"model": "tests.helpers:Plain", "epochs": 1, "batch_size": 64}
 ROOT = Path(__file__).parents[1]
@@ -99,27 +101,48 @@ def test_a_step_that_fails_leaves_a_record_and_no_whole_output(digits_folder: Pa
         load_model(output)
 
 
-def test_a_killed_step_resumes_to_the_same_weights(digits_folder: Path, tmp_path: Path) -> None:
-    settings = {"epochs": 30, "lr": 0.05, "precision": "fp32"}
+@pytest.fixture(scope="module")
+def plan_folder(digits_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    dense = {"dense": str(model_folder)}
+    knockoff = {"knockoff": {"epochs": 1, "batch_size": 64}}
+    run_step("train_knockoff", knockoff, dense | {"dataset": str(digits_folder)}, {"scores": str(folder / "scores")})
+    scores = dense | {"scores": str(folder / "scores")}
+    run_step("select_channels", {"variant": {"method": "l1"}}, scores, {"plan": str(folder / "plan")})
+    return folder / "plan"
+
+
+@pytest.mark.parametrize("step", ["train_dense", "train_knockoff", "finetune"])
+def test_a_killed_step_resumes_to_the_same_weights(
+    step: str, digits_folder: Path, model_folder: Path, plan_folder: Path, tmp_path: Path
+) -> None:
+    inputs = {"dataset": str(digits_folder), "dense": str(model_folder), "plan": str(plan_folder)}
+    section, taken, made, weights = {
+        "train_dense": ({"dense": TINY}, ["dataset"], "model", "model.safetensors"),
+        "train_knockoff": ({"knockoff": {}}, ["dataset", "dense"], "scores", "scores.safetensors"),
+        "finetune": ({"finetune": {}, "variant": {}}, ["dataset", "dense", "plan"], "model", "model.safetensors"),
+    }[step]
+    name = next(iter(section))
+    config = section | {name: section[name] | {"epochs": 30, "lr": 0.05, "precision": "fp32", "batch_size": 64}}
+    inputs = {key: inputs[key] for key in taken}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = (
-        "from scop.steps.runtime import run_step; "
-        f"run_step('train_dense', {{'dense': {TINY | settings!r}}}, "
-        f"{{'dataset': {str(digits_folder)!r}}}, {{'model': {str(killed)!r}}})"
+        f"from scop.steps.runtime import run_step; run_step({step!r}, {config!r}, {inputs!r}, "
+        f"{{{made!r}: {str(killed)!r}}})"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while not (killed / "checkpoint.pt").exists():
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     with pytest.raises(UserError, match="was not finished"):
-        load_model(killed)
+        read_folder(killed)
+    other = config | {name: config[name] | {"lr": 0.01}}
     with pytest.raises(UserError, match="another configuration or other inputs"):
-        train_dense(digits_folder, killed, **settings | {"lr": 0.01})
+        run_step(step, other, inputs, {made: str(killed)})
 
-    train_dense(digits_folder, killed, **settings)
-    train_dense(digits_folder, whole, **settings)
-    resumed, undisturbed = (load_model(folder).state_dict() for folder in (killed, whole))
-    assert all(torch.equal(value, undisturbed[key]) for key, value in resumed.items())
+    for folder in (killed, whole):
+        run_step(step, config, inputs, {made: str(folder)})
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
     assert not (killed / "checkpoint.pt").exists()
     assert len(json.loads((killed / "history.json").read_text())) == 30
 
@@ -211,6 +234,7 @@ def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path
         (["step", "finetune", "--variant", "x"], "--variant 'x' is not in the configuration"),
         (["run", "-f", "nowhere.yaml"], "neither a file nor a preset"),
         (["run", "--set", "variants.0.prune_rate=2", "--out", str(tmp_path)], "'variants.0.prune_rate' is 2"),
+        (["run", "--set", "dense.weights=no.pt", "--out", str(tmp_path)], "dense.weights no.pt does not exist"),
         (["run", "--out", "/proc/runs"], "output folder /proc/runs/"),
     ):
         assert main(arguments) == 2
@@ -218,6 +242,13 @@ def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path
         assert message in error
         assert error.startswith("scop: error: ")
         assert error.count("\n") == 1
+
+
+def test_help_knows_the_inputs_and_outputs_of_every_step() -> None:
+    for name, (inputs, output) in STEPS.items():
+        step = find_step(name)
+        assert inputs.replace("...", "").split() == [field.name for field in dataclasses.fields(step.Inputs)]
+        assert [output] == [field.name for field in dataclasses.fields(step.Outputs)]
 
 
 def test_help_needs_no_heavy_imports() -> None:

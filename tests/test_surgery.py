@@ -31,7 +31,7 @@ def made(factory: str, arguments: dict[str, int]) -> nn.Module:
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 @pytest.mark.parametrize("rule", RESIDUAL_RULES)
@@ -128,6 +128,22 @@ def test_scattering_works_in_training_and_under_autocast() -> None:
     assert all(parameter.grad is not None for parameter in pruned.parameters())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_scattering_network_goes_through_torch_compile(layout: torch.memory_format) -> None:
+    model = made("resnet20", {"num_classes": 10})
+    pruned = prune(model, select_channels(model, method="random", prune_rate=0.45, input_shape=(3, 8, 8)))
+    pruned = pruned.to(memory_format=layout).train()
+    images = torch.randn(4, 3, 8, 8).to(memory_format=layout)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(pruned), backend="aot_eager", fullgraph=True)  # needs no C++ compiler
+    expected, actual = pruned(images), compiled(images)
+    assert largest(expected, actual) < 1e-4
+    actual.sum().backward()
+    expected.sum().backward()
+    for (name, mine), theirs in zip(pruned.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-3), name
+
+
 def test_a_branch_with_stochastic_depth_is_scattered_in_training_too() -> None:
     model = make_model("torchvision:efficientnet_b0", num_classes=10)
     pruned = prune(model, select_channels(model, method="l1", input_shape=(3, 32, 32))).train()
@@ -204,6 +220,12 @@ def test_a_users_own_network_is_pruned_saved_and_loaded(tmp_path: Path) -> None:
     save_model(pruned, tmp_path / "small", factory="tests.test_surgery:Own", arguments={"width": 8})
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(load_model(tmp_path / "small")(images), pruned(images))
+
+
+def test_a_factory_that_cannot_be_imported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot import 'no_such_package.nets'"):
+        save_model(GroupsAndBias(), tmp_path / "small", factory="no_such_package.nets:make")
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_pruned_model_is_not_pruned_again() -> None:

@@ -1,12 +1,13 @@
 """The pipeline's steps, one module each, and the runtime that gives every one the same life."""
 
-STEPS = (
-    "prepare_data",
-    "train_dense",
-    "train_knockoff",
-    "select_channels",
-    "finetune",
-    "evaluate",
-    "export",
-    "compare",
-)
+STEPS = {
+    "prepare_data": ("", "dataset"),
+    "train_dense": ("dataset", "model"),
+    "train_knockoff": ("dataset dense", "scores"),
+    "select_channels": ("dense scores", "plan"),
+    "finetune": ("dataset dense plan", "model"),
+    "evaluate": ("dataset dense pruned", "evaluation"),
+    "export": ("dataset pruned evaluation", "exported"),
+    "compare": ("scores evaluations... exports...", "report"),
+}
+"""The steps in their order, with the names of their inputs and outputs, for help texts that must not import them."""

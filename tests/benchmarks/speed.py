@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -184,6 +185,23 @@ def _ms(times: dict[str, float]) -> dict[str, float]:
     return {name: round(seconds * 1e3, 2) for name, seconds in times.items()}
 
 
+def archive(turns: int) -> dict[str, Any]:
+    """Decoding and packing the 60,000 JPEG files of the shared CIFAR-10 archive, by `scop step prepare_data`."""
+    path = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
+    if not path.exists():
+        return {"skipped": f"{path.name} is not there"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "scop.cli", "step", "prepare_data", "--output", f"dataset={folder}/data"]
+        command += ["--set", "data.source=imagefolder", "--set", f"data.path={path}"]
+
+        def pack() -> None:
+            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            shutil.rmtree(f"{folder}/data")
+
+        times = take_turns({"pack": pack}, turns, 0)
+    return {"seconds": times["pack"], "at_most": 60}
+
+
 def default_run(turns: int) -> dict[str, Any]:
     """`scop run` on its default configuration, from its start to the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -200,5 +218,6 @@ BENCHMARKS = {
     "finetuning": (finetuning, 10),
     "help": (help_seconds, 9),
     "step_overhead": (step_overhead, 5),
+    "archive": (archive, 2),
     "default_run": (default_run, 1),
 }
