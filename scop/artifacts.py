@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scop.errors import UserError
-from scop.manifest import MANIFEST, read_folder, write_manifest
+from scop.manifest import MANIFEST, TIMINGS, read_folder, write_manifest
 from scop.models import find_factory, make_model
 from scop.spec import ModelSpec, attach_spec, spec_of
 from scop.surgery import apply_cuts
@@ -66,14 +67,14 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # While it is being written it is not whole; and an older model's history is not this one's.
-        for name in (MANIFEST, HISTORY):
+        for name in (MANIFEST, HISTORY, TIMINGS):
             (folder / name).unlink(missing_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         save_file(_unshared(state), folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(spec.model_dump_json(indent=1) + "\n")
         if history is not None:
-            (folder / HISTORY).write_text(json.dumps([record.__dict__ for record in history], indent=1) + "\n")
-        write_manifest(folder, "model", (WEIGHTS, DESCRIPTION, HISTORY, *others))
+            save_history(history, folder)
+        write_manifest(folder, "model", (WEIGHTS, DESCRIPTION, HISTORY, TIMINGS, *others))
     except OSError as error:
         raise UserError(f"cannot write model folder {folder}: {error.strerror or error}") from error
 
@@ -162,10 +163,20 @@ def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def save_history(history: list[EpochRecord], folder: Path) -> None:
+    """Write the epochs of a training: history.json, and their seconds, which no rerun reproduces, to timings.json."""
+    records = [{key: value for key, value in asdict(record).items() if key != "seconds"} for record in history]
+    (folder / HISTORY).write_text(json.dumps(records, indent=1) + "\n")
+    (folder / TIMINGS).write_text(json.dumps({"epoch_seconds": [record.seconds for record in history]}) + "\n")
+
+
 def load_history(folder: Path) -> list[EpochRecord]:
-    """The epochs of a model's training; empty where none were recorded."""
-    path = folder / HISTORY
-    return [EpochRecord(**record) for record in json.loads(path.read_text())] if path.exists() else []
+    """The epochs of a training; empty where none were recorded."""
+    if not (folder / HISTORY).exists():
+        return []
+    seconds = json.loads((folder / TIMINGS).read_text())["epoch_seconds"]
+    records = json.loads((folder / HISTORY).read_text())
+    return [EpochRecord(**record, seconds=spent) for record, spent in zip(records, seconds, strict=True)]
 
 
 def load_surgery(folder: Path) -> dict[str, float]:

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """Training stopped because it was asked to, with a checkpoint written where there is a place for one."""

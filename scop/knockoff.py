@@ -38,7 +38,7 @@ from scop.device import autocast, autocast_dtype, pick_device
 from scop.errors import UserError
 from scop.graph import ChannelGraph
 from scop.models import import_user_module
-from scop.training import Checkpoint, EpochRecord, TrainingBatches, fit, to_device
+from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit, to_device
 
 KnockoffSource = Callable[[Tensor, Tensor], Tensor]
 """Makes knockoff images (B, C, H, W) of real ones (B, C, H, W) and their labels (B,)."""
@@ -125,7 +125,8 @@ def train_knockoffs(
     source: KnockoffSource | None = None,
     device: torch.device | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
-    checkpoint: Checkpoint | None = None,
+    checkpoints: CheckpointStore | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Scores:
     """Let every channel compete with its knockoff, and score it.
@@ -137,7 +138,7 @@ def train_knockoffs(
         source: makes knockoffs; that of the settings by default.
         device: where to compute.
         on_epoch: told of every epoch.
-        checkpoint: see `scop.training.fit`.
+        checkpoints, stopping: see `scop.training.fit`.
 
     Raises:
         UserError: no layer can be pruned, or a setting is bad.
@@ -156,7 +157,8 @@ def train_knockoffs(
         label="knockoff",
         seed=section.seed,
         on_epoch=on_epoch,
-        checkpoint=checkpoint,
+        checkpoints=checkpoints,
+        stopping=stopping,
     )
     gates = {layer: gate.detach().float().cpu() for layer, gate in competition.named_gates()}
     gammas = {layer: _gamma(model, graph, layer) for layer in gates}

@@ -11,24 +11,39 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from scop.errors import UserError
 
 MANIFEST = "manifest.json"
 RECORD = "step.json"
+TIMINGS = "timings.json"
+"""How long things took: the one file of an artifact that is different each time a step runs."""
 FORMAT = 1
 # Not part of an artifact's content: the record of the step that made it, and what a killed step leaves behind.
-LEFTOVERS = {MANIFEST, RECORD, "checkpoint.pt", "tracking-unsent.jsonl"}
+LEFTOVERS = {MANIFEST, RECORD, "tracking-unsent.jsonl"}
+CHECKPOINTS = "checkpoints"
+"""The folder, in a step's output, for checkpoints that have no other place; no part of the artifact either."""
 
 
 class FileEntry(BaseModel):
-    """One file: its size in bytes and its sha256."""
+    """One file.
+
+    Attributes:
+        size: in bytes.
+        sha256: in hexadecimal.
+        stored_as: the object's name in S3 where it is not the file's; see `scop.storage.send_folder`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     size: int
     sha256: str
+    stored_as: str | None = None
+
+    def key(self, name: str) -> str:
+        """The object's name, for a file of this name."""
+        return self.stored_as or name
 
 
 class Manifest(BaseModel):
@@ -46,11 +61,35 @@ class Manifest(BaseModel):
     kind: str
     files: dict[str, FileEntry]
 
+    @field_validator("files")
+    @classmethod
+    def _names_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name, entry in files.items():
+            check_name(name)
+            check_name(entry.key(name))
+        return files
+
     @property
     def content(self) -> str:
-        """sha256 over the names and hashes of all files: the artifact's identity."""
-        lines = (f"{name} {entry.sha256}\n" for name, entry in sorted(self.files.items()))
+        """sha256 over the names and hashes of all files but the timings: what the artifact says."""
+        return self._hash({name for name in self.files if name != TIMINGS})
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the names and hashes of all files."""
+        return self._hash(set(self.files))
+
+    def _hash(self, names: set[str]) -> str:
+        lines = (f"{name} {self.files[name].sha256}\n" for name in sorted(names))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_name(name: str) -> str:
+    """The name, if it is that of a file inside a folder; raises UserError at one that leaves it."""
+    parts = name.split("/")
+    if not name or any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name or ":" in parts[0]:
+        raise UserError(f"file name {name!r} leads out of its folder; refused")
+    return name
 
 
 def write_manifest(folder: Path, kind: str, names: Sequence[str] | None = None) -> Manifest:
@@ -65,11 +104,15 @@ def write_manifest(folder: Path, kind: str, names: Sequence[str] | None = None) 
     files = {
         path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
         for path in paths
-        if path.is_file() and path.relative_to(folder).as_posix() not in LEFTOVERS
+        if path.is_file() and not _is_leftover(path.relative_to(folder).as_posix())
     }
     manifest = Manifest(kind=kind, files=files)
-    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
     return manifest
+
+
+def _is_leftover(name: str) -> bool:
+    return name in LEFTOVERS or name.startswith(f"{CHECKPOINTS}/")
 
 
 def read_folder(folder: Path, kind: str | None = None) -> Manifest:

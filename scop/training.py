@@ -7,12 +7,11 @@ checkpoints. Randomness depends on seed and epoch alone: a run that was killed a
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from scop.config import DistillationSection, TrainingSection
 from scop.device import autocast, autocast_dtype
-from scop.errors import UserError
+from scop.errors import Stopped, UserError
 from scop.narrow import NarrowBatchNorms
 from scop.progress import progress
 
@@ -180,43 +179,15 @@ def lr_factor(schedule: str, done: float, warmup: float) -> float:
     raise ValueError(f"unknown schedule {schedule!r}")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a training run keeps its state, and what it must match to be resumed.
+class CheckpointStore(Protocol):
+    """Where a training run keeps its states; see `scop.checkpoints.Checkpoints`."""
 
-    Attributes:
-        path: the file.
-        fingerprint: of everything that the result depends on: configuration and inputs.
-    """
+    @property
+    def place(self) -> str: ...
 
-    path: Path
-    fingerprint: str
+    def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None: ...
 
-    def save(self, state: dict[str, Any]) -> None:
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        torch.save({"fingerprint": self.fingerprint, **state}, part)
-        part.replace(self.path)
-
-    def load(self) -> dict[str, Any] | None:
-        """The saved state, or None where there is none.
-
-        Raises:
-            UserError: it is damaged, or belongs to another configuration or other inputs.
-        """
-        if not self.path.exists():
-            return None
-        remedy = "delete it to start over, or choose another output folder"
-        try:
-            state = torch.load(self.path, weights_only=True, map_location="cpu")
-            fingerprint = state.pop("fingerprint")
-        except Exception as error:
-            raise UserError(f"checkpoint {self.path} is damaged; {remedy}") from error
-        if fingerprint != self.fingerprint:
-            raise UserError(f"checkpoint {self.path} was made with another configuration or other inputs; {remedy}")
-        return state
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def load(self) -> dict[str, Any] | None: ...
 
 
 def fit(
@@ -232,7 +203,8 @@ def fit(
     keep: str = "last",
     validate: Callable[[], tuple[float, float]] | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
-    checkpoint: Checkpoint | None = None,
+    checkpoints: CheckpointStore | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[EpochRecord]:
     """Train, in place.
 
@@ -247,31 +219,46 @@ def fit(
         keep: last, or best: the weights of the epoch that was best on the validation split.
         validate: gives (loss, top-1) on the validation split; called after every epoch.
         on_epoch: told of every epoch that was trained here.
-        checkpoint: written after every epoch; training goes on from it where it exists already.
+        checkpoints: one is written after every epoch; training goes on from the newest.
+        stopping: asked after every step; once it says yes, a checkpoint is written and `Stopped` raised.
 
     Returns:
         The records of all epochs, those before a resumption included.
 
     Raises:
-        UserError: the loss stopped being finite, the checkpoint does not fit, or `keep` asks for what cannot be known.
+        UserError: the loss stopped being finite, or `keep` asks for what cannot be known.
+        Stopped: `stopping` said so.
     """
     if keep == "best" and validate is None:
         raise UserError("keep: best needs a validation split; set data.validation above 0 or keep: last")
     rate = _LearningRate(optimizer, schedule, total_steps=epochs * len(batches), warmup=warmup_epochs / max(1, epochs))
     history: list[EpochRecord] = []
     best: dict[str, Tensor] | None = None
-    if checkpoint and (saved := checkpoint.load()):
+    begun: dict[str, Any] | None = None
+    if checkpoints and (saved := checkpoints.load()):
         objective.state.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        history, best = [EpochRecord(**record) for record in saved["history"]], saved["best"]
-        print(f"{label}: resumes after epoch {len(history)} of {epochs} from {checkpoint.path}", flush=True)
+        history, best, begun = [EpochRecord(**record) for record in saved["history"]], saved["best"], saved["begun"]
+        within = f" and {begun['steps']} steps" if begun else ""
+        print(f"{label}: resumes after epoch {len(history)}{within} of {epochs}, {checkpoints.place}", flush=True)
+
+    def save(begun: dict[str, Any] | None = None) -> None:
+        if checkpoints:
+            state: dict[str, Any] = {"model": objective.state.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"best": best, "history": [asdict(record) for record in history], "begun": begun}
+            checkpoints.save(state, len(history), begun["steps"] if begun else 0)
 
     said = -math.inf
     for epoch in range(len(history), epochs):
         torch.manual_seed(seed * 1_000_003 + epoch)
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
-        record = _train_epoch(objective, batches, optimizer, rate, epoch, f"{label} {epoch + 1}/{epochs}")
+        work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{epochs}", begun)
+        begun = None
+        if not work.train(objective, batches, optimizer, rate, stopping):
+            save(work.state())
+            raise Stopped(f"{label}: stopped as asked in epoch {epoch + 1} of {epochs}")
+        record = work.record()
         if validate is not None:
             loss, top1 = validate()
             record = replace(record, validation_loss=loss, validation_top1=top1)
@@ -282,42 +269,97 @@ def fit(
         if epoch + 1 == epochs or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
             said = time.monotonic()
             print(_line(label, record, epochs), flush=True)
-        if checkpoint:
-            state = {"model": objective.state.state_dict(), "optimizer": optimizer.state_dict(), "best": best}
-            checkpoint.save(state | {"history": [asdict(r) for r in history]})
+        save()
     if best is not None:
         objective.state.load_state_dict(best)
     return history
 
 
-def _train_epoch(
-    objective: Objective,
-    batches: TrainingBatches,
-    optimizer: torch.optim.Optimizer,
-    rate: _LearningRate,
-    epoch: int,
-    label: str,
-) -> EpochRecord:
-    """One pass over the batches; raises UserError at a loss that is not finite."""
-    first_step = epoch * len(batches)
-    tally = _Tally(first_step)
-    started = time.perf_counter()
-    objective.start_epoch()
-    with progress(len(batches), label) as bar:
-        for step, (images, labels) in enumerate(batches, start=first_step):
-            lr = rate.set(step)
-            loss, logits = objective.loss(images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            objective.after_step()
-            tally.add(loss, logits, labels, lr)
-            bar.update(1)
-            if step % _STEPS_BETWEEN_CHECKS == 0:
-                bar.set_postfix(loss=f"{tally.check():.4f}")
-    tally.check()
-    seconds = round(time.perf_counter() - started, 3)
-    return EpochRecord(epoch=epoch + 1, lr=tally.rates[-1], loss=tally.mean_loss, top1=tally.top1, seconds=seconds)
+class _Epoch:
+    """One pass over the batches, which may be broken off and taken up again.
+
+    Args:
+        epoch: counted from 0.
+        length: batches in it.
+        label: names it in the progress display.
+        begun: what `state` gave when it was broken off.
+    """
+
+    def __init__(self, epoch: int, length: int, label: str, begun: dict[str, Any] | None) -> None:
+        self.epoch, self.length, self.label = epoch, length, label
+        self.steps, self.seconds = 0, 0.0
+        self.tally = _Tally(first_step=epoch * length)
+        self._random: list[Tensor] | None = None
+        if begun:
+            self.steps, self.seconds, self._random = begun["steps"], begun["seconds"], begun["random"]
+            self.tally.restore(begun["tally"])
+
+    def train(
+        self,
+        objective: Objective,
+        batches: TrainingBatches,
+        optimizer: torch.optim.Optimizer,
+        rate: _LearningRate,
+        stopping: Callable[[], bool],
+    ) -> bool:
+        """Go through the batches that are left; False if stopped. Raises UserError at a loss that is not finite."""
+        started, before = time.perf_counter(), self.seconds
+        objective.start_epoch()
+        with progress(self.length, self.label) as bar:
+            # What was trained on already is made again and left out, so that augmentation goes on as it would have.
+            rest = islice(batches, self.steps, None)
+            bar.update(self.steps)
+            images_and_labels = next(rest, None)
+            if self._random is not None:
+                _set_random_state(self._random)
+            while images_and_labels is not None:
+                images, labels = images_and_labels
+                step = self.tally.first_step + self.steps
+                lr = rate.set(step)
+                loss, logits = objective.loss(images, labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                objective.after_step()
+                self.tally.add(loss, logits, labels, lr)
+                self.steps += 1
+                bar.update(1)
+                if step % _STEPS_BETWEEN_CHECKS == 0:
+                    bar.set_postfix(loss=f"{self.tally.check():.4f}")
+                if stopping():
+                    break
+                images_and_labels = next(rest, None)
+        self.tally.check()
+        self.seconds = before + time.perf_counter() - started
+        return images_and_labels is None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "tally": self.tally.state(),
+            "random": _random_state(),
+        }
+
+    def record(self) -> EpochRecord:
+        return EpochRecord(
+            epoch=self.epoch + 1,
+            lr=self.tally.rates[-1],
+            loss=self.tally.mean_loss,
+            top1=self.tally.top1,
+            seconds=round(self.seconds, 3),
+        )
+
+
+def _random_state() -> list[Tensor]:
+    """Of the CPU's generator and of every GPU's."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) - 1 == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 class _LearningRate:
@@ -357,6 +399,18 @@ class _Tally:
         self.hits = self.hits + (logits.detach().argmax(1) == labels.to(logits.device)).sum()
         self.seen += len(labels)
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "losses": torch.stack(self.losses).cpu(),
+            "rates": self.rates,
+            "hits": int(self.hits),
+            "seen": self.seen,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.losses, self.rates = list(state["losses"].unbind()), list(state["rates"])
+        self.hits, self.seen, self.checked = state["hits"], state["seen"], len(state["rates"])
+
     def check(self) -> float:
         """The latest loss; raises UserError at the first one that is not finite."""
         fresh = torch.stack(self.losses[self.checked :]).cpu() if self.checked < len(self.losses) else torch.zeros(0)
@@ -371,7 +425,7 @@ class _Tally:
 
     @property
     def mean_loss(self) -> float:
-        return float(torch.stack(self.losses).mean())
+        return float(torch.stack([loss.cpu() for loss in self.losses]).mean())
 
     @property
     def top1(self) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import torch
 from torch import nn
 
+from scop import storage
 from scop.artifacts import save_model
 from scop.batches import Augmentation, Batches
 from scop.config import DataSection, DenseSection
@@ -23,6 +26,7 @@ from scop.models import make_model
 from scop.sources import load_source
 from scop.spec import attach_spec, spec_of
 from scop.training import Supervised, fit, make_optimizer
+from tests import services
 
 CPU = torch.device("cpu")
 
@@ -81,3 +85,23 @@ def model_folder(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("model") / "dense"
     save_model(trained, folder, history=[])
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real S3 server."""
+    with services.s3_server(tmp_path_factory.mktemp("s3")) as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket, with the environment by which it is reached and a cache of the test's own."""
+    for key, value in services.environment(s3_address).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("SCOP_CACHE", str(tmp_path / "cache"))
+    storage.forget_client()
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    storage._client().create_bucket(Bucket=name)
+    yield f"s3://{name}"
+    storage.forget_client()

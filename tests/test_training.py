@@ -1,6 +1,5 @@
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,16 +7,22 @@ from torch import nn
 
 from scop import UserError, make_model
 from scop.batches import Augmentation, Batches
+from scop.checkpoints import Checkpoints
 from scop.config import DenseSection, DistillationSection, FinetuneSection
 from scop.data import Dataset
 from scop.evaluation import measure_accuracy
-from scop.training import Checkpoint, Supervised, fit, lr_factor, make_optimizer, recalibrate
+from scop.training import Supervised, fit, lr_factor, make_optimizer, recalibrate
 
 CPU = torch.device("cpu")
 
 
 def train(
-    digits: Dataset, epochs: int = 2, checkpoint: Checkpoint | None = None, stop_after: int | None = None, **keys
+    digits: Dataset,
+    epochs: int = 2,
+    checkpoints: Checkpoints | None = None,
+    stop_after: int | None = None,
+    stopping=lambda: False,
+    **keys,
 ):
     """Train a fresh network for some epochs; with `stop_after`, as if the process died behind that epoch."""
     torch.manual_seed(0)
@@ -48,7 +53,8 @@ def train(
             warmup_epochs=section.warmup_epochs,
             keep=section.keep,
             validate=validate,
-            checkpoint=checkpoint,
+            checkpoints=checkpoints,
+            stopping=stopping,
             on_epoch=on_epoch,
         )
     except Killed:
@@ -73,26 +79,6 @@ def test_seeds_reproduce_bit_for_bit(digits: Dataset, optimizer: str) -> None:
     other, _ = train(digits, optimizer=optimizer, lr=lr, seed=1)
     assert same(first, again)
     assert not same(first, other)
-
-
-def test_a_killed_run_resumes_to_the_same_weights(digits: Dataset, tmp_path: Path, capsys) -> None:
-    whole, history = train(digits, epochs=4)
-    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", "abc")
-    train(digits, epochs=4, checkpoint=checkpoint, stop_after=2)
-    resumed, resumed_history = train(digits, epochs=4, checkpoint=checkpoint)
-    assert "resumes after epoch 2 of 4" in capsys.readouterr().out
-    assert same(whole, resumed)
-    assert [record.loss for record in resumed_history] == [record.loss for record in history]
-
-
-def test_checkpoints_of_others_and_damaged_ones_are_refused(digits: Dataset, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
-    train(digits, epochs=1, checkpoint=Checkpoint(path, "abc"))
-    with pytest.raises(UserError, match="another configuration or other inputs; delete it"):
-        train(digits, checkpoint=Checkpoint(path, "def"))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="is damaged; delete it"):
-        train(digits, checkpoint=Checkpoint(path, "abc"))
 
 
 def test_best_keeps_the_epoch_that_was_best_on_the_validation_split(digits: Dataset) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from scop.batches import Augmentation, Batches
+from scop.checkpoints import termination
 from scop.config import FinetuneSection, TrainingSection
 from scop.data import Dataset, SplitName
 from scop.device import autocast_dtype
@@ -34,11 +33,10 @@ def train_supervised(
     dataset: Dataset,
     section: TrainingSection,
     context: Context,
-    output: Path,
     label: str,
     teacher: nn.Module | None = None,
 ) -> list[EpochRecord]:
-    """Train a network on its labels, in place, with a checkpoint in the output folder; it ends on the CPU."""
+    """Train a network on its labels, in place, with checkpoints; it ends on the CPU."""
     device = context.device
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = training_batches(dataset, section, device)
@@ -50,20 +48,22 @@ def train_supervised(
         accuracy = measure_accuracy(model, validation, device, objective.dtype)
         return accuracy.loss, accuracy.top1
 
-    history = fit(
-        objective,
-        batches,
-        make_optimizer(model, section),
-        epochs=section.epochs,
-        label=label,
-        seed=section.seed,
-        schedule=section.schedule,
-        warmup_epochs=section.warmup_epochs,
-        keep=section.keep,
-        validate=validate if len(dataset["validation"]) else None,
-        on_epoch=context.on_epoch,
-        checkpoint=context.checkpoint(output),
-    )
+    with termination() as stopping:
+        history = fit(
+            objective,
+            batches,
+            make_optimizer(model, section),
+            epochs=section.epochs,
+            label=label,
+            seed=section.seed,
+            schedule=section.schedule,
+            warmup_epochs=section.warmup_epochs,
+            keep=section.keep,
+            validate=validate if len(dataset["validation"]) else None,
+            on_epoch=context.on_epoch,
+            checkpoints=context.checkpoints,
+            stopping=stopping,
+        )
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history
 

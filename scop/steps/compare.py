@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scop.config import Section
 from scop.errors import UserError
-from scop.manifest import write_manifest
+from scop.manifest import TIMINGS, write_manifest
 from scop.report import VariantResult, write_report
 from scop.steps.runtime import RUN_VARIABLE, Context, StepResult
+from scop.storage import join
 
 
 class Config(Section):
@@ -30,13 +33,11 @@ class Outputs:
 
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
-    import os
-
-    evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in inputs.evaluations]
-    exports = {
-        report["variant"]: report
-        for report in (json.loads((folder / "export.json").read_text()) for folder in inputs.exports)
-    }
+    evaluations = [_evaluation(folder) for folder in inputs.evaluations]
+    exports = {}
+    for folder, place in zip(inputs.exports, context.places["exports"], strict=True):
+        report = json.loads((folder / "export.json").read_text())
+        exports[report["variant"]] = report | {"model": place, "onnx": join(place, "model.onnx")}
     for evaluation in evaluations:
         if evaluation["variant"] not in exports:
             raise UserError(f"variant {evaluation['variant']!r} was evaluated but not exported; give its export too")
@@ -50,3 +51,11 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     for name in ("summary.json", "report.html"):
         context.tracker.log_file(outputs.report / name)
     return StepResult({"variants": float(len(results))})
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """evaluation.json, with each network's latency, which lies apart, put in."""
+    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    for name, latency in json.loads((folder / TIMINGS).read_text())["latency_ms"].items():
+        evaluation[name]["latency_ms"] = latency
+    return evaluation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from scop.config import EvaluateSection, Section, VariantSection
 from scop.data import load_dataset
 from scop.device import describe_device
 from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
-from scop.manifest import write_manifest
+from scop.manifest import TIMINGS, write_manifest
 from scop.plots import confusion_matrix
 from scop.spec import spec_of
 from scop.steps.common import evaluation_batches
@@ -49,6 +50,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     figures = {
         name: _figures(models[name], accuracies[name], folders[name] / WEIGHTS, dataset.info.shape) for name in models
     }
+    latencies: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     for batch_size in section.batch_sizes:
         measured = measure_latency(
             models,
@@ -59,7 +61,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             section.threads if device.type == "cpu" else None,
         )
         for name, latency in measured.items():
-            figures[name]["latency_ms"][str(batch_size)] = {k: round(v, 4) for k, v in asdict(latency).items()}
+            latencies[name][str(batch_size)] = {k: round(v, 4) for k, v in asdict(latency).items()}
 
     plan = _plan(models["pruned"])
     evaluation = {
@@ -80,15 +82,17 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         "kept": {layer: len(kept) for layer, kept in plan["kept"].items()},
         "channels": plan["channels"],
         "surgery": surgery,
-        "history": [asdict(record) for record in load_history(inputs.pruned)],
-        "dense_history": [asdict(record) for record in load_history(inputs.dense)],
+        "history": _curve(inputs.pruned),
+        "dense_history": _curve(inputs.dense),
     }
+    timings = {"latency_ms": latencies, "device": evaluation["device"], "threads": evaluation["threads"]}
+    (outputs.evaluation / TIMINGS).write_text(json.dumps(timings, indent=1) + "\n")
     (outputs.evaluation / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     confusion_matrix(evaluation["confusion"], dataset.info.classes, outputs.evaluation / "confusion.png")
     write_manifest(outputs.evaluation, kind="evaluation")
     for name in ("evaluation.json", "confusion.png"):
         context.tracker.log_file(outputs.evaluation / name)
-    metrics = _headline(figures)
+    metrics = _headline(figures, latencies)
     print(
         f"{variant.label}: top-1 {metrics['dense_top1']:.2%} -> {metrics['pruned_top1']:.2%}, "
         f"MACs {metrics['dense_macs']:.4g} -> {metrics['pruned_macs']:.4g}",
@@ -105,8 +109,12 @@ def _figures(model: nn.Module, accuracy: Accuracy, weights: Path, shape: tuple[i
         "params": count_parameters(model),
         "macs": count_macs(model, shape),
         "bytes": weights.stat().st_size,
-        "latency_ms": {},
     }
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    """A model's learning curve; how long its epochs took stays behind."""
+    return [{key: value for key, value in asdict(r).items() if key != "seconds"} for r in load_history(folder)]
 
 
 def _plan(model: nn.Module) -> dict[str, Any]:
@@ -115,14 +123,14 @@ def _plan(model: nn.Module) -> dict[str, Any]:
     return spec.plan.model_dump()
 
 
-def _headline(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _headline(
+    figures: Mapping[str, Mapping[str, Any]], latencies: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> dict[str, float]:
     """Dense and pruned figures flat, as runs are compared by them."""
     metrics: dict[str, float] = {}
     for name, values in figures.items():
-        for key, value in values.items():
-            if key != "latency_ms":
-                metrics[f"{name}_{key}"] = float(value)
-        for batch_size, latency in values["latency_ms"].items():
+        metrics |= {f"{name}_{key}": float(value) for key, value in values.items()}
+        for batch_size, latency in latencies[name].items():
             metrics |= {f"{name}_latency_ms_batch{batch_size}_{k}": v for k, v in latency.items()}
     metrics["top1_drop"] = metrics["dense_top1"] - metrics["pruned_top1"]
     for key in ("params", "macs", "bytes"):

@@ -61,7 +61,6 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
                 f"export.tolerance {config.export.tolerance:g}"
             )
     evaluation = json.loads((inputs.evaluation / "evaluation.json").read_text())
-    registered = None
     if config.export.register_model:
         drop = evaluation["dense"]["top1"] - evaluation["pruned"]["top1"]
         tags = {
@@ -69,17 +68,11 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             "method": config.variant.method,
             "top1_drop": f"{drop:.6f}",
         }
-        registered = context.tracker.register_onnx(onnx, label, tags)
-    report = {
-        "variant": label,
-        "exactness": differences,
-        "model": str(folder),
-        "onnx": str(onnx),
-        "onnx_bytes": onnx.stat().st_size,
-        "registered": registered,
-    }
+        if registered := context.tracker.register_onnx(onnx, label, tags):
+            print(f"{label}: registered as {registered}", flush=True)
+    report = {"variant": label, "exactness": differences, "onnx_bytes": onnx.stat().st_size}
     (folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
     write_manifest(folder, kind="model")
     largest = max(differences.values())
-    print(f"{label}: masked = pruned = reloaded = ONNX = .pt2 within {largest:.1g}, in {folder}", flush=True)
+    print(f"{label}: masked = pruned = reloaded = ONNX = .pt2 within {largest:.1g}", flush=True)
     return StepResult({f"difference_{key}": value for key, value in differences.items()})

@@ -59,11 +59,10 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             metrics["validation_top1_recalibrated"] = recalibrated.top1
 
     teacher = _teacher(dense, section, context)
-    history = train_supervised(pruned, dataset, section, context, outputs.model, label, teacher)
+    history = train_supervised(pruned, dataset, section, context, label, teacher)
     figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
     (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
     save_model(pruned, outputs.model, history=history, others=[SURGERY])
-    context.checkpoint(outputs.model).remove()
     if (after := validation_accuracy(pruned, dataset, context)) is not None:
         metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
     metrics |= {

@@ -9,6 +9,7 @@ from scop.config import DataSection, Section
 from scop.data import save_dataset
 from scop.sources import load_source
 from scop.steps.runtime import Context, StepResult
+from scop.storage import local
 
 
 class Config(Section):
@@ -26,7 +27,8 @@ class Outputs:
 
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
-    dataset = load_source(config.data)
+    path = config.data.path
+    dataset = load_source(config.data.model_copy(update={"path": str(local(path))}) if path else config.data)
     save_dataset(dataset, outputs.dataset)
     info = dataset.info
     shape = "x".join(map(str, info.shape))

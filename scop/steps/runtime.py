@@ -8,17 +8,20 @@ anything else with 1 and the traceback.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,19 +30,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
 import scop
+from scop import storage
+from scop.checkpoints import Checkpoints
 from scop.config import Section, parse
-from scop.errors import UserError
-from scop.manifest import MANIFEST, RECORD, read_folder, write_atomically
+from scop.errors import Stopped, UserError
+from scop.manifest import CHECKPOINTS, MANIFEST, RECORD, read_folder, sha256_of
 from scop.steps import STEPS
 from scop.tracking import UNSENT, MlflowTracker, NoTracker, Tracker, first_line
 
 if TYPE_CHECKING:
     import torch
 
-    from scop.training import Checkpoint, EpochRecord
+    from scop.training import EpochRecord
 
 RUN_VARIABLE = "SCOP_RUN_ID"
 IMAGE_VARIABLE = "SCOP_IMAGE"
+CHECKPOINTS_VARIABLE = "SCOP_CHECKPOINTS"
+KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
+LOCAL_ROOT_VARIABLE, REMOTE_ROOT_VARIABLE = "SCOP_LOCAL_ROOT", "SCOP_REMOTE_ROOT"
+"""Set by `scop run --out s3://...`: a component's path below the one is meant as the place below the other."""
+
+TERMINATED = 128 + signal.SIGTERM
+Places = Mapping[str, str | list[str]]
+"""Paths or ``s3://`` URIs by name; a list where a step takes several."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,13 @@ class Context:
 
     Attributes:
         tracker: where figures go.
-        fingerprint: of the step's configuration and inputs, for checkpoints.
+        checkpoints: where a training keeps its states.
+        places: of the inputs: absolute paths or URIs, by name.
     """
 
     tracker: Tracker
-    fingerprint: str
+    checkpoints: Checkpoints
+    places: Places
 
     @cached_property
     def device(self) -> torch.device:
@@ -74,12 +89,6 @@ class Context:
         from scop.device import pick_device
 
         return pick_device()
-
-    def checkpoint(self, folder: Path) -> Checkpoint:
-        """The checkpoint of a training in an output folder."""
-        from scop.training import Checkpoint
-
-        return Checkpoint(folder / "checkpoint.pt", self.fingerprint)
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Track an epoch."""
@@ -105,13 +114,8 @@ def find_step(name: str) -> StepModule:
     return module
 
 
-def execute(
-    name: str,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, str | list[str]],
-    outputs: Mapping[str, str],
-) -> StepResult:
-    """Run a step, and leave the process where it fails.
+def execute(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapping[str, str]) -> StepResult:
+    """Run a step as a component does, and leave the process where it fails.
 
     Args:
         name: of the step.
@@ -120,74 +124,191 @@ def execute(
         outputs: output folders by name.
     """
     try:
-        return run_step(name, config, inputs, outputs)
+        return run_step(
+            name,
+            config,
+            _map(inputs, lambda _, path: _meant(path)),
+            _map(outputs, lambda _, path: _meant(path)),
+        )
     except UserError as error:
         print(f"scop: error: {name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def run_step(
-    name: str,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, str | list[str]],
-    outputs: Mapping[str, str],
-) -> StepResult:
-    """Run a step; arguments as for `execute`.
+def _meant(path: str) -> str:
+    here, there = os.environ.get(LOCAL_ROOT_VARIABLE), os.environ.get(REMOTE_ROOT_VARIABLE)
+    if here and there and path.startswith(f"{here}/"):
+        return storage.join(there, path.removeprefix(f"{here}/"))
+    return path
+
+
+def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapping[str, str]) -> StepResult:
+    """Run a step; arguments as for `execute`, where any folder may be an ``s3://`` URI.
 
     Raises:
         UserError: anything about the configuration or the inputs is wrong.
     """
-    started = time.monotonic()
     step = find_step(name)
     settings = parse(step.Config, config)
-    sources = _folders(name, "input", step.Inputs, inputs)
-    contents = {key: _contents(key, value) for key, value in dataclasses.asdict(sources).items()}
-    targets = _folders(name, "output", step.Outputs, outputs)
-    folders = list(dataclasses.asdict(targets).values())
-    _refuse_overlap(sources, folders)
-    for folder in folders:
-        _make_ready(folder)
-    record = _Record(folders[0] / RECORD, _describe(name, settings, inputs, contents, outputs))
-    record.write(status="running")
+    inputs = _checked(name, "input", step.Inputs, inputs)
+    _checked(name, "output", step.Outputs, outputs)
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_on_sigterm():
+        sources = _map(inputs, _fetched)
+        contents = _map(sources, _content)
+        targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
+        _refuse_overlap(sources, targets, inputs, outputs)
+        description = _describe(name, settings, inputs, contents, outputs)
+        fingerprint = _hash({key: description[key] for key in ("step", "config", "files")} | {"inputs": contents})
+        checkpoints = _checkpoints(name, fingerprint, outputs, targets)
+        for folder in targets.values():
+            _make_ready(folder)
+        record = _Record(
+            [storage.join(value, RECORD) for value in _with_remote(next(iter(outputs.values())))], description
+        )
+        record.write(status="running")
+        return _run_recorded(name, step, settings, (inputs, sources), (outputs, targets), record, checkpoints)
 
-    fingerprint = _hash({"step": name, "config": settings.model_dump(mode="json"), "inputs": contents})
+
+def _run_recorded(
+    name: str,
+    step: StepModule,
+    settings: Section,
+    inputs: tuple[Places, Mapping[str, Any]],
+    outputs: tuple[Mapping[str, str], Mapping[str, Path]],
+    record: _Record,
+    checkpoints: Checkpoints,
+) -> StepResult:
+    """The work between the record's first line and its last; inputs and outputs as (places, local folders)."""
+    started = time.monotonic()
+    places = _map(inputs[0], lambda _, place: _absolute(place))
+    unsent = next(iter(outputs[1].values())) / UNSENT
     tracker: Tracker = NoTracker()
     try:
-        tracker = _open_tracker(name, settings, folders[0])
+        tracker = _open_tracker(name, settings, unsent)
         if isinstance(tracker, MlflowTracker):
             record.write(tracking_run=tracker.run_id)
         tracker.log_params(_flat(settings.model_dump(mode="json")))
-        result = step.run(settings, sources, targets, Context(tracker, fingerprint))
+        context = Context(tracker, checkpoints, places)
+        result = step.run(settings, step.Inputs(**inputs[1]), step.Outputs(**outputs[1]), context)
+        for key, folder in outputs[1].items():
+            if storage.is_uri(outputs[0][key]):
+                storage.send_folder(folder, outputs[0][key])
         tracker.log_metrics(result.metrics)
     except BaseException as error:
         reason = first_line(error) if isinstance(error, Exception) else type(error).__name__
-        record.write(status="failed", error=reason, seconds=round(time.monotonic() - started, 3))
+        status = "stopped" if isinstance(error, Stopped | _Terminated) else "failed"
+        with contextlib.suppress(UserError):  # S3 itself may be what failed; the first error is the one to tell
+            record.write(status=status, error=reason, seconds=round(time.monotonic() - started, 3))
         tracker.close(succeeded=False, error=f"{name}: {reason}")
+        if status == "stopped":
+            print(f"{name}: {reason}; run it again, and it goes on from there", flush=True)
+            raise SystemExit(TERMINATED) from None
         if not isinstance(error, UserError):
             traceback.print_exc()
             raise SystemExit(1) from None
         raise
-    record.write(status="done", seconds=round(time.monotonic() - started, 3))
+    finally:
+        if unsent.exists() and storage.is_uri(outputs[0][next(iter(outputs[0]))]):
+            with contextlib.suppress(UserError):
+                storage.write(storage.join(next(iter(outputs[0].values())), UNSENT), unsent.read_bytes())
+    checkpoints.remove()
+    made = {key: read_folder(folder) for key, folder in outputs[1].items()}
+    record.write(
+        status="done",
+        seconds=round(time.monotonic() - started, 3),
+        outputs={
+            key: {
+                "uri": _absolute(outputs[0][key]),
+                "content": manifest.content,
+                "files": {file: entry.sha256 for file, entry in manifest.files.items()},
+            }
+            for key, manifest in made.items()
+        },
+    )
     tracker.close(succeeded=True)
     return result
 
 
-def _folders(step: str, kind: str, fields: type[Any], given: Mapping[str, str | list[str]]) -> Any:
-    """An instance of a step's Inputs or Outputs, with paths for strings."""
+class _Terminated(SystemExit):
+    """SIGTERM came at a time when there was nothing to save."""
+
+    def __str__(self) -> str:
+        return "terminated"
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Within, SIGTERM unwinds the stack, so that the record says how the step ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _Terminated(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _map(values: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """``change(name, value)`` of every value by name, of each entry where it is a list."""
+    return {
+        name: [change(name, entry) for entry in value] if isinstance(value, list) else change(name, value)
+        for name, value in values.items()
+    }
+
+
+def _fetched(name: str, place: str) -> Path:
+    return storage.fetch_folder(place, _KINDS[name]) if storage.is_uri(place) else Path(place)
+
+
+def _content(name: str, folder: Path) -> str:
+    return read_folder(folder, _KINDS[name]).content
+
+
+def _with_remote(place: str) -> list[str]:
+    """The place, and the URI that a KFP launcher uploads it to, where it is such a path: /s3/BUCKET/KEY."""
+    return [place, f"s3://{place.removeprefix('/s3/')}"] if place.startswith("/s3/") else [place]
+
+
+def _checkpoints(name: str, fingerprint: str, outputs: Mapping[str, str], targets: Mapping[str, Path]) -> Checkpoints:
+    """Those of this very work: under SCOP_CHECKPOINTS, or else beside the output."""
+    own, keep = f"{name}-{fingerprint[:32]}", int(os.environ.get(KEEP_VARIABLE, "2"))
+    if place := os.environ.get(CHECKPOINTS_VARIABLE):
+        return Checkpoints(storage.join(place, own), fingerprint, keep)
+    first = next(iter(outputs))
+    if storage.is_uri(outputs[first]):
+        return Checkpoints(storage.join(outputs[first], CHECKPOINTS, own), fingerprint, keep)
+    folder = targets[first] / CHECKPOINTS
+    for other in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if other.name != own and any(other.glob("*.json")):
+            raise UserError(
+                f"checkpoint {other} was made with another configuration or other inputs; delete it to start over, or "
+                "choose another output folder"
+            )
+    return Checkpoints(str(folder / own), fingerprint, keep)
+
+
+def _checked(step: str, kind: str, fields: type[Any], given: Places) -> Places:
+    """The places, lists where the step takes several; raises UserError where one is missing or unknown."""
     wanted = get_type_hints(fields)
     for name in given.keys() - wanted.keys():
         known = ", ".join(wanted) or "none"
         raise UserError(f"step {step!r} has no {kind} {name!r} (known: {known})")
-    for name in wanted.keys() - given.keys():
-        raise UserError(f"step {step!r} needs --{kind} {name}=FOLDER")
-    paths: dict[str, Any] = {}
-    for name, value in given.items():
-        several = bool(get_args(wanted[name]))
-        values = [Path(v) for v in ([value] if isinstance(value, str) else value)]
+    places: dict[str, str | list[str]] = {}
+    for name, annotation in wanted.items():
+        if name not in given:
+            raise UserError(f"step {step!r} needs --{kind} {name}=FOLDER")
+        value = given[name]
+        values = [value] if isinstance(value, str) else value
+        several = bool(get_args(annotation))
         if not several and len(values) != 1:
             raise UserError(f"step {step!r} takes one {kind} {name!r}, not {len(values)}")
-        paths[name] = values if several else values[0]
-    return fields(**paths)
+        places[name] = values if several else values[0]
+    return places
 
 
 # What kind of artifact each input must be.
@@ -203,24 +324,25 @@ _KINDS = {
 }
 
 
-def _contents(name: str, value: Path | list[Path]) -> str | list[str]:
-    if isinstance(value, list):
-        return [read_folder(path, _KINDS[name]).content for path in value]
-    return read_folder(value, _KINDS[name]).content
-
-
-def _refuse_overlap(sources: Any, outputs: list[Path]) -> None:
+def _refuse_overlap(
+    sources: Mapping[str, Any], targets: Mapping[str, Path], inputs: Places, outputs: Mapping[str, str]
+) -> None:
     """An output folder is emptied before the work: it must not be, hold or lie in an input or another output."""
-    inputs = [p for v in dataclasses.asdict(sources).values() for p in (v if isinstance(v, list) else [v])]
-    for place, output in enumerate(outputs):
-        for other in [*inputs, *outputs[:place]]:
+    folders = [p for v in sources.values() for p in (v if isinstance(v, list) else [v])]
+    for place, output in enumerate(targets.values()):
+        for other in [*folders, *list(targets.values())[:place]]:
             a, b = output.resolve(), other.resolve()
             if a == b or a in b.parents or b in a.parents:
                 raise UserError(f"output folder {output} overlaps with {other}; name another one")
+    uris = [u.rstrip("/") for v in inputs.values() for u in (v if isinstance(v, list) else [v]) if storage.is_uri(u)]
+    for output_uri in filter(storage.is_uri, outputs.values()):
+        for uri in uris:
+            if f"{uri}/".startswith(f"{output_uri.rstrip('/')}/") or output_uri.startswith(f"{uri}/"):
+                raise UserError(f"output {output_uri} overlaps with {uri}; name another one")
 
 
 def _make_ready(folder: Path) -> None:
-    """Make an output folder, or clear the one of an earlier try, whose checkpoint stays.
+    """Make an output folder, or clear the one of an earlier try, whose checkpoints stay.
 
     Only what that try wrote is removed: what its manifest lists or, where it did not come to that, what lies beside its
     record. Other folders, and files of any other kind, are somebody's: then nothing is touched.
@@ -228,14 +350,15 @@ def _make_ready(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = list(folder.iterdir())
-        earlier = {path for path in present if path.is_file() and path.suffix in _WRITTEN_BY_STEPS}
+        earlier = {path for path in present if path.suffix in _WRITTEN_BY_STEPS and path.is_file()}
+        earlier |= {path for path in present if path.name == CHECKPOINTS}
         marked = any((folder / name).exists() for name in (MANIFEST, RECORD))
         if present and (not marked or set(present) - earlier):
             raise UserError(f"output folder {folder} holds other files; name a new or empty one")
         # The manifest first: from here on nobody takes the folder for whole.
         (folder / MANIFEST).unlink(missing_ok=True)
         for path in earlier:
-            if path.name not in (MANIFEST, RECORD, "checkpoint.pt"):
+            if path.name not in (MANIFEST, RECORD, CHECKPOINTS):
                 path.unlink()
         probe = folder / ".probe"
         probe.touch()
@@ -249,23 +372,25 @@ _WRITTEN_BY_STEPS = {".json", ".jsonl", ".npy", ".onnx", ".png", ".html", ".pt",
 
 
 class _Record:
-    """`step.json`: all that it takes to run the step again, and how it ended."""
+    """`step.json`: all that it takes to run the step again, and how it ended; no secrets."""
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self._path, self._content = path, content
+    def __init__(self, places: list[str], content: dict[str, Any]) -> None:
+        self._places, self._content = places, content
 
     def write(self, **changes: Any) -> None:
         self._content |= changes
-        write_atomically(self._path, json.dumps(self._content, indent=1) + "\n")
+        for place in self._places:
+            storage.write(place, (json.dumps(self._content, indent=1) + "\n").encode())
 
 
 def _describe(
-    name: str,
-    settings: Section,
-    inputs: Mapping[str, str | list[str]],
-    contents: Mapping[str, str | list[str]],
-    outputs: Mapping[str, str],
+    name: str, settings: Section, inputs: Places, contents: Mapping[str, Any], outputs: Mapping[str, str]
 ) -> dict[str, Any]:
+    config, files = settings.model_dump(mode="json"), {}
+    for section, key in _EXTERNAL_FILES:
+        if place := config.get(section, {}).get(key):
+            config[section][key] = _absolute(place)
+            files[f"{section}.{key}"] = _file_content(place)
     return {
         "step": name,
         "version": scop.__version__,
@@ -275,14 +400,30 @@ def _describe(
         "revision": git_revision(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "config": settings.model_dump(mode="json"),
-        "inputs": {key: {"uri": _absolute(inputs[key]), "content": contents[key]} for key in inputs},
-        "outputs": {key: _absolute(value) for key, value in outputs.items()},
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        "config": config,
+        "files": files,
+        "inputs": {key: {"uri": uri, "content": contents[key]} for key, uri in _map(inputs, _recorded).items()},
+        "outputs": {key: {"uri": uri} for key, uri in _map(outputs, _recorded).items()},
     }
 
 
-def _absolute(value: str | list[str]) -> str | list[str]:
-    return str(Path(value).absolute()) if isinstance(value, str) else [str(Path(v).absolute()) for v in value]
+def _recorded(_: str, place: str) -> str:
+    return _with_remote(_absolute(place))[-1]
+
+
+# Entries of the configuration that name files; what they hold is recorded with the step.
+_EXTERNAL_FILES = (("data", "path"), ("dense", "weights"))
+
+
+def _file_content(place: str) -> str | None:
+    """sha256 of a file; None for folders and for what lies in S3, where the cache goes by the object's version."""
+    path = Path(place).expanduser()
+    return sha256_of(path) if not storage.is_uri(place) and path.is_file() else None
+
+
+def _absolute(place: str) -> str:
+    return place if storage.is_uri(place) else str(Path(place).expanduser().absolute())
 
 
 def git_revision() -> str | None:
@@ -299,7 +440,7 @@ def git_revision() -> str | None:
     return commit + ("+" if changes else "")
 
 
-def _open_tracker(name: str, settings: Section, folder: Path) -> Tracker:
+def _open_tracker(name: str, settings: Section, unsent: Path) -> Tracker:
     """MLflow where MLFLOW_TRACKING_URI names one; `scop run` sets it."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return NoTracker()
@@ -310,7 +451,7 @@ def _open_tracker(name: str, settings: Section, folder: Path) -> Tracker:
         tags |= {"scop.variant": variant.label, "scop.method": variant.method}
     if run := os.environ.get(RUN_VARIABLE):
         tags["scop.run"] = run
-    return MlflowTracker(label, tags, folder / UNSENT)
+    return MlflowTracker(label, tags, unsent)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

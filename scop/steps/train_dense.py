@@ -18,6 +18,7 @@ from scop.models import accepts_channels, make_model
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
 from scop.steps.runtime import Context, StepResult
+from scop.storage import local
 from scop.text import human
 
 
@@ -41,12 +42,11 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     model = build(section, dataset)
     check(model, dataset)
     if section.weights is not None:
-        load_weights(model, section.weights)
+        load_weights(model, local(section.weights))
         history = []
     else:
-        history = train_supervised(model, dataset, section, context, outputs.model, label="dense")
+        history = train_supervised(model, dataset, section, context, label="dense")
     save_model(model, outputs.model, history=history)
-    context.checkpoint(outputs.model).remove()
 
     metrics = {
         "params": float(count_parameters(model)),

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from scop.artifacts import load_model
+from scop.artifacts import load_model, save_history
 from scop.batches import Augmentation, Batches
+from scop.checkpoints import termination
 from scop.config import KnockoffSection, Section
 from scop.data import load_dataset
 from scop.knockoff import train_knockoffs
@@ -35,23 +36,22 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     section, dataset, model = config.knockoff, load_dataset(inputs.dataset), load_model(inputs.dense)
     device = context.device
     augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
-    checkpoint = context.checkpoint(outputs.scores)
-    scores = train_knockoffs(
-        model,
-        Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed),
-        section,
-        device=device,
-        on_epoch=context.on_epoch,
-        checkpoint=checkpoint,
-    )
+    with termination() as stopping:
+        scores = train_knockoffs(
+            model,
+            Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed),
+            section,
+            device=device,
+            on_epoch=context.on_epoch,
+            checkpoints=context.checkpoints,
+            stopping=stopping,
+        )
     scores.save(outputs.scores / "scores.safetensors")
-    history = [record.__dict__ for record in scores.history]
-    (outputs.scores / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    save_history(scores.history, outputs.scores)
     layers = {layer: {"gate": _rounded(scores.gates[layer]), "score": _rounded(scores[layer])} for layer in scores}
     (outputs.scores / "scores.json").write_text(json.dumps(layers, indent=1) + "\n")
     score_histograms({layer: scores[layer].tolist() for layer in scores}, outputs.scores / "scores.png")
     write_manifest(outputs.scores, kind="scores")
-    checkpoint.remove()
     for name in ("scores.json", "scores.png"):
         context.tracker.log_file(outputs.scores / name)
     return StepResult(
