@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +21,23 @@ import yaml
 
 import scop
 from pipelines.console import console
+from pipelines.containers import Sandbox, existing, require_image
+from scop import storage
 from scop.config import Config
 from scop.errors import UserError
 from scop.manifest import write_atomically
 from scop.progress import TERMINAL_VARIABLE
-from scop.steps.runtime import RUN_VARIABLE, git_revision
+from scop.steps.runtime import (
+    CHECKPOINTS_VARIABLE,
+    IMAGE_VARIABLE,
+    KEEP_VARIABLE,
+    LOCAL_ROOT_VARIABLE,
+    REMOTE_ROOT_VARIABLE,
+    RUN_VARIABLE,
+    git_revision,
+)
 from scop.text import human
-from scop.tracking import PARENT_VARIABLE, end_parent, start_parent
+from scop.tracking import ARTIFACTS_VARIABLE, PARENT_VARIABLE, end_parent, start_parent
 
 
 class StepError(Exception):
@@ -38,23 +49,25 @@ class LocalRun:
     """A finished run.
 
     Attributes:
-        folder: where everything of it lies.
+        place: where everything of it lies, a path or an ``s3://`` URI.
         summary: the content of its summary.json.
         tracking_uri: of MLflow.
     """
 
-    folder: Path
+    place: str
     summary: dict[str, Any]
     tracking_uri: str
 
 
-def run_locally(config: Config, out: Path, name: str) -> LocalRun:
-    """Run the pipeline, each step in a process of its own.
+def run_locally(config: Config, out: str, name: str, image: str | None = None) -> LocalRun:
+    """Run the pipeline, each step in a process or a container of its own.
 
     Args:
         config: what to run.
-        out: the run gets a folder in here, and MLflow's database, shared by all runs, lies here too.
+        out: a folder or ``s3://`` URI. The run lies in a folder of its own in here; so does MLflow's database, shared
+            by all runs, where nothing names a server. Into S3 the steps exchange all they make through it.
         name: what the run's id begins with.
+        image: steps run in containers of it.
 
     Raises:
         UserError: the output folder cannot be written, MLflow cannot be used, or a step refused its input.
@@ -62,51 +75,102 @@ def run_locally(config: Config, out: Path, name: str) -> LocalRun:
     """
     started = time.monotonic()
     _refuse_missing_files(config)
-    out = out.expanduser().absolute()
+    if image is not None:
+        os.environ[IMAGE_VARIABLE] = image  # what the components are compiled with
+        require_image(image)
+    out = out.rstrip("/") if storage.is_uri(out) else str(Path(out).expanduser().absolute())
     run_id = f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = out / run_id
+    place = storage.join(out, run_id)
+    with _workspace(place) as folder:
+        config_file = folder / "config.yaml"
+        write_atomically(config_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        _send([config_file], place)
+        print(f"run {run_id}: {len(config.variants)} variant(s), everything in {place}", flush=True)
+        with _environment(_tracking(config, out) | _surroundings(config, out, place, folder)):
+            return _run_tracked(config, place, folder, image, started)
+
+
+@contextlib.contextmanager
+def _workspace(place: str) -> Iterator[Path]:
+    """The run's folder, or a temporary one where the run lies in S3."""
+    if storage.is_uri(place):
+        with tempfile.TemporaryDirectory(prefix="scop-run-") as name:
+            yield Path(name)
+        return
+    folder = Path(place)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be made: {error.strerror}") from error
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    print(f"run {run_id}: {len(config.variants)} variant(s), everything in {folder}", flush=True)
+    yield folder
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out / 'mlflow.db'}"
-    with _environment({"MLFLOW_TRACKING_URI": uri}):
-        return _run_tracked(config, folder, run_id, started)
+
+def _tracking(config: Config, out: str) -> dict[str, str]:
+    """Where MLflow and its artifacts are: as the environment says, or else with the runs."""
+    variables = {}
+    if not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
+        base = Path("runs").absolute() if storage.is_uri(out) else Path(out)
+        base.mkdir(parents=True, exist_ok=True)
+        uri = variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{base / 'mlflow.db'}"
+    artifacts = config.run.artifact_root
+    if artifacts is None and storage.is_uri(out) and uri.startswith("sqlite:"):
+        artifacts = storage.join(out, "mlflow")
+    if artifacts is not None:
+        variables[ARTIFACTS_VARIABLE] = artifacts
+    return variables
+
+
+def _surroundings(config: Config, out: str, place: str, folder: Path) -> dict[str, str]:
+    """What the steps are told by their environment."""
+    variables = {
+        RUN_VARIABLE: place.rpartition("/")[2],
+        # Shared by all runs in `out`: one that was killed and is started again goes on where it was.
+        CHECKPOINTS_VARIABLE: config.run.checkpoints or storage.join(out, "checkpoints"),
+        KEEP_VARIABLE: str(config.run.keep_checkpoints),
+    }
+    if storage.is_uri(place):
+        variables |= {LOCAL_ROOT_VARIABLE: str(folder), REMOTE_ROOT_VARIABLE: place}
+    return variables
+
+
+def _send(files: list[Path], place: str) -> None:
+    """Put files of the run's folder into S3 where the run lies there."""
+    if storage.is_uri(place):
+        for file in files:
+            storage.write(storage.join(place, file.name), file.read_bytes())
 
 
 def _refuse_missing_files(config: Config) -> None:
     """What the steps would find missing minutes later is said at once."""
     for key, value in (("data.path", config.data.path), ("dense.weights", config.dense.weights)):
-        if value is not None and not Path(value).expanduser().exists():
+        if value is not None and not storage.is_uri(value) and not Path(value).expanduser().exists():
             raise UserError(f"{key} {value} does not exist")
 
 
-def _run_tracked(config: Config, folder: Path, run_id: str, started: float) -> LocalRun:
+def _run_tracked(config: Config, place: str, folder: Path, image: str | None, started: float) -> LocalRun:
+    run_id = os.environ[RUN_VARIABLE]
     tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
     parent = start_parent(config.run.experiment, run_id, tags)
     succeeded = False
     try:
-        with _environment({RUN_VARIABLE: run_id, PARENT_VARIABLE: parent, **_terminal()}):
-            report = _execute(config, folder)
+        with _environment({PARENT_VARIABLE: parent, **_terminal()}):
+            report = _execute(config, place, folder, image)
         succeeded = True
     finally:
         if not succeeded:
             end_parent(parent, False, {}, [folder / "config.yaml"])
+        with contextlib.suppress(UserError, FileNotFoundError):
+            _send([folder / "log.txt"], place)
     summary = json.loads((report / "summary.json").read_text())
-    _link_deliverables(summary, folder)
+    if not storage.is_uri(place):
+        _link_deliverables(summary, folder)
     summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(folder / "report.html", (report / "report.html").read_text(encoding="utf-8"))
-    end_parent(
-        parent,
-        True,
-        _headline(summary),
-        [folder / "config.yaml", folder / "summary.json", folder / "report.html"],
-    )
-    return LocalRun(folder, summary, os.environ["MLFLOW_TRACKING_URI"])
+    files = [folder / name for name in ("config.yaml", "summary.json", "report.html")]
+    _send(files, place)
+    end_parent(parent, True, _headline(summary), files)
+    return LocalRun(place, summary, os.environ["MLFLOW_TRACKING_URI"])
 
 
 def _link_deliverables(summary: dict[str, Any], folder: Path) -> None:
@@ -126,7 +190,7 @@ def _headline(summary: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _execute(config: Config, folder: Path) -> Path:
+def _execute(config: Config, place: str, folder: Path, image: str | None) -> Path:
     """Run the steps; returns the folder of the report."""
     from kfp import local
 
@@ -135,7 +199,7 @@ def _execute(config: Config, folder: Path) -> Path:
     # What is None is left out: KFP's parameters know no null.
     sections = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
     local.init(
-        runner=local.SubprocessRunner(use_venv=False),
+        runner=local.SubprocessRunner(use_venv=False) if image is None else _docker_runner(config, folder, image),
         pipeline_root=str(folder),
         workspace_root=str(folder / ".workspace"),
     )
@@ -145,8 +209,34 @@ def _execute(config: Config, folder: Path) -> Path:
         except RuntimeError as error:
             if view.error:
                 raise UserError(view.error) from error
-            raise StepError(f"step {view.task} failed; everything that it said is in {folder / 'log.txt'}") from error
-    return Path(task.output.path)
+            log = storage.join(place, "log.txt")
+            raise StepError(f"step {view.task} failed; everything that it said is in {log}") from error
+    report = Path(task.output.path)
+    if storage.is_uri(place):
+        return storage.fetch_folder(storage.join(place, report.relative_to(folder).as_posix()), "report")
+    return report
+
+
+def _docker_runner(config: Config, folder: Path, image: str) -> Any:
+    from kfp import local
+
+    (folder / ".workspace").mkdir()
+    writable, files = [folder, folder / ".workspace"], []
+    environment = {}
+    if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
+        files.append(Path(uri.removeprefix("sqlite:///")))
+        writable.append(files[0].parent)
+    for place in (os.environ[CHECKPOINTS_VARIABLE], os.environ.get(ARTIFACTS_VARIABLE, storage.SCHEME)):
+        if not storage.is_uri(place):
+            writable.append(Path(place))
+    if any(map(storage.is_uri, filter(None, (os.environ.get(REMOTE_ROOT_VARIABLE), config.data.path)))):
+        writable.append(storage.cache_folder())
+        environment[storage.CACHE_VARIABLE] = str(storage.cache_folder())
+    for path in writable:
+        path.mkdir(parents=True, exist_ok=True)
+    sandbox = Sandbox(image, tuple(writable), existing([config.data.path, config.dense.weights]), environment)
+    sandbox.open_to_user(files)
+    return local.DockerRunner(**sandbox.for_kfp())
 
 
 def _terminal() -> dict[str, str]:
@@ -198,8 +288,10 @@ def print_result(run: LocalRun) -> None:
     console.print()
     for variant in variants:
         console.print(f"{variant['name']}: {variant['model']}", soft_wrap=True)
-    console.print(f"report:  {run.folder / 'report.html'}", soft_wrap=True)
-    console.print(f"summary: {run.folder / 'summary.json'} ({run.summary['seconds']:.0f} s)", soft_wrap=True)
+    console.print(f"report:  {storage.join(run.place, 'report.html')}", soft_wrap=True)
+    console.print(
+        f"summary: {storage.join(run.place, 'summary.json')} ({run.summary['seconds']:.0f} s)", soft_wrap=True
+    )
     console.print(f"MLflow:  {mlflow_command(run.tracking_uri)}", soft_wrap=True)
 
 

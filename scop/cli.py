@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(run)
     run.add_argument(
-        "--out", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
+        "--out", default="runs", metavar="DIR", help="where runs are kept, a folder or s3:// URI (default: runs)"
     )
+    _add_docker(run, "run each step in a container of IMAGE (default: the project's own)")
     run.set_defaults(command=_run)
 
     step = commands.add_parser(
@@ -60,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     step.add_argument("name", metavar="NAME", help="the step, see below")
     _add_config(step)
-    step.add_argument("--input", action="append", default=[], metavar="NAME=DIR", help="an input folder (repeatable)")
-    step.add_argument("--output", action="append", default=[], metavar="NAME=DIR", help="an output folder (repeatable)")
+    step.add_argument(
+        "--input", action="append", default=[], metavar="NAME=DIR", help="an input, a folder or s3:// URI (repeatable)"
+    )
+    step.add_argument("--output", action="append", default=[], metavar="NAME=DIR", help="an output, likewise")
     step.add_argument("--variant", metavar="NAME", help="which of the configuration's variants (default: the first)")
     step.set_defaults(command=_step)
 
@@ -71,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     compile_.set_defaults(command=_compile)
     return parser
+
+
+def _add_docker(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help=help_text)
 
 
 def _describe_steps(steps: dict[str, tuple[str, str]]) -> str:
@@ -97,6 +105,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pipelines.containers import DEFAULT_IMAGE
     from pipelines.local import StepError, print_result, run_locally
     from pipelines.presets import find_config
     from scop.config import load_config
@@ -104,7 +113,8 @@ def _run(options: argparse.Namespace) -> int:
     path = find_config(options.config)
     config = load_config(path, options.set)
     try:
-        run = run_locally(config, options.out, path.stem)
+        image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
+        run = run_locally(config, options.out, path.stem, image)
     except StepError as failure:
         print(f"scop: {failure}", file=sys.stderr)
         return 1
@@ -116,7 +126,7 @@ def _step(options: argparse.Namespace) -> None:
     from pipelines.presets import find_config
     from scop.config import load_config
     from scop.errors import UserError
-    from scop.steps.runtime import find_step, run_step
+    from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, find_step, run_step
 
     config = load_config(find_config(options.config), options.set)
     variants = {variant.label: variant for variant in config.variants}
@@ -125,6 +135,9 @@ def _step(options: argparse.Namespace) -> None:
         raise UserError(f"--variant {label!r} is not in the configuration (known: {', '.join(variants)})")
     sections = config.model_dump(mode="json") | {"variant": variants[label].model_dump(mode="json")}
     wanted = find_step(options.name).Config.model_fields
+    if config.run.checkpoints:
+        os.environ.setdefault(CHECKPOINTS_VARIABLE, config.run.checkpoints)
+        os.environ.setdefault(KEEP_VARIABLE, str(config.run.keep_checkpoints))
     run_step(
         options.name,
         {name: sections[name] for name in wanted},

@@ -50,10 +50,18 @@ class RunSection(Section):
     Attributes:
         name: name of the pipeline run; made of the configuration's file name by default.
         experiment: the MLflow experiment; models are registered as EXPERIMENT-VARIANT.
+        checkpoints: folder or s3:// URI for checkpoints; with the runs by default. One that was killed goes on from
+            there when it is started again.
+        keep_checkpoints: so many of each training are kept until it succeeds.
+        artifact_root: folder or s3:// URI for the artifacts of a new MLflow experiment; as the server has it, or with
+            the runs, by default.
     """
 
     name: Annotated[str, Field(pattern=NAME, max_length=60)] | None = None
     experiment: Annotated[str, Field(pattern=NAME, max_length=100)] = "scop"
+    checkpoints: str | None = None
+    keep_checkpoints: PositiveInt = 2
+    artifact_root: str | None = None
 
 
 class DataSection(Section):

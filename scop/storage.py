@@ -101,7 +101,7 @@ def fetch_folder(uri: str, kind: str | None = None) -> Path:
     assert manifest is not None
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{uri} holds a {manifest.kind}, but a {kind} is needed")
-    folder = _cache() / "artifacts" / manifest.identity
+    folder = cache_folder() / "artifacts" / manifest.identity
     if folder.exists():
         with contextlib.suppress(UserError):  # somebody changed it: fetched anew
             read_folder(folder)
@@ -153,7 +153,7 @@ def fetch_file(uri: str) -> Path:
     source = Location.parse(uri)
     with _errors(source):
         head = _client().head_object(Bucket=source.bucket, Key=source.key)
-    folder = _cache() / "objects" / _hash(_endpoint(), str(source), head["ETag"], str(head["ContentLength"]))
+    folder = cache_folder() / "objects" / _hash(_endpoint(), str(source), head["ETag"], str(head["ContentLength"]))
     name = check_name(source.key.rpartition("/")[2])
     if not (folder / name).exists():
         with _staged(folder) as staging:
@@ -174,7 +174,7 @@ def fetch_tree(uri: str) -> Path:
     for name in found:
         check_name(name)
     versions = [f"{name} {entry['ETag']} {entry['Size']}" for name, entry in sorted(found.items())]
-    folder = _cache() / "trees" / _hash(_endpoint(), *versions)
+    folder = cache_folder() / "trees" / _hash(_endpoint(), *versions)
     if not folder.exists():
         with _staged(folder) as staging:
             sizes = {name: entry["Size"] for name, entry in found.items()}
@@ -355,7 +355,8 @@ def _endpoint() -> str:
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where fetched artifacts are kept: SCOP_CACHE, or scop in the user's cache folder; may be removed at any time."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scop"

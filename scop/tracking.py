@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from scop.errors import UserError
 
 PARENT_VARIABLE = "SCOP_PARENT_RUN_ID"
+ARTIFACTS_VARIABLE = "SCOP_ARTIFACT_ROOT"
 CANDIDATE = "candidate"
 UNSENT = "tracking-unsent.jsonl"
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class MlflowTracker:
                 experiment = self._client.get_run(parent).info.experiment_id
                 tags_of_run = {**tags, "mlflow.parentRunId": parent}
             else:
-                experiment = find_experiment(self._client, "scop", local_artifacts())
+                experiment = find_experiment(self._client, "scop", artifact_root())
                 tags_of_run = dict(tags)
             run_id: str = self._client.create_run(experiment, run_name=run_name, tags=tags_of_run).info.run_id
             return run_id
@@ -203,14 +204,17 @@ class MlflowTracker:
 def configure_mlflow() -> None:
     """Have MLflow give up on a dead server within seconds, not its default of many minutes, and send no telemetry."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
-def local_artifacts() -> str | None:
-    """Where artifacts go when MLflow is a SQLite file: beside it, not into the current folder as by default."""
+def artifact_root() -> str | None:
+    """Where artifacts of new experiments go: as told, or beside MLflow's SQLite file, or as the server has it."""
+    if told := os.environ.get(ARTIFACTS_VARIABLE):
+        return told
     scheme, separator, path = os.environ.get("MLFLOW_TRACKING_URI", "").partition(":///")
     return str(Path(path).parent / "mlflow-artifacts") if separator and scheme == "sqlite" else None
 
@@ -243,7 +247,7 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str]) -> str
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     try:
         client = MlflowClient()
-        experiment_id = find_experiment(client, experiment, local_artifacts())
+        experiment_id = find_experiment(client, experiment, artifact_root())
         return str(client.create_run(experiment_id, run_name=run_name, tags=dict(tags)).info.run_id)
     except Exception as error:
         raise UserError(

@@ -1,0 +1,118 @@
+"""How containers are run here: as an ordinary user, with nothing writable but what is mounted, and no capabilities."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import scop
+from scop.errors import UserError
+
+DEFAULT_IMAGE = f"scop-python:{scop.__version__}"
+_SHARED_MEMORY = "1g"
+_SCRATCH = "rw,nosuid,nodev,size=4g,mode=1777"
+# What the steps go by, handed on where it is set.
+_PREFIXES = ("AWS_", "MLFLOW_", "SCOP_", "OMP_")
+_OF_THIS_MACHINE = {"AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "SCOP_CACHE", "SCOP_TERMINAL"}
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A container's surroundings.
+
+    Attributes:
+        image: its name.
+        writable: folders that it may write to, at the same paths as here.
+        readable: files and folders that it may read, at the same paths as here.
+        environment: variables beside those that are handed on.
+        gpus: whether it gets the GPUs.
+    """
+
+    image: str
+    writable: tuple[Path, ...] = ()
+    readable: tuple[Path, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    gpus: bool = False
+
+    @property
+    def user(self) -> str:
+        """Whoever calls, so that the files are theirs; for root the image's own user, in root's group."""
+        return f"{os.getuid() or 10001}:0"
+
+    def open_to_user(self, files: Iterable[Path] = ()) -> None:
+        """Let the container's user write into the writable folders, and to these files in them."""
+        if os.getuid() == 0:  # else the user is the folders' owner
+            for path in (*self.writable, *files):
+                os.chown(path, -1, 0)
+                path.chmod(path.stat().st_mode | (0o070 if path.is_dir() else 0o060))
+
+    def for_kfp(self) -> dict[str, Any]:
+        """The keywords of `kfp.local.DockerRunner`."""
+        from docker.types import DeviceRequest, Mount
+
+        mounts = [Mount(str(p), str(p), type="bind", read_only=p in self.readable) for p in self._mounts()]
+        return {
+            "mounts": mounts,
+            "environment": inherited() | dict(self.environment),
+            "user": self.user,
+            "network_mode": "host",
+            "read_only": True,
+            "tmpfs": {"/tmp": _SCRATCH},
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "shm_size": _SHARED_MEMORY,
+            **({"device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])]} if self.gpus else {}),
+        }
+
+    def command(self, inside: list[str], interactive: bool = False) -> list[str]:
+        """The `docker run` command line; values of inherited variables, which may be secrets, are not in it."""
+        options = ["--rm", "--init", "--user", self.user, "--network", "none", "--read-only", "--tmpfs"]
+        options += [f"/tmp:{_SCRATCH}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+        options += ["--shm-size", _SHARED_MEMORY, *(["--gpus", "all"] if self.gpus else [])]
+        options += ["--interactive", "--tty"] if interactive else []
+        for path in self._mounts():
+            options += ["--volume", f"{path}:{path}{':ro' if path in self.readable else ''}"]
+        for key, value in self.environment.items():
+            options += ["--env", f"{key}={value}"]
+        return ["docker", "run", *options, self.image, *inside]
+
+    def _mounts(self) -> list[Path]:
+        # Each once, a folder before what lies in it, which may be mounted in another way.
+        return sorted({path for path in (*self.writable, *self.readable) if path.exists()})
+
+
+def inherited() -> dict[str, str]:
+    """The variables of this process that steps go by."""
+    return {k: v for k, v in os.environ.items() if k.startswith(_PREFIXES) and k not in _OF_THIS_MACHINE}
+
+
+def require_image(image: str) -> None:
+    """Raises UserError where there is no engine, or it does not have the image."""
+    if shutil.which("docker") is None:
+        raise UserError("docker is not installed; install it, or leave --docker out")
+    engine = _docker("version", "--format", "{{.Server.Version}}")
+    if engine.returncode:
+        reason = (engine.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise UserError(f"the docker engine does not answer ({reason}); start it, or leave --docker out")
+    if _docker("image", "inspect", image).returncode:
+        raise UserError(f"image {image!r} is not on this machine; docker pull {image}, or make image to build it")
+
+
+def image_label(image: str, label: str) -> str | None:
+    """A label of an image, or None."""
+    found = _docker("image", "inspect", "--format", f'{{{{index .Config.Labels "{label}"}}}}', image)
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def existing(paths: Iterable[str | None]) -> tuple[Path, ...]:
+    """Those of the paths that are there, absolute."""
+    return tuple(Path(p).expanduser().absolute() for p in paths if p is not None and Path(p).expanduser().exists())
+
+
+def _docker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True)
