@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Sandbox:
         readable: files and folders that it may read, at the same paths as here.
         environment: variables beside those that are handed on.
         gpus: whether it gets the GPUs.
+        network: docker's, none or host.
     """
 
     image: str
@@ -38,16 +40,17 @@ class Sandbox:
     readable: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     gpus: bool = False
+    network: str = "host"
 
     @property
     def user(self) -> str:
         """Whoever calls, so that the files are theirs; for root the image's own user, in root's group."""
         return f"{os.getuid() or 10001}:0"
 
-    def open_to_user(self, files: Iterable[Path] = ()) -> None:
-        """Let the container's user write into the writable folders, and to these files in them."""
+    def open_to_user(self, others: Iterable[Path] = ()) -> None:
+        """Let the container's user write into the writable folders, and to other files and folders."""
         if os.getuid() == 0:  # else the user is the folders' owner
-            for path in (*self.writable, *files):
+            for path in (*self.writable, *others):
                 os.chown(path, -1, 0)
                 path.chmod(path.stat().st_mode | (0o070 if path.is_dir() else 0o060))
 
@@ -60,7 +63,7 @@ class Sandbox:
             "mounts": mounts,
             "environment": inherited() | dict(self.environment),
             "user": self.user,
-            "network_mode": "host",
+            "network_mode": self.network,
             "read_only": True,
             "tmpfs": {"/tmp": _SCRATCH},
             "cap_drop": ["ALL"],
@@ -71,10 +74,10 @@ class Sandbox:
 
     def command(self, inside: list[str], interactive: bool = False) -> list[str]:
         """The `docker run` command line; values of inherited variables, which may be secrets, are not in it."""
-        options = ["--rm", "--init", "--user", self.user, "--network", "none", "--read-only", "--tmpfs"]
+        options = ["--rm", "--init", "--user", self.user, "--network", self.network, "--read-only", "--tmpfs"]
         options += [f"/tmp:{_SCRATCH}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         options += ["--shm-size", _SHARED_MEMORY, *(["--gpus", "all"] if self.gpus else [])]
-        options += ["--interactive", "--tty"] if interactive else []
+        options += ["--interactive", *(["--tty"] if sys.stdin.isatty() else [])] if interactive else []
         for path in self._mounts():
             options += ["--volume", f"{path}:{path}{':ro' if path in self.readable else ''}"]
         for key, value in self.environment.items():

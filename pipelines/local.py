@@ -221,11 +221,11 @@ def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     from kfp import local
 
     (folder / ".workspace").mkdir()
-    writable, files = [folder, folder / ".workspace"], []
+    writable, others = [], [folder, folder / ".workspace"]  # the others are mounted by KFP, or lie in what is
     environment = {}
     if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
-        files.append(Path(uri.removeprefix("sqlite:///")))
-        writable.append(files[0].parent)
+        others.append(Path(uri.removeprefix("sqlite:///")))
+        writable.append(others[-1].parent)
     for place in (os.environ[CHECKPOINTS_VARIABLE], os.environ.get(ARTIFACTS_VARIABLE, storage.SCHEME)):
         if not storage.is_uri(place):
             writable.append(Path(place))
@@ -235,7 +235,7 @@ def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     for path in writable:
         path.mkdir(parents=True, exist_ok=True)
     sandbox = Sandbox(image, tuple(writable), existing([config.data.path, config.dense.weights]), environment)
-    sandbox.open_to_user(files)
+    sandbox.open_to_user(others)
     return local.DockerRunner(**sandbox.for_kfp())
 
 

@@ -69,6 +69,32 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--variant", metavar="NAME", help="which of the configuration's variants (default: the first)")
     step.set_defaults(command=_step)
 
+    rerun = commands.add_parser(
+        "rerun",
+        help="run a recorded step again",
+        description="Run a recorded step again, here or in docker, from its recorded inputs and configuration. "
+        "Nothing is uploaded, and tracking goes to a file, unless asked otherwise.",
+    )
+    rerun.add_argument(
+        "target",
+        metavar="TARGET",
+        help="RUN/STEP or RUN/VARIANT/STEP, RUN a name, a folder or an s3:// URI; or a step.json, or its folder",
+    )
+    _add_docker(rerun, "in a container of IMAGE (default: the recorded one, or the project's own)")
+    _add_set(rerun)
+    rerun.add_argument("--verify", action="store_true", help="compare every output file with the recorded hash")
+    rerun.add_argument("--shell", action="store_true", help="open a shell in the container, with everything in place")
+    rerun.add_argument(
+        "--dry-run", action="store_true", help="prepare all, and print the command instead of running it"
+    )
+    rerun.add_argument("--gpus", action="store_true", help="give the container the GPUs")
+    rerun.add_argument("--track", action="store_true", help="track where MLFLOW_TRACKING_URI says")
+    rerun.add_argument(
+        "--out", type=Path, default=Path("reruns"), metavar="DIR", help="where results go (default: reruns)"
+    )
+    rerun.add_argument("--runs", default="runs", metavar="DIR", help="where runs are, a folder or URI (default: runs)")
+    rerun.set_defaults(command=_rerun)
+
     compile_ = commands.add_parser(
         "compile", help="write the pipeline as YAML", description="Write the pipeline as YAML."
     )
@@ -95,6 +121,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help=f"a YAML file, or the name of a preset (default: {DEFAULT_CONFIG})",
     )
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -144,6 +174,24 @@ def _step(options: argparse.Namespace) -> None:
         _pairs(options.input, "--input"),
         {name: values[-1] for name, values in _pairs(options.output, "--output").items()},
     )
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from pipelines import rerun
+    from scop.errors import UserError
+
+    image: str | None = options.docker
+    if image is None and (options.shell or options.gpus):
+        raise UserError(f"--{'shell' if options.shell else 'gpus'} is for containers; add --docker")
+    record = rerun.find_record(options.target, options.runs)
+    if image is not None:
+        image = image or rerun.default_image(record)
+    ready = rerun.make_ready(record, options.out, options.set, options.track)
+    code = rerun.rerun(ready, image=image, gpus=options.gpus, dry_run=options.dry_run, shell=options.shell)
+    if code or options.dry_run or options.shell:
+        return code
+    rerun.print_result(ready)
+    return 0 if not options.verify or rerun.verify(ready) else 1
 
 
 def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:

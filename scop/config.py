@@ -368,8 +368,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         UserError: the file is missing or no YAML, or the configuration is bad.
     """
     values = read_yaml(path)
-    for override in overrides or []:
-        _override(values, override)
+    for change in overrides or []:
+        override(values, change)
     return parse(Config, values)
 
 
@@ -388,10 +388,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(values: dict[str, Any], change: str) -> None:
+    """Put a ``section.key=value`` entry into a configuration's values; raises UserError where there is no place."""
+    key, equals, text = change.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override!r} must have the form section.key=value")
+        raise UserError(f"--set {change!r} must have the form section.key=value")
     *parents, last = key.split(".")
     target: Any = values
     try:

@@ -1,0 +1,334 @@
+"""`scop rerun`: a recorded step again, from its recorded inputs and configuration, at one's desk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.containers import DEFAULT_IMAGE, Sandbox, image_label, inherited, require_image
+from scop import storage
+from scop.config import Config, override, parse
+from scop.errors import UserError
+from scop.manifest import RECORD, TIMINGS, read_folder, sha256_of
+from scop.steps import STEPS
+from scop.steps.runtime import RUN_VARIABLE, git_revision
+from scop.tracking import PARENT_VARIABLE
+
+
+class _Artifact(BaseModel):
+    uri: str | list[str]
+    content: str | list[str] | None = None
+    files: dict[str, str] = {}
+
+
+class StepRecord(BaseModel):
+    """What `step.json` says of a step; see `scop.steps.runtime`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: str
+    status: str
+    version: str
+    run: str | None = None
+    image: str | None = None
+    revision: str | None = None
+    torch: str | None = None
+    threads: int | None = None
+    config: dict[str, Any]
+    files: dict[str, str | None] = {}
+    inputs: dict[str, _Artifact]
+    outputs: dict[str, _Artifact]
+
+    @property
+    def variant(self) -> str | None:
+        """The label of the variant that the step worked for."""
+        values = self.config.get("variant")
+        return None if values is None else parse(Config, {"variants": [values]}).variants[0].label
+
+    @property
+    def title(self) -> str:
+        """VARIANT/STEP, or STEP where it is for all variants."""
+        return self.step if self.variant is None else f"{self.variant}/{self.step}"
+
+
+def find_record(target: str, root: str) -> StepRecord:
+    """The record that a target means.
+
+    Args:
+        target: of a record's file or of a step's output folder the path or URI; or RUN/STEP or RUN/VARIANT/STEP.
+        root: where runs are, for a RUN that is neither a path nor a URI.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    direct = target if target.endswith(".json") else storage.join(target, RECORD)
+    if (content := storage.read(direct, must_exist=False)) is not None:
+        return _parsed(content, direct)
+    for place in (target, storage.join(root, target)):
+        run, _, step = place.rstrip("/").rpartition("/")
+        for folder, variant in ((run, None), tuple(run.rpartition("/")[::2])):
+            records = _records_of(folder) if folder and (storage.is_uri(folder) or Path(folder).is_dir()) else []
+            if records:
+                return _choose(records, step.replace("-", "_"), variant, folder)
+    raise UserError(
+        f"{target!r} is neither a step's record nor RUN/STEP or RUN/VARIANT/STEP of a run in {root}; name the run's "
+        "folder or URI, or give --runs"
+    )
+
+
+def _records_of(run: str) -> list[StepRecord]:
+    files = [name for name in storage.names(run) if name.endswith(f"/{RECORD}") or name == RECORD]
+    return [_parsed(storage.read(storage.join(run, file)) or b"", storage.join(run, file)) for file in files]
+
+
+def _parsed(content: bytes, place: str) -> StepRecord:
+    try:
+        return StepRecord.model_validate_json(content)
+    except ValidationError as error:
+        raise UserError(
+            f"{place} is no record of a step that this version can read: {error.errors()[0]['msg']}"
+        ) from error
+
+
+def _choose(records: Sequence[StepRecord], step: str, variant: str | None, run: str) -> StepRecord:
+    fitting = [r for r in records if r.step == step and variant in (None, r.variant)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        wanted = step if variant is None else f"{variant}/{step}"
+        raise UserError(f"{run} has no step {wanted!r} (it has: {', '.join(r.title for r in records)})")
+    raise UserError(
+        f"{run} has several steps {step!r}; say which: {', '.join(storage.join(run, r.title) for r in fitting)}"
+    )
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A step made ready to run again.
+
+    Attributes:
+        record: of the step.
+        folder: a new one, for the configuration and the outputs.
+        inputs: local folders by name, verified.
+        files: further local files that the configuration names.
+        track: whether figures go where the environment says, rather than into the folder.
+    """
+
+    record: StepRecord
+    folder: Path
+    inputs: Mapping[str, Path | list[Path]]
+    files: tuple[Path, ...]
+    track: bool = False
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        return {name: self.folder / name for name in self.record.outputs}
+
+    @property
+    def step_command(self) -> list[str]:
+        """The same here and in a container."""
+        command = ["scop", "step", self.record.step, "--config", str(self.folder / "config.yaml")]
+        for name, value in self.inputs.items():
+            for path in value if isinstance(value, list) else [value]:
+                command += ["--input", f"{name}={path}"]
+        for name, path in self.outputs.items():
+            command += ["--output", f"{name}={path}"]
+        return command
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the step goes by beside its arguments."""
+        variables = {}
+        if self.record.run:
+            variables[RUN_VARIABLE] = self.record.run
+        if self.record.threads:
+            variables["OMP_NUM_THREADS"] = str(self.record.threads)
+        if not self.track:
+            variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder / 'mlflow.db'}"
+        return variables
+
+    def sandbox(self, image: str, gpus: bool) -> Sandbox:
+        """The container's surroundings; credentials are only in there for tracking."""
+        inputs = [p for v in self.inputs.values() for p in (v if isinstance(v, list) else [v])]
+        tracking = {k: v for k, v in inherited().items() if k.startswith(("MLFLOW_", "AWS_"))} if self.track else {}
+        return Sandbox(
+            image,
+            writable=(self.folder,),
+            readable=(*inputs, *self.files),
+            environment={**tracking, **self.environment},
+            gpus=gpus,
+            network="host" if self.track else "none",
+        )
+
+
+def make_ready(record: StepRecord, out: Path, overrides: Sequence[str], track: bool) -> Rerun:
+    """Fetch and verify what the step was given, and write its configuration into a new folder.
+
+    Raises:
+        UserError: an input is gone or has changed, or the configuration is bad.
+    """
+    if record.step not in STEPS:
+        raise UserError(f"the record is of step {record.step!r}, which this version does not know")
+    values = _configuration(record, overrides)
+    files = []
+    for key, content in record.files.items():
+        section, _, name = key.partition(".")
+        if values[section].get(name) == record.config[section][name]:  # else it was changed by --set
+            path = _external(key, record.config[section][name], content)
+            values[section][name] = str(path)
+            files.append(path)
+    inputs = {name: _input(name, artifact) for name, artifact in record.inputs.items()}
+    title = "-".join(filter(None, (record.step, record.variant)))
+    folder = out.expanduser().absolute() / f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be made: {error.strerror}") from error
+    return Rerun(record, folder, inputs, tuple(files), track)
+
+
+def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, Any]:
+    """The record's sections as a configuration file has them, with changes put in."""
+    values = {name: section for name, section in json.loads(json.dumps(record.config)).items() if name != "variant"}
+    if "variant" in record.config:
+        values["variants"] = [record.config["variant"]]
+    for change in overrides:
+        section = change.partition(".")[0]
+        if section not in record.config and section not in values:
+            raise UserError(
+                f"--set {change!r}: step {record.step!r} has no section {section!r} (it has: "
+                f"{', '.join(record.config) or 'none'})"
+            )
+        override(values, f"variants.0.{change.partition('.')[2]}" if section == "variant" else change)
+    parse(Config, values)
+    return values
+
+
+def _external(key: str, place: str, content: str | None) -> Path:
+    path = storage.local(place)
+    if not path.exists():
+        raise UserError(f"{key} {place} is not there any more; bring it back, or give another by --set {key}=PATH")
+    if content is not None and sha256_of(path) != content:
+        raise UserError(
+            f"{key} {place} has changed since the step ran; bring the old one back, or say --set {key}={place}"
+        )
+    return path
+
+
+def _input(name: str, artifact: _Artifact) -> Path | list[Path]:
+    if isinstance(artifact.uri, list):
+        contents = artifact.content if isinstance(artifact.content, list) else [None] * len(artifact.uri)
+        return [_fetched(name, uri, content) for uri, content in zip(artifact.uri, contents, strict=True)]
+    return _fetched(name, artifact.uri, artifact.content if isinstance(artifact.content, str) else None)
+
+
+def _fetched(name: str, place: str, content: str | None) -> Path:
+    path = storage.fetch_folder(place) if storage.is_uri(place) else Path(place)
+    found = read_folder(path).content
+    if content is not None and found != content:
+        raise UserError(
+            f"input {name!r}, {place}, has changed since the step ran (content {found[:12]}, not {content[:12]})"
+        )
+    return path
+
+
+def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: bool) -> int:
+    """Run it, here or in a container of an image; returns the step's exit code."""
+    _tell_differences(ready.record, image)
+    inside = ready.step_command
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCOP_") or k == storage.CACHE_VARIABLE}
+    environment.pop(PARENT_VARIABLE, None)
+    if image is None:
+        command = [str(Path(sys.executable).with_name("scop")), *inside[1:]]
+        shown = ["env", *(f"{key}={value}" for key, value in ready.environment.items()), *command]
+        environment |= ready.environment
+    else:
+        require_image(image)
+        sandbox = ready.sandbox(image, gpus)
+        sandbox.open_to_user([ready.folder / "config.yaml"])
+        shown = command = sandbox.command(["bash"] if shell else inside, interactive=shell)
+    if dry_run:
+        print(shlex.join(shown))
+        return 0
+    if shell:
+        print(f"everything is in place; the step itself is\n\n  {shlex.join(inside)}\n", flush=True)
+    return subprocess.run(command, env=environment).returncode
+
+
+def _tell_differences(record: StepRecord, image: str | None) -> None:
+    """What may make the result another one."""
+    if image is None:
+        from importlib.metadata import version
+
+        here = {"commit": git_revision(), "PyTorch": version("torch")}
+    else:
+        here = {"commit": image_label(image, "org.opencontainers.image.revision")}
+    for what, recorded in (("commit", record.revision), ("PyTorch", record.torch)):
+        if what in here and recorded and here[what] != recorded:
+            print(f"note: recorded with {what} {recorded}, runs with {here[what]}", file=sys.stderr)
+
+
+def verify(ready: Rerun) -> bool:
+    """Compare every output file with its recorded hash and say which differ; timings may. True if none does.
+
+    Raises:
+        UserError: the record has no hashes, because the step did not finish.
+    """
+    record = ready.record
+    if record.status != "done":
+        raise UserError(f"there is nothing to verify against: the recorded step is {record.status!r}, not 'done'")
+    same, count = True, 0
+    for name, artifact in record.outputs.items():
+        made = {file: entry.sha256 for file, entry in read_folder(ready.outputs[name]).files.items()}
+        for file in sorted((artifact.files.keys() | made.keys()) - {TIMINGS}):
+            count += 1
+            if made.get(file) != artifact.files.get(file):
+                same = False
+                what = (
+                    "differs"
+                    if file in made and file in artifact.files
+                    else "is missing"
+                    if file not in made
+                    else "is new"
+                )
+                print(f"verify: {name}/{file} {what}")
+    print(f"verify: {f'all {count} files are equal to the byte' if same else 'not the same result'}", flush=True)
+    return same
+
+
+def print_result(ready: Rerun) -> None:
+    """How to look at what came out."""
+    for name, path in ready.outputs.items():
+        print(f"{name}: {path}")
+    looks = {
+        "model": "python -c \"import scop; print(scop.load_model('{}'))\"",
+        "exported": "python -c \"import scop; print(scop.load_model('{}'))\"",
+        "plan": "see {}/plan.png",
+        "scores": "see {}/scores.png",
+        "evaluation": "see {}/evaluation.json and {}/confusion.png",
+        "report": "open {}/report.html",
+        "dataset": "see {}/dataset.json",
+    }
+    for name, path in ready.outputs.items():
+        print(f"look:   {looks[name].format(path, path)}")
+    if not ready.track:
+        from pipelines.local import mlflow_command
+
+        print(f"MLflow: {mlflow_command(ready.environment['MLFLOW_TRACKING_URI'])}")
+
+
+def default_image(record: StepRecord) -> str:
+    """The image that the step ran in, or the project's own."""
+    return record.image or DEFAULT_IMAGE
