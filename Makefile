@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench docs results lock clean
+.PHONY: help setup run test test-slow test-docker image image-base stack stack-down lint format bench docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,10 +28,25 @@ run: $(READY)  ## run the default pipeline (digits, ResNet-20); ARGS="--set fine
 	$(BIN)/scop run $(ARGS)
 
 test: $(READY)  ## the fast tests, under 10 minutes on two cores
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not docker" $(ARGS)
 
 test-slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-docker: $(READY)  ## the tests in containers; they need a docker engine, and build the image
+	$(BIN)/python -m pytest -m docker $(ARGS)
+
+image:  ## build the docker image from BASE (default: debian:bookworm-slim)
+	docker/build.sh $(BASE)
+
+image-base:  ## make BASE=scop-base:bookworm by debootstrap, where no registry is reachable (root)
+	docker/base.sh
+
+stack: $(READY)  ## start an S3 and an MLflow server here, and print the variables to set
+	@docker/stack.sh up
+
+stack-down:  ## stop them
+	@docker/stack.sh down
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -95,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("--runs", default="runs", metavar="DIR", help="where runs are, a folder or URI (default: runs)")
     rerun.set_defaults(command=_rerun)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that all is there",
+        description="Check what a configuration needs (data, S3, MLflow, docker, GPU, KFP), a line for each, with what to "
+        "set where something is missing; exit code 1 then.",
+    )
+    _add_config(doctor)
+    doctor.add_argument("--out", default="runs", metavar="DIR", help="where runs will be kept (default: runs)")
+    _add_docker(doctor, "steps will run in containers of IMAGE")
+    doctor.add_argument("--host", metavar="URL", help="of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
+    doctor.set_defaults(command=_doctor)
+
     compile_ = commands.add_parser(
         "compile", help="write the pipeline as YAML", description="Write the pipeline as YAML."
     )
@@ -192,6 +204,21 @@ def _rerun(options: argparse.Namespace) -> int:
         return code
     rerun.print_result(ready)
     return 0 if not options.verify or rerun.verify(ready) else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pipelines.containers import DEFAULT_IMAGE
+    from pipelines.doctor import examine
+    from pipelines.presets import find_config
+    from scop.config import load_config
+
+    config = load_config(find_config(options.config), options.set)
+    image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
+    missing = False
+    for finding in examine(config, options.out, image, options.host or os.environ.get("KF_PIPELINES_ENDPOINT")):
+        print(finding, flush=True)
+        missing |= finding.state == "missing"
+    return int(missing)
 
 
 def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:

@@ -187,6 +187,12 @@ def fetch_any(uri: str) -> Path:
     return fetch_file(uri) if not uri.endswith("/") and _exists(Location.parse(uri)) else fetch_tree(uri)
 
 
+def exists(uri: str) -> bool:
+    """Whether there is an object of that name, or any below it; raises UserError where S3 does not tell."""
+    source = Location.parse(uri)
+    return (not uri.endswith("/") and _exists(source)) or bool(_listing(source))
+
+
 def local(place: str | Path) -> Path:
     """A path for a path or an URI: what an URI names is fetched first."""
     return fetch_any(str(place)) if is_uri(place) else Path(place).expanduser()

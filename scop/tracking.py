@@ -209,6 +209,8 @@ def configure_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # It tells of every table that it creates.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
 def artifact_root() -> str | None:
@@ -243,8 +245,6 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str]) -> str
     configure_mlflow()
     from mlflow.tracking import MlflowClient
 
-    # It tells of every table that it creates.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     try:
         client = MlflowClient()
         experiment_id = find_experiment(client, experiment, artifact_root())

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# An S3 server (rclone) and an MLflow server over it on this machine, to try things out.
+#
+#     docker/stack.sh up|down
+#
+# Everything is in .stack/: the objects below .stack/s3/BUCKET, MLflow's database, logs, process ids, and `env`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stack=$PWD/.stack
+bin=$PWD/.venv/bin
+
+running() { test -f "$stack/$1.pid" && kill -0 "$(cat "$stack/$1.pid")" 2>/dev/null; }
+
+free_port() { "$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+# start NAME PORT COMMAND...: in the background, until it listens
+start() {
+  local name=$1 port=$2
+  shift 2
+  nohup "$@" >"$stack/$name.log" 2>&1 </dev/null &
+  echo $! >"$stack/$name.pid"
+  for _ in $(seq 300); do
+    if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then return; fi
+    running "$name" || break
+    sleep 0.2
+  done
+  echo "$name did not start; see $stack/$name.log" >&2
+  exit 1
+}
+
+down() {
+  for name in mlflow s3; do
+    if running "$name"; then
+      kill "$(cat "$stack/$name.pid")"
+      echo "stopped $name"
+    fi
+    rm -f "$stack/$name.pid"
+  done
+}
+
+show() {
+  echo "The stack runs. Set its variables, and stop it by 'make stack-down':"
+  echo
+  sed 's/^/    /' "$stack/env"
+  echo
+  echo "    source .stack/env && scop run --out s3://scop/runs"
+  echo
+}
+
+up() {
+  if running s3 && running mlflow; then
+    show
+    return
+  fi
+  down
+  mkdir -p "$stack/s3/scop"
+  local s3 mlflow
+  s3=$(free_port)
+  mlflow=$(free_port)
+  cat >"$stack/env" <<EOF
+export AWS_ENDPOINT_URL_S3=http://127.0.0.1:$s3
+export AWS_ACCESS_KEY_ID=scop-local-stack
+export AWS_SECRET_ACCESS_KEY=not-a-secret-on-loopback
+export AWS_REGION=us-east-1
+export MLFLOW_TRACKING_URI=http://127.0.0.1:$mlflow
+EOF
+  source "$stack/env"
+  # For MLflow's server, which asks boto3 under the older name.
+  export AWS_DEFAULT_REGION=us-east-1 MLFLOW_DISABLE_TELEMETRY=true
+  start s3 "$s3" "$bin/rclone" serve s3 --config /dev/null --addr "127.0.0.1:$s3" \
+    --auth-key "$AWS_ACCESS_KEY_ID,$AWS_SECRET_ACCESS_KEY" "$stack/s3"
+  start mlflow "$mlflow" "$bin/mlflow" server --host 127.0.0.1 --port "$mlflow" --workers 1 \
+    --backend-store-uri "sqlite:///$stack/mlflow.db" --artifacts-destination s3://scop/mlflow
+  show
+}
+
+case ${1:-} in
+  up | down) "$1" ;;
+  *) echo "usage: docker/stack.sh up|down" >&2; exit 2 ;;
+esac

@@ -1,0 +1,173 @@
+"""`scop doctor`: is all there that a configuration needs? One line for each thing, and what to set where it is not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.containers import image_label, require_image
+from scop import storage
+from scop.config import Config
+from scop.errors import UserError
+from scop.steps.runtime import git_revision
+from scop.tracking import configure_mlflow, find_experiment, first_line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the result.
+
+    Attributes:
+        subject: what was looked at.
+        state: ok, missing, or absent where it is not needed.
+        text: what was found, and what to set.
+    """
+
+    subject: str
+    state: str
+    text: str
+
+    def __str__(self) -> str:
+        mark = {"ok": "ok     ", "missing": "MISSING", "absent": "-      "}[self.state]
+        return f"{mark}  {self.subject:10}  {self.text}"
+
+
+def examine(config: Config, out: str, image: str | None, host: str | None) -> Iterator[Finding]:
+    """Look at everything that a configuration needs.
+
+    Args:
+        config: the configuration.
+        out: where runs are to be kept.
+        image: the image, where steps are to run in containers.
+        host: of Kubeflow Pipelines, where runs are to be submitted.
+    """
+    yield _python()
+    yield from _files(config)
+    yield from _storage(config, out)
+    yield _finding("MLflow", lambda: _mlflow(config, out))
+    yield _docker(image)
+    yield _gpu()
+    if host:
+        yield _finding("KFP", lambda: _kfp(host))
+
+
+def _finding(subject: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, "ok", look())
+    except UserError as error:
+        return Finding(subject, "missing", str(error))
+
+
+def _python() -> Finding:
+    from importlib.metadata import version
+
+    return Finding("Python", "ok", f"{platform.python_version()}, PyTorch {version('torch')}, commit {git_revision()}")
+
+
+def _files(config: Config) -> Iterator[Finding]:
+    for key, place in (("data.path", config.data.path), ("dense.weights", config.dense.weights)):
+        if place is None:
+            continue
+
+        def look(key: str = key, place: str = place) -> str:
+            found = storage.exists(place) if storage.is_uri(place) else Path(place).expanduser().exists()
+            if not found:
+                raise UserError(f"{key} {place} does not exist; mend it with --set {key}=PLACE")
+            return f"{key} {place}"
+
+        yield _finding("data" if key == "data.path" else "weights", look)
+
+
+def _storage(config: Config, out: str) -> Iterator[Finding]:
+    written = [place for place in (out, config.run.checkpoints, config.run.artifact_root) if place]
+    uris = sorted({place for place in written if storage.is_uri(place)})
+    if not uris:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3")
+        yield Finding("S3", "absent", f"nothing is kept there{f' (endpoint {endpoint})' if endpoint else ''}")
+    for uri in uris:
+        yield _finding("S3", lambda uri=uri: _probe(uri))  # type: ignore[misc]
+    if not storage.is_uri(out):
+        yield _finding("output", lambda: _probe(str(Path(out).expanduser().absolute())))
+
+
+def _probe(place: str) -> str:
+    """Put, get, list and delete a probe."""
+    name = f".scop-probe-{uuid.uuid4().hex}"
+    content = name.encode()
+    storage.write(storage.join(place, name), content)
+    try:
+        if storage.read(storage.join(place, name)) != content:
+            raise UserError(f"{place} gives back other bytes than were put there; is a proxy in between?")
+        if storage.is_uri(place) and name not in storage.names(place):
+            raise UserError(f"{place} does not list what was put there; give these credentials s3:ListBucket")
+    finally:
+        storage.delete(place, [name])
+    return f"{place}: put, got, listed and deleted a probe"
+
+
+def _mlflow(config: Config, out: str) -> str:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        where = "runs/mlflow.db" if storage.is_uri(out) else storage.join(out, "mlflow.db")
+        return f"a SQLite file, {where}; set MLFLOW_TRACKING_URI for a server"
+    configure_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(uri)
+        run = client.create_run(find_experiment(client, config.run.experiment), run_name="scop doctor").info.run_id
+        client.log_metric(run, "probe", 1.0)
+        client.delete_run(run)
+    except Exception as error:
+        raise UserError(
+            f"{uri} cannot be written ({first_line(error)}); check MLFLOW_TRACKING_URI and its credentials"
+        ) from error
+    return f"{uri}: wrote and deleted a run in experiment {config.run.experiment!r}"
+
+
+def _docker(image: str | None) -> Finding:
+    if image is not None:
+
+        def look() -> str:
+            require_image(image)
+            revision = image_label(image, "org.opencontainers.image.revision")
+            return f"image {image}, commit {revision or 'unknown'}"
+
+        return _finding("docker", look)
+    if shutil.which("docker") is None:
+        return Finding("docker", "absent", "not installed; only --docker needs it")
+    engine = subprocess.run(["docker", "info", "--format", "{{.ServerVersion}}"], capture_output=True, text=True)
+    if engine.returncode:
+        return Finding("docker", "absent", "no engine answers; only --docker needs it")
+    return Finding("docker", "ok", f"engine {engine.stdout.strip()}; name an image with --docker IMAGE to check for it")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", "absent", "PyTorch sees none; training runs on the CPU")
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    runtimes = subprocess.run(["docker", "info", "--format", "{{.Runtimes}}"], capture_output=True, text=True).stdout
+    if "nvidia" in runtimes:
+        return Finding("GPU", "ok", f"{names}, in containers too")
+    return Finding("GPU", "ok", f"{names}; not in containers, install the NVIDIA Container Toolkit for --gpus")
+
+
+def _kfp(host: str) -> str:
+    url = f"{host.rstrip('/')}/apis/v2beta1/healthz"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url), timeout=10) as answer:
+            return f"{host} answers ({answer.status})"
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise UserError(
+            f"{host} does not answer ({error}); check the address, or port-forward to ml-pipeline"
+        ) from error
