@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="check that all is there",
-        description="Check what a configuration needs (data, S3, MLflow, docker, GPU, KFP), a line for each, with what to "
-        "set where something is missing; exit code 1 then.",
+        description="Check what a configuration needs (data, S3, MLflow, docker, GPU, KFP): a line for each, with "
+        "what to set where something is missing; exit code 1 then.",
     )
     _add_config(doctor)
     doctor.add_argument("--out", default="runs", metavar="DIR", help="where runs will be kept (default: runs)")

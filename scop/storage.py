@@ -175,11 +175,12 @@ def fetch_tree(uri: str) -> Path:
         check_name(name)
     versions = [f"{name} {entry['ETag']} {entry['Size']}" for name, entry in sorted(found.items())]
     folder = cache_folder() / "trees" / _hash(_endpoint(), *versions)
+    title = source.key.rpartition("/")[2] or source.bucket
     if not folder.exists():
         with _staged(folder) as staging:
             sizes = {name: entry["Size"] for name, entry in found.items()}
-            _download(source, {name: staging / name for name in found}, sizes)
-    return folder
+            _download(source, {name: staging / title / name for name in found}, sizes)
+    return folder / title
 
 
 def fetch_any(uri: str) -> Path:
@@ -276,9 +277,19 @@ def _download(source: Location, files: Mapping[str, Path], sizes: Mapping[str, i
     """Objects below a prefix to files, in parallel, large ones in ranges."""
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _errors(source), _transfers(sum(sizes.values()), f"from {source}") as (manager, told):
-        for key, path in files.items():
-            told.append(manager.download(source.bucket, (source / key).key, str(path), subscribers=told.subscribers))
+    from botocore.exceptions import FlexibleChecksumError
+
+    def fetch() -> None:
+        with _transfers(sum(sizes.values()), f"from {source}") as (manager, told):
+            for key, path in files.items():
+                place = (source / key).key
+                told.append(manager.download(source.bucket, place, str(path), subscribers=told.subscribers))
+
+    with _errors(source):
+        try:
+            fetch()
+        except FlexibleChecksumError:  # the one failure of a transfer that boto3 does not try again
+            fetch()
 
 
 class _Told(list[Any]):
@@ -403,6 +414,7 @@ def _errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]
     """Whatever boto3 raises as a UserError of one line, which says what to do."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError
 
     try:
         yield
@@ -411,7 +423,7 @@ def _errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]
         if missing_is_fine and code in ("NoSuchKey", "404"):
             return
         raise UserError(_explain_refusal(error, code, location)) from error
-    except (BotoCoreError, Boto3Error, OSError) as error:
+    except (BotoCoreError, Boto3Error, RetriesExceededError, OSError) as error:
         raise UserError(_explain_failure(error, location)) from error
 
 
@@ -454,4 +466,6 @@ def _explain_failure(error: Exception, location: Location) -> str:
             return f"{location} is no valid place in S3: {' '.join(str(error).split())}"
         case exceptions.HTTPClientError() | exceptions.ConnectionError() | OSError():
             return f"S3 at {_endpoint()} cannot be reached ({error}); check AWS_ENDPOINT_URL_S3 and the network"
+    if last := getattr(error, "last_exception", None):
+        return f"{location} broke off again and again on its way ({last}); try again later"
     return f"S3 failed on {location}: {error}"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 KEY, SECRET = "scop-test-key-id", "scop-test-secret"
@@ -57,3 +61,107 @@ def environment(address: str) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Faults:
+    """A proxy in front of an S3 server, which can be told to fail.
+
+    Attributes:
+        address: of the proxy.
+        plan: asked for each request, as (method, path): the fault to commit, or None. Faults: those of _ANSWERS, and
+            "drop" (the connection ends within the request's body), "truncate" and "flip" (the answer's body is cut, or
+            one of its bytes changed).
+        seen: the requests that came.
+    """
+
+    address: str = ""
+    plan: Callable[[str, str], str | None] = lambda method, path: None
+    seen: list[tuple[str, str]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def faulty_s3() -> Iterator[Faults]:
+    """moto's S3 server behind a proxy with faults."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    moto.start()
+    faults = Faults()
+    port = moto.get_host_and_port()[1]
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Proxy,), {"faults": faults, "upstream": port}))
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    faults.address = f"http://127.0.0.1:{proxy.server_address[1]}"
+    try:
+        yield faults
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        moto.stop()
+
+
+_ANSWERS = {
+    "503": (503, "SlowDown", ""),
+    "expired": (400, "ExpiredToken", ""),
+    "denied": (403, "AccessDenied", ""),
+    "elsewhere": (400, "AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>"),
+}
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    faults: Faults
+    upstream: int
+    protocol_version = "HTTP/1.1"
+
+    def _serve(self) -> None:
+        self.faults.seen.append((self.command, self.path))
+        fault = self.faults.plan(self.command, self.path)
+        length = int(self.headers.get("Content-Length", 0))
+        if fault == "drop":
+            self.rfile.read(length // 2)
+            self._end()
+            return
+        body = self.rfile.read(length)
+        if fault in _ANSWERS:
+            status, code, more = _ANSWERS[fault]
+            answer = f"<Error><Code>{code}</Code><Message>as the test wants it</Message>{more}</Error>".encode()
+            self._reply(status, [("Content-Type", "application/xml")], answer, len(answer))
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        response = connection.getresponse()
+        content = response.read()
+        announced = int(response.headers.get("Content-Length") or len(content))
+        if fault == "flip" and content:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        if fault == "truncate":
+            content = content[: len(content) // 2]
+        skipped = ("content-length", "transfer-encoding", "connection", "server", "date")
+        headers = [(k, v) for k, v in response.getheaders() if k.lower() not in skipped]
+        self._reply(response.status, headers, content, announced)
+        connection.close()
+
+    def _reply(self, status: int, headers: list[tuple[str, str]], content: bytes, announced: int) -> None:
+        self.send_response(status)
+        for key, value in headers:
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(announced))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+            if len(content) < announced:
+                self._end()
+
+    def _end(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815 - the standard library's names
+
+    def log_message(self, *_: object) -> None:
+        pass

@@ -1,0 +1,322 @@
+"""Artifacts in S3: against a real server, and against one that fails."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scop import UserError, load_model, storage
+from scop.data import load_dataset
+from scop.manifest import MANIFEST, Manifest, read_folder, write_manifest
+from scop.steps.runtime import run_step
+from tests import services
+from tests.helpers import write_images
+
+ROOT = Path(__file__).parents[1]
+TINY = {"model": "tests.helpers:Plain", "epochs": 1, "batch_size": 64}
+
+
+def artifact(folder: Path, **files: bytes) -> Path:
+    """A folder with some files, one of them deep and one large enough for several parts."""
+    contents = {"small.bin": b"small", "large.bin": os.urandom(40 * 2**20), "deep/er.bin": b"deep"} | {
+        f"{name}.bin": content for name, content in files.items()
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    write_manifest(folder, "model")
+    return folder
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in read_folder(folder).files}
+
+
+# -- a real server -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    storage.send_folder(folder, f"{bucket}/runs/model")
+    fetched = storage.fetch_folder(f"{bucket}/runs/model/", "model")
+    assert bytes_of(fetched) == bytes_of(folder)
+    assert read_folder(fetched) == read_folder(folder)
+    with pytest.raises(UserError, match="holds a model, but a dataset is needed"):
+        storage.fetch_folder(f"{bucket}/runs/model", "dataset")
+
+
+def test_what_is_in_the_cache_is_not_fetched_again_unless_it_was_changed(bucket: str, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    storage.send_folder(folder, f"{bucket}/a")
+    storage.send_folder(folder, f"{bucket}/b")
+    first = storage.fetch_folder(f"{bucket}/a")
+    storage.delete(f"{bucket}/b", ["large.bin"])  # whatever has the same content need not be there
+    assert storage.fetch_folder(f"{bucket}/b") == first
+    (first / "small.bin").write_bytes(b"SMALL")
+    assert bytes_of(storage.fetch_folder(f"{bucket}/a"))["small.bin"] == b"small"
+
+
+def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: Path) -> None:
+    old, new = artifact(tmp_path / "old", more=b"1"), artifact(tmp_path / "new", more=b"22")
+    uri = f"{bucket}/model"
+    storage.send_folder(old, uri)
+    storage.send_folder(new, uri)
+    assert bytes_of(storage.fetch_folder(uri)) == bytes_of(new)
+    # What the old one alone had is gone, what both have was not sent again.
+    listed = storage.names(uri)
+    assert sum(name.startswith("large.bin") for name in listed) == 1
+    assert sum(name.startswith("small.bin") for name in listed) == 1
+    assert len(listed) == 5
+
+
+def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch) -> None:
+    folder = artifact(tmp_path / "model")
+    storage.send_folder(folder, f"{bucket}/model")
+
+    def failure(call, *arguments) -> str:
+        with pytest.raises(UserError) as caught:
+            call(*arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert re.match(r"bucket 'nowhere' does not exist at http://127", failure(storage.fetch_folder, "s3://nowhere/x"))
+    assert "bucket 'nowhere' does not exist" in failure(storage.send_folder, folder, "s3://nowhere/x")
+    assert f"{bucket}/none holds no whole artifact" in failure(storage.fetch_folder, f"{bucket}/none")
+    assert f"{bucket}/none does not exist" in failure(storage.fetch_file, f"{bucket}/none")
+    assert f"{bucket}/none does not exist" in failure(storage.fetch_tree, f"{bucket}/none")
+    assert "must have" in failure(storage.fetch_folder, "s3://") or "not of the form" in failure(
+        storage.fetch_folder, "s3://"
+    )
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage.forget_client()
+    assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(storage.fetch_folder, f"{bucket}/model")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    storage.forget_client()
+    assert "there are no credentials for" in failure(storage.fetch_folder, f"{bucket}/model")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    storage.forget_client()
+    assert "S3 cannot be used: The config profile (nobody)" in failure(storage.fetch_folder, f"{bucket}/model")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{services.free_port()}")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "some-key-that-is-long")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    storage.forget_client()
+    assert re.match(r"S3 at http://127\S+ cannot be reached", failure(storage.fetch_folder, f"{bucket}/model"))
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "C:evil", "a\\b", ""])
+def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path) -> None:
+    entry = {"size": 4, "sha256": "0" * 64}
+    manifest = {"format": 1, "kind": "model", "files": {name: entry}}
+    storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="leads out of its folder; refused"):
+        storage.fetch_folder(f"{bucket}/evil")
+    manifest["files"] = {"fine": entry | {"stored_as": name or "../x"}}
+    storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="leads out of its folder; refused"):
+        storage.fetch_folder(f"{bucket}/evil")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / MANIFEST).write_text(json.dumps({"format": 1, "kind": "model", "files": {"../x": entry}}))
+    with pytest.raises(UserError, match="leads out of its folder; refused"):
+        read_folder(tmp_path / "here")
+
+
+def test_steps_take_uris_for_data_weights_inputs_and_outputs(
+    bucket: str, model_folder: Path, tmp_path: Path, trained
+) -> None:
+    write_images(tmp_path / "images", {"train": 40, "test": 10}, ["ant", "bee"])
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
+        for split in ("train", "test"):
+            archive.add(tmp_path / "images" / split, split)
+    storage.write(f"{bucket}/data/images.tar.gz", (tmp_path / "images.tar.gz").read_bytes())
+    for file in (tmp_path / "images").rglob("*.png"):
+        storage.write(f"{bucket}/data/tree/{file.relative_to(tmp_path / 'images')}", file.read_bytes())
+    contents = []
+    for path in ("images.tar.gz", "tree"):
+        data = {"source": "imagefolder", "path": f"{bucket}/data/{path}", "validation": 0.2, "channels": 1}
+        run_step("prepare_data", {"data": data}, {}, {"dataset": f"{bucket}/out/{path}"})
+        contents.append(load_dataset(storage.fetch_folder(f"{bucket}/out/{path}", "dataset")).info)
+    assert [info.source for info in contents] == ["images.tar.gz", "tree"]
+    assert contents[0].content == contents[1].content
+
+    storage.write(f"{bucket}/weights.safetensors", (model_folder / "model.safetensors").read_bytes())
+    digits = f"{bucket}/digits"
+    run_step("prepare_data", {"data": {}}, {}, {"dataset": digits})
+    dense = TINY | {"weights": f"{bucket}/weights.safetensors"}
+    run_step("train_dense", {"dense": dense}, {"dataset": digits}, {"model": f"{bucket}/dense"})
+    loaded = load_model(storage.fetch_folder(f"{bucket}/dense"))
+    assert all((value == trained.state_dict()[key]).all() for key, value in loaded.state_dict().items())
+    record = json.loads(storage.read(f"{bucket}/dense/step.json"))
+    assert record["inputs"]["dataset"]["uri"] == digits
+    assert record["config"]["dense"]["weights"] == f"{bucket}/weights.safetensors"
+    assert record["outputs"]["model"]["files"].keys() == {
+        "model.safetensors", "model.json", "history.json", "timings.json"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="overlaps with"):
+        run_step("train_dense", {"dense": dense}, {"dataset": digits}, {"model": f"{digits}/inside"})
+
+
+def test_a_record_is_there_before_the_work_and_holds_no_secret(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the loss is"):
+        run_step("prepare_data", {"data": {}}, {}, {"dataset": f"{bucket}/digits"})
+        dense = TINY | {"lr": 1e30, "epochs": 2}
+        run_step("train_dense", {"dense": dense}, {"dataset": f"{bucket}/digits"}, {"model": f"{bucket}/dense"})
+    text = storage.read(f"{bucket}/dense/step.json").decode()
+    record = json.loads(text)
+    assert (record["status"], record["step"]) == ("failed", "train_dense")
+    assert record["config"]["dense"]["lr"] == 1e30
+    assert services.SECRET not in text and services.KEY not in text
+    assert storage.read(f"{bucket}/dense/{MANIFEST}", must_exist=False) is None
+
+
+def test_the_command_line_tells_of_s3_in_one_line(bucket: str) -> None:
+    command = [sys.executable, "-m", "scop.cli", "step", "train_dense", "--input", "dataset=s3://nowhere/data"]
+    result = subprocess.run([*command, "--output", f"model={bucket}/m"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("scop: error: bucket 'nowhere' does not exist")
+    assert result.stderr.count("\n") == 1
+
+
+# -- a server that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faults() -> Iterator[services.Faults]:
+    with services.faulty_s3() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def shaky(faults: services.Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[services.Faults]:
+    for key, value in services.environment(faults.address).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    monkeypatch.setenv("SCOP_CACHE", str(tmp_path / "cache"))
+    storage.forget_client()
+    faults.plan = lambda method, path: None
+    storage._client().create_bucket(Bucket="bucket")
+    for name in storage.names("s3://bucket"):
+        storage.delete("s3://bucket", [name])
+    faults.seen.clear()
+    yield faults
+    faults.plan = lambda method, path: None
+    storage.forget_client()
+
+
+def first(count: int, fault: str, method: str, part: str):
+    """A plan that commits a fault the first so many times that a request fits."""
+    left = [count]
+
+    def plan(seen_method: str, path: str) -> str | None:
+        if seen_method == method and part in path and left[0]:
+            left[0] -= 1
+            return fault
+        return None
+
+    return plan
+
+
+ALWAYS = 10**9
+URI = "s3://bucket/model"
+
+
+def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    shaky.plan = first(2, "503", "PUT", "small.bin")
+    storage.send_folder(folder, URI)
+    shaky.plan = first(2, "503", "GET", "small.bin")
+    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(folder)
+    assert sum(method == "GET" and "small.bin" in path for method, path in shaky.seen) == 3
+
+
+def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path: Path) -> None:
+    shaky.plan = first(ALWAYS, "503", "PUT", "small.bin")
+    with pytest.raises(UserError, match="fails, after several tries, with SlowDown on"):
+        storage.send_folder(artifact(tmp_path / "model"), URI)
+
+
+@pytest.mark.parametrize("fault", ["drop", "503"])
+def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
+    fault: str, shaky: services.Faults, tmp_path: Path
+) -> None:
+    shaky.plan = first(ALWAYS, fault, "PUT", "large.bin")
+    with pytest.raises(UserError):
+        storage.send_folder(artifact(tmp_path / "model"), URI)
+    with pytest.raises(UserError, match="holds no whole artifact"):
+        storage.fetch_folder(URI)
+
+
+@pytest.mark.parametrize("part", ["large.bin", MANIFEST])
+def test_what_was_whole_stays_whole_when_its_replacement_breaks_off(
+    part: str, shaky: services.Faults, tmp_path: Path
+) -> None:
+    old, new = artifact(tmp_path / "old"), artifact(tmp_path / "new")
+    storage.send_folder(old, URI)
+    shaky.plan = first(ALWAYS, "drop", "PUT", part)
+    with pytest.raises(UserError, match="cannot be reached|failed"):
+        storage.send_folder(new, URI)
+    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(old)
+    shaky.plan = lambda method, path: None
+    storage.send_folder(new, URI)
+    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(new)
+
+
+@pytest.mark.parametrize("fault", ["truncate", "flip"])
+def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    storage.send_folder(folder, URI)
+    shaky.plan = first(1, fault, "GET", "small.bin")
+    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(folder)
+    storage.send_folder(artifact(tmp_path / "other"), f"{URI}2")
+    shaky.plan = first(ALWAYS, fault, "GET", "small.bin")
+    with pytest.raises(UserError, match="wrong checksum|broke off again and again"):
+        storage.fetch_folder(f"{URI}2")
+    assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
+
+
+def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path) -> None:
+    storage.send_folder(artifact(tmp_path / "model"), URI)
+    for damaged in (b"smalL", b"small and more"):
+        storage.write(f"{URI}/small.bin", damaged)
+        with pytest.raises(UserError, match="small.bin does not match its manifest \\(wrong checksum\\)"):
+            storage.fetch_folder(URI)
+
+
+def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path) -> None:
+    storage.send_folder(artifact(tmp_path / "model"), URI)
+    manifest = storage.read(f"{URI}/{MANIFEST}")
+    storage.delete(URI, [MANIFEST])
+    with pytest.raises(UserError, match=f"holds no whole artifact \\(there is no {MANIFEST}\\)"):
+        storage.fetch_folder(URI)
+    storage.write(f"{URI}/{MANIFEST}", manifest[: len(manifest) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        storage.fetch_folder(URI)
+    assert Manifest.model_validate_json(manifest).kind == "model"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("expired", r"S3 refuses the credentials \(ExpiredToken: .*renew AWS_ACCESS_KEY_ID"),
+        (
+            "denied",
+            r"access to s3://bucket/model/manifest.json is denied \(GetObject\); give these credentials the right",
+        ),
+        ("elsewhere", r"bucket 'bucket' is not in region 'us-east-1' \(Auth.*\); set AWS_REGION=eu-west-1"),
+    ],
+)
+def test_refusals_say_what_to_mend(fault: str, message: str, shaky: services.Faults, tmp_path: Path) -> None:
+    storage.send_folder(artifact(tmp_path / "model"), URI)
+    shaky.plan = first(ALWAYS, fault, "GET", "")
+    with pytest.raises(UserError, match=message):
+        storage.fetch_folder(URI)
