@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,9 +26,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(command: list[str], port: int, log: Path) -> Iterator[str]:
+def process(command: list[str], port: int, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """A server on a port, from when it listens until the end of the block; gives its address."""
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as server:
+    options = {"stderr": subprocess.STDOUT, "start_new_session": True, "env": environment}
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, **options) as server:
         try:
             deadline = time.monotonic() + 60
             while True:
@@ -36,7 +39,17 @@ def process(command: list[str], port: int, log: Path) -> Iterator[str]:
                 time.sleep(0.05)
             yield f"http://127.0.0.1:{port}"
         finally:
-            server.terminate()
+            os.killpg(server.pid, signal.SIGKILL)  # with its workers
+
+
+def mlflow_server(
+    folder: Path, artifacts: str, environment: Mapping[str, str]
+) -> contextlib.AbstractContextManager[str]:
+    """An MLflow server over SQLite."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", artifacts]
+    return process(command, port, folder / "mlflow.log", {"MLFLOW_DISABLE_TELEMETRY": "true", **environment})
 
 
 def rclone() -> str:

@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,14 +17,9 @@ import pytest
 from scop import UserError, load_model
 from scop.steps.runtime import run_step
 from scop.tracking import PARENT_VARIABLE, UNSENT, MlflowTracker, end_parent, start_parent
+from tests.services import free_port
 
 TINY = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -1,0 +1,155 @@
+"""A pipeline run whose artifacts lie in S3, and its steps run again from there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scop import load_model, storage
+from scop.manifest import read_folder
+from tests import services
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluate.repeats": 3}
+VARIANTS = "[{name: scop, prune_rate: 0.45}, {method: none, finetune: {epochs: 1}}]"
+
+
+def scop(*arguments: str, cwd: Path, env: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "scop.cli", *arguments]
+    environment = env | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, input=stdin, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def surroundings(s3_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An environment with an S3 server and an MLflow server that keeps its artifacts there."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_"))}
+    environment = clean | services.environment(s3_address) | {"SCOP_CACHE": str(folder / "cache")}
+    for key, value in services.environment(s3_address).items():
+        os.environ[key] = value
+    storage.forget_client()
+    storage._client().create_bucket(Bucket="pipeline")
+    with services.mlflow_server(folder, "s3://pipeline/mlflow", environment) as address:
+        yield environment | {"MLFLOW_TRACKING_URI": address}
+    for key in services.environment(s3_address):
+        os.environ.pop(key, None)
+    storage.forget_client()
+
+
+@pytest.fixture(scope="module")
+def run(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of a run of the default preset, shortened, with two variants."""
+    here = tmp_path_factory.mktemp("here")
+    settings = [f"--set={key}={value}" for key, value in SMALL.items()] + [f"--set=variants={VARIANTS}"]
+    result = scop("run", "--out", "s3://pipeline/runs", *settings, cwd=here, env=surroundings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list(here.iterdir()) == []
+    (summary,) = (n for n in storage.names("s3://pipeline/runs") if n.endswith("/summary.json") and n.count("/") == 1)
+    return f"s3://pipeline/runs/{summary.partition('/')[0]}"
+
+
+def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str) -> None:
+    summary = json.loads(storage.read(f"{run}/summary.json"))
+    names = storage.names(run)
+    assert {"config.yaml", "log.txt", "report.html", "summary.json"} <= set(names)
+    assert sum(name.endswith("/step.json") for name in names) == 12
+    for variant in summary["variants"]:
+        assert variant["model"].startswith(run)
+        assert load_model(storage.fetch_folder(variant["model"])) is not None
+        assert storage.exists(variant["onnx"])
+    assert storage.names("s3://pipeline/runs/checkpoints") == []
+    assert any("report.html" in name for name in storage.names("s3://pipeline/mlflow"))
+
+
+def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundings, tmp_path: Path) -> None:
+    environment = surroundings | {"SCOP_CACHE": str(tmp_path / "cache")}
+    before = storage.names(run)
+    result = scop("rerun", f"{run}/scop/finetune", "--verify", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "verify: all 4 files are equal to the byte" in result.stdout
+    (folder,) = (tmp_path / "reruns").iterdir()
+    assert load_model(folder / "model").conv1.out_channels == 16
+    assert (folder / "mlflow.db").exists()  # not the server
+    assert storage.names(run) == before
+
+
+def test_changes_and_what_differs_are_named(run: str, surroundings, tmp_path: Path) -> None:
+    change = ["--set", "variant.finetune.lr=0.001"]
+    result = scop("rerun", f"{run}/none/finetune", *change, "--verify", cwd=tmp_path, env=surroundings)
+    assert result.returncode == 1
+    assert "verify: model/model.safetensors differs" in result.stdout
+    assert "not the same result" in result.stdout
+    assert "model.json" not in result.stdout.partition("verify:")[2]
+
+
+def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path: Path) -> None:
+    result = scop("rerun", f"{run}/prepare_data", "--dry-run", cwd=tmp_path, env=surroundings)
+    assert result.returncode == 0
+    command = result.stdout.strip()
+    assert command.startswith("env SCOP_RUN_ID=")
+    (folder,) = (tmp_path / "reruns").iterdir()
+    assert not (folder / "dataset").exists()
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=surroundings, capture_output=True)
+    assert read_folder(folder / "dataset").kind == "dataset"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}/finetune"], "has several steps 'finetune'; say which: {run}/scop/finetune, {run}/none/finetune"),
+        (["{run}/train"], "has no step 'train' (it has: "),
+        (["{run}/l1/finetune"], "has no step 'l1/finetune'"),
+        (["nowhere/finetune"], "is neither a step's record nor RUN/STEP"),
+        (
+            ["{run}/train_dense", "--set", "finetune.lr=1"],
+            "step 'train_dense' has no section 'finetune' (it has: dense)",
+        ),
+        (["{run}/train_dense", "--set", "dense.epoch=1"], "did you mean 'epochs'?"),
+        (["{run}/train_dense", "--shell"], "--shell is for containers; add --docker"),
+    ],
+)
+def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, surroundings, tmp_path: Path) -> None:
+    result = scop("rerun", *(a.format(run=run) for a in arguments), cwd=tmp_path, env=surroundings)
+    assert result.returncode == 2
+    assert message.format(run=run) in result.stderr
+    assert result.stderr.startswith("scop: error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "reruns").exists()
+
+
+def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digits_folder: Path) -> None:
+    shutil.copytree(digits_folder, tmp_path / "data")
+    step = ["step", "train_dense", "--input", "dataset=data", "--output", "model=runs/one/model"]
+    step += ["--set", "dense.epochs=1", "--set", "dense.model=tests.helpers:Plain"]
+    environment = {k: v for k, v in surroundings.items() if k != "MLFLOW_TRACKING_URI"}
+    assert scop(*step, cwd=tmp_path, env=environment).returncode == 0
+    again = scop("rerun", "one/train_dense", "--verify", cwd=tmp_path, env=environment)  # a local run, by its name
+    assert "verify: all 3 files are equal to the byte" in again.stdout, again.stderr
+
+    scop("step", "prepare_data", "--output", "dataset=data2", "--set", "data.seed=1", cwd=tmp_path, env=environment)
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "data2").rename(tmp_path / "data")
+    result = scop("rerun", "runs/one/model/step.json", cwd=tmp_path, env=environment)
+    assert result.returncode == 2
+    assert "has changed since the step ran" in result.stderr
+
+
+def test_a_step_that_died_can_be_run_again_but_not_verified(digits_folder: Path, surroundings, tmp_path: Path) -> None:
+    environment = {k: v for k, v in surroundings.items() if k != "MLFLOW_TRACKING_URI"}
+    step = ["step", "train_dense", "--input", f"dataset={digits_folder}", "--output", "model=model"]
+    died = scop(
+        *step, "--set", "dense.model=tests.helpers:Plain", "--set", "dense.lr=1e30", cwd=tmp_path, env=environment
+    )
+    assert died.returncode == 2
+    fixes = ["--set", "dense.lr=0.05", "--set", "dense.epochs=1"]
+    result = scop("rerun", "model", *fixes, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "model: " in result.stdout
+    result = scop("rerun", "model", *fixes, "--verify", cwd=tmp_path, env=environment)
+    assert result.returncode == 2
+    assert "the recorded step is 'failed', not 'done'" in result.stderr
