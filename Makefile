@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image image-base stack stack-down lint format bench docs results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,7 +39,7 @@ test-docker: $(READY)  ## the tests in containers; they need a docker engine, an
 image:  ## build the docker image from BASE (default: debian:bookworm-slim)
 	docker/build.sh $(BASE)
 
-image-base:  ## make BASE=scop-base:bookworm by debootstrap, where no registry is reachable (root)
+base-image:  ## make BASE=scop-base:bookworm by debootstrap, where no registry is reachable (root)
 	docker/base.sh
 
 stack: $(READY)  ## start an S3 and an MLflow server here, and print the variables to set

@@ -66,7 +66,7 @@ export MLFLOW_TRACKING_URI=http://127.0.0.1:$mlflow
 EOF
   source "$stack/env"
   # For MLflow's server, which asks boto3 under the older name.
-  export AWS_DEFAULT_REGION=us-east-1 MLFLOW_DISABLE_TELEMETRY=true
+  export AWS_DEFAULT_REGION=us-east-1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
   start s3 "$s3" "$bin/rclone" serve s3 --config /dev/null --addr "127.0.0.1:$s3" \
     --auth-key "$AWS_ACCESS_KEY_ID,$AWS_SECRET_ACCESS_KEY" "$stack/s3"
   start mlflow "$mlflow" "$bin/mlflow" server --host 127.0.0.1 --port "$mlflow" --workers 1 \

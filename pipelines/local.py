@@ -31,13 +31,19 @@ from scop.steps.runtime import (
     CHECKPOINTS_VARIABLE,
     IMAGE_VARIABLE,
     KEEP_VARIABLE,
-    LOCAL_ROOT_VARIABLE,
-    REMOTE_ROOT_VARIABLE,
+    KFP_ROOT_VARIABLE,
+    RESUME_VARIABLE,
+    RUN_ROOT_VARIABLE,
     RUN_VARIABLE,
+    VARIANTS_VARIABLE,
     git_revision,
+    meant,
 )
 from scop.text import human
 from scop.tracking import ARTIFACTS_VARIABLE, PARENT_VARIABLE, end_parent, start_parent
+
+KFP_FOLDER = ".kfp"
+"""KFP's own files in a run's folder: what its launcher exchanges with the steps."""
 
 
 class StepError(Exception):
@@ -59,7 +65,7 @@ class LocalRun:
     tracking_uri: str
 
 
-def run_locally(config: Config, out: str, name: str, image: str | None = None) -> LocalRun:
+def run_locally(config: Config, out: str, name: str, image: str | None = None, resume: str | None = None) -> LocalRun:
     """Run the pipeline, each step in a process or a container of its own.
 
     Args:
@@ -68,6 +74,7 @@ def run_locally(config: Config, out: str, name: str, image: str | None = None) -
             by all runs, where nothing names a server. Into S3 the steps exchange all they make through it.
         name: what the run's id begins with.
         image: steps run in containers of it.
+        resume: the place of an earlier run to go on with; steps that are whole and unchanged are kept.
 
     Raises:
         UserError: the output folder cannot be written, MLflow cannot be used, or a step refused its input.
@@ -79,19 +86,28 @@ def run_locally(config: Config, out: str, name: str, image: str | None = None) -
         os.environ[IMAGE_VARIABLE] = image  # what the components are compiled with
         require_image(image)
     out = out.rstrip("/") if storage.is_uri(out) else str(Path(out).expanduser().absolute())
-    run_id = f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}"
-    place = storage.join(out, run_id)
-    with _workspace(place) as folder:
+    place = resume or storage.join(out, f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}")
+    with _workspace(place, resume is not None) as folder:
         config_file = folder / "config.yaml"
         write_atomically(config_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         _send([config_file], place)
-        print(f"run {run_id}: {len(config.variants)} variant(s), everything in {place}", flush=True)
-        with _environment(_tracking(config, out) | _surroundings(config, out, place, folder)):
+        run_id, count = place.rpartition("/")[2], len(config.variants)
+        print(f"run {run_id}{' goes on' if resume else ''}: {count} variant(s), everything in {place}", flush=True)
+        with _environment(_tracking(config, out) | _surroundings(config, out, place, folder, resume is not None)):
             return _run_tracked(config, place, folder, image, started)
 
 
+def find_run(run: str, out: str) -> str:
+    """The place of an earlier run: a path, a URI, or its name in `out`; raises UserError where there is none."""
+    for place in (run.rstrip("/"), storage.join(out, run)):
+        place = place if storage.is_uri(place) else str(Path(place).expanduser().absolute())
+        if storage.read(storage.join(place, "config.yaml"), must_exist=False) is not None:
+            return place
+    raise UserError(f"there is no run {run!r}, neither at this place nor in {out} (a run has a config.yaml)")
+
+
 @contextlib.contextmanager
-def _workspace(place: str) -> Iterator[Path]:
+def _workspace(place: str, exists: bool) -> Iterator[Path]:
     """The run's folder, or a temporary one where the run lies in S3."""
     if storage.is_uri(place):
         with tempfile.TemporaryDirectory(prefix="scop-run-") as name:
@@ -99,7 +115,8 @@ def _workspace(place: str) -> Iterator[Path]:
         return
     folder = Path(place)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=exists)
+        (folder / KFP_FOLDER).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be made: {error.strerror}") from error
     yield folder
@@ -120,17 +137,18 @@ def _tracking(config: Config, out: str) -> dict[str, str]:
     return variables
 
 
-def _surroundings(config: Config, out: str, place: str, folder: Path) -> dict[str, str]:
+def _surroundings(config: Config, out: str, place: str, folder: Path, resumed: bool) -> dict[str, str]:
     """What the steps are told by their environment."""
-    variables = {
+    return {
         RUN_VARIABLE: place.rpartition("/")[2],
         # Shared by all runs in `out`: one that was killed and is started again goes on where it was.
         CHECKPOINTS_VARIABLE: config.run.checkpoints or storage.join(out, "checkpoints"),
         KEEP_VARIABLE: str(config.run.keep_checkpoints),
+        KFP_ROOT_VARIABLE: str(folder / KFP_FOLDER),
+        RUN_ROOT_VARIABLE: place,
+        VARIANTS_VARIABLE: json.dumps([variant.label for variant in config.variants]),
+        RESUME_VARIABLE: "1" if resumed else "",
     }
-    if storage.is_uri(place):
-        variables |= {LOCAL_ROOT_VARIABLE: str(folder), REMOTE_ROOT_VARIABLE: place}
-    return variables
 
 
 def _send(files: list[Path], place: str) -> None:
@@ -150,7 +168,7 @@ def _refuse_missing_files(config: Config) -> None:
 def _run_tracked(config: Config, place: str, folder: Path, image: str | None, started: float) -> LocalRun:
     run_id = os.environ[RUN_VARIABLE]
     tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
-    parent = start_parent(config.run.experiment, run_id, tags)
+    parent = start_parent(config.run.experiment, run_id, tags, resumed=bool(os.environ[RESUME_VARIABLE]))
     succeeded = False
     try:
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):
@@ -162,8 +180,6 @@ def _run_tracked(config: Config, place: str, folder: Path, image: str | None, st
         with contextlib.suppress(UserError, FileNotFoundError):
             _send([folder / "log.txt"], place)
     summary = json.loads((report / "summary.json").read_text())
-    if not storage.is_uri(place):
-        _link_deliverables(summary, folder)
     summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(folder / "report.html", (report / "report.html").read_text(encoding="utf-8"))
@@ -171,15 +187,6 @@ def _run_tracked(config: Config, place: str, folder: Path, image: str | None, st
     _send(files, place)
     end_parent(parent, True, _headline(summary), files)
     return LocalRun(place, summary, os.environ["MLFLOW_TRACKING_URI"])
-
-
-def _link_deliverables(summary: dict[str, Any], folder: Path) -> None:
-    """RUN/models/VARIANT for what lies as deep as KFP puts it; the summary names these short paths."""
-    (folder / "models").mkdir()
-    for variant in summary["variants"]:
-        deep, link = Path(variant["model"]), folder / "models" / variant["name"]
-        link.symlink_to(os.path.relpath(deep, link.parent), target_is_directory=True)
-        variant["model"], variant["onnx"] = str(link), str(link / Path(variant["onnx"]).name)
 
 
 def _headline(summary: dict[str, Any]) -> dict[str, float]:
@@ -200,7 +207,7 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
     sections = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
     local.init(
         runner=local.SubprocessRunner(use_venv=False) if image is None else _docker_runner(config, folder, image),
-        pipeline_root=str(folder),
+        pipeline_root=str(folder / KFP_FOLDER),
         workspace_root=str(folder / ".workspace"),
     )
     with console(folder / "log.txt") as view:
@@ -211,17 +218,16 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
                 raise UserError(view.error) from error
             log = storage.join(place, "log.txt")
             raise StepError(f"step {view.task} failed; everything that it said is in {log}") from error
-    report = Path(task.output.path)
-    if storage.is_uri(place):
-        return storage.fetch_folder(storage.join(place, report.relative_to(folder).as_posix()), "report")
-    return report
+    report = meant(task.output.path)
+    return storage.fetch_folder(report, "report") if storage.is_uri(report) else Path(report)
 
 
 def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     from kfp import local
 
     (folder / ".workspace").mkdir()
-    writable, others = [], [folder, folder / ".workspace"]  # the others are mounted by KFP, or lie in what is
+    # KFP mounts its own; the other files lie in what is mounted.
+    writable, others = [folder], [folder / KFP_FOLDER, folder / ".workspace"]
     environment = {}
     if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
         others.append(Path(uri.removeprefix("sqlite:///")))
@@ -229,7 +235,7 @@ def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     for place in (os.environ[CHECKPOINTS_VARIABLE], os.environ.get(ARTIFACTS_VARIABLE, storage.SCHEME)):
         if not storage.is_uri(place):
             writable.append(Path(place))
-    if any(map(storage.is_uri, filter(None, (os.environ.get(REMOTE_ROOT_VARIABLE), config.data.path)))):
+    if any(map(storage.is_uri, filter(None, (os.environ[RUN_ROOT_VARIABLE], config.data.path)))):
         writable.append(storage.cache_folder())
         environment[storage.CACHE_VARIABLE] = str(storage.cache_folder())
     for path in writable:

@@ -16,11 +16,15 @@ def preset_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration: a path, or the name of a preset.
+    """The file of a configuration: a path, an ``s3://`` URI, or the name of a preset.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of these.
     """
+    if name.startswith("s3://"):
+        from scop import storage  # late: the command line's help must not wait for it
+
+        return storage.fetch_file(name)
     path = Path(name).expanduser()
     if path.is_file():
         return path

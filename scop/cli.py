@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", default="runs", metavar="DIR", help="where runs are kept, a folder or s3:// URI (default: runs)"
     )
+    run.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with an earlier run (a name in --out, a folder or a URI), with its configuration unless -f gives "
+        "one; steps that are whole and unchanged are kept",
+    )
     _add_docker(run, "run each step in a container of IMAGE (default: the project's own)")
     run.set_defaults(command=_run)
 
@@ -129,7 +135,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-f",
         "--config",
-        default=DEFAULT_CONFIG,
         metavar="CONFIG",
         help=f"a YAML file, or the name of a preset (default: {DEFAULT_CONFIG})",
     )
@@ -148,15 +153,18 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines.containers import DEFAULT_IMAGE
-    from pipelines.local import StepError, print_result, run_locally
+    from pipelines.local import StepError, find_run, print_result, run_locally
     from pipelines.presets import find_config
     from scop.config import load_config
 
-    path = find_config(options.config)
+    place = find_run(options.resume, options.out) if options.resume else None
+    given = options.config or (f"{place}/config.yaml" if place else DEFAULT_CONFIG)
+    path = find_config(given)
     config = load_config(path, options.set)
+    out = place.rpartition("/")[0] if place else options.out
     try:
         image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
-        run = run_locally(config, options.out, path.stem, image)
+        run = run_locally(config, out, path.stem, image, place)
     except StepError as failure:
         print(f"scop: {failure}", file=sys.stderr)
         return 1
@@ -170,7 +178,7 @@ def _step(options: argparse.Namespace) -> None:
     from scop.errors import UserError
     from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, find_step, run_step
 
-    config = load_config(find_config(options.config), options.set)
+    config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
     variants = {variant.label: variant for variant in config.variants}
     label = options.variant or next(iter(variants))
     if label not in variants:
@@ -212,7 +220,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from pipelines.presets import find_config
     from scop.config import load_config
 
-    config = load_config(find_config(options.config), options.set)
+    config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
     image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
     missing = False
     for finding in examine(config, options.out, image, options.host or os.environ.get("KF_PIPELINES_ENDPOINT")):

@@ -236,8 +236,8 @@ def find_experiment(client: Any, name: str, artifact_location: str | None = None
     return str(found.experiment_id)
 
 
-def start_parent(experiment: str, run_name: str, tags: Mapping[str, str]) -> str:
-    """Open the run under which a pipeline's steps are tracked, and return its id.
+def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resumed: bool = False) -> str:
+    """Open the run under which a pipeline's steps are tracked, and return its id; `resumed`, the one of that name.
 
     Raises:
         UserError: MLflow cannot be reached or refuses access.
@@ -248,6 +248,12 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str]) -> str
     try:
         client = MlflowClient()
         experiment_id = find_experiment(client, experiment, artifact_root())
+        if resumed:
+            earlier = client.search_runs([experiment_id], f"tags.`scop.run` = '{tags['scop.run']}'")
+            for run in earlier:
+                if "mlflow.parentRunId" not in run.data.tags:
+                    client.update_run(run.info.run_id, status="RUNNING")
+                    return str(run.info.run_id)
         return str(client.create_run(experiment_id, run_name=run_name, tags=dict(tags)).info.run_id)
     except Exception as error:
         raise UserError(

@@ -105,7 +105,7 @@ def test_the_summary_tells_dense_against_pruned(finished: tuple[Path, str]) -> N
     for variant in (scop, none):
         assert max(variant["exactness"].values()) <= 1e-4
         assert set(variant["pruned"]["latency_ms"]) == {"1", "64"}
-        assert Path(variant["model"]) == folder / "models" / variant["name"]
+        assert Path(variant["model"]) == folder / variant["name"] / "export" / "exported"
         assert load_model(variant["model"]) is not None
         assert Path(variant["onnx"]).stat().st_size > 0
 

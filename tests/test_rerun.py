@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from scop import load_model, storage
+from pipelines.rerun import find_record
+from scop import UserError, load_model, storage
 from scop.manifest import read_folder
 from tests import services
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluate.repeats": 3}
-VARIANTS = "[{name: scop, prune_rate: 0.45}, {method: none, finetune: {epochs: 1}}]"
 
 
 def scop(*arguments: str, cwd: Path, env: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -44,9 +45,9 @@ def surroundings(s3_address: str, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def run(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of a run of the default preset, shortened, with two variants."""
+    """The URI of a run of the default preset, shortened."""
     here = tmp_path_factory.mktemp("here")
-    settings = [f"--set={key}={value}" for key, value in SMALL.items()] + [f"--set=variants={VARIANTS}"]
+    settings = [f"--set={key}={value}" for key, value in SMALL.items()]
     result = scop("run", "--out", "s3://pipeline/runs", *settings, cwd=here, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
     assert list(here.iterdir()) == []
@@ -58,7 +59,16 @@ def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str) -> None:
     summary = json.loads(storage.read(f"{run}/summary.json"))
     names = storage.names(run)
     assert {"config.yaml", "log.txt", "report.html", "summary.json"} <= set(names)
-    assert sum(name.endswith("/step.json") for name in names) == 12
+    assert sorted(name for name in names if name.endswith("/step.json")) == [
+        "compare/report/step.json",
+        "prepare_data/dataset/step.json",
+        "scop-0.45/evaluate/evaluation/step.json",
+        "scop-0.45/export/exported/step.json",
+        "scop-0.45/finetune/model/step.json",
+        "scop-0.45/select_channels/plan/step.json",
+        "train_dense/model/step.json",
+        "train_knockoff/scores/step.json",
+    ]
     for variant in summary["variants"]:
         assert variant["model"].startswith(run)
         assert load_model(storage.fetch_folder(variant["model"])) is not None
@@ -70,7 +80,7 @@ def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str) -> None:
 def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundings, tmp_path: Path) -> None:
     environment = surroundings | {"SCOP_CACHE": str(tmp_path / "cache")}
     before = storage.names(run)
-    result = scop("rerun", f"{run}/scop/finetune", "--verify", cwd=tmp_path, env=environment)
+    result = scop("rerun", f"{run}/finetune", "--verify", cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "verify: all 4 files are equal to the byte" in result.stdout
     (folder,) = (tmp_path / "reruns").iterdir()
@@ -81,7 +91,7 @@ def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundin
 
 def test_changes_and_what_differs_are_named(run: str, surroundings, tmp_path: Path) -> None:
     change = ["--set", "variant.finetune.lr=0.001"]
-    result = scop("rerun", f"{run}/none/finetune", *change, "--verify", cwd=tmp_path, env=surroundings)
+    result = scop("rerun", f"{run}/scop-0.45/finetune", *change, "--verify", cwd=tmp_path, env=surroundings)
     assert result.returncode == 1
     assert "verify: model/model.safetensors differs" in result.stdout
     assert "not the same result" in result.stdout
@@ -102,7 +112,6 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}/finetune"], "has several steps 'finetune'; say which: {run}/scop/finetune, {run}/none/finetune"),
         (["{run}/train"], "has no step 'train' (it has: "),
         (["{run}/l1/finetune"], "has no step 'l1/finetune'"),
         (["nowhere/finetune"], "is neither a step's record nor RUN/STEP"),
@@ -120,6 +129,33 @@ def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, su
     assert message.format(run=run) in result.stderr
     assert result.stderr.startswith("scop: error: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "reruns").exists()
+
+
+def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, tmp_path: Path) -> None:
+    storage.delete(f"{run}/scop-0.45/export/exported", ["manifest.json"])
+    arguments = ["run", "--out", "s3://pipeline/runs", "--resume", run.rpartition("/")[2]]
+    result = scop(*arguments, "--set", "evaluate.repeats=2", cwd=tmp_path, env=surroundings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = dict(re.findall(r"^(\w+)\n  (kept|runs again: .*)", result.stdout, re.MULTILINE))
+    assert [step for step, what in said.items() if what == "kept"] == [
+        "prepare_data", "train_dense", "train_knockoff", "select_channels", "finetune"
+    ]  # fmt: skip
+    assert said["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
+    assert said["export"] == "runs again: its input 'evaluation' has changed"
+    assert json.loads(storage.read(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
+    storage.fetch_folder(f"{run}/scop-0.45/export/exported", "model")
+    assert scop("run", "--resume", "nowhere", cwd=tmp_path, env=surroundings).returncode == 2
+
+
+def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
+    record = {"step": "finetune", "status": "done", "version": "0", "inputs": {}, "outputs": {}}
+    for name in ("a", "b"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        content = record | {"config": {"variant": {"name": name}}}
+        (tmp_path / "run" / name / "step.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has several steps 'finetune'; say which: .*run/a/finetune, .*run/b/finetune"):
+        find_record("run/finetune", str(tmp_path))
+    assert find_record("run/b/finetune", str(tmp_path)).variant == "b"
 
 
 def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digits_folder: Path) -> None:

@@ -9,6 +9,7 @@ anything else with 1 and the traceback.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -47,8 +48,10 @@ RUN_VARIABLE = "SCOP_RUN_ID"
 IMAGE_VARIABLE = "SCOP_IMAGE"
 CHECKPOINTS_VARIABLE = "SCOP_CHECKPOINTS"
 KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
-LOCAL_ROOT_VARIABLE, REMOTE_ROOT_VARIABLE = "SCOP_LOCAL_ROOT", "SCOP_REMOTE_ROOT"
-"""Set by `scop run --out s3://...`: a component's path below the one is meant as the place below the other."""
+KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE = "SCOP_KFP_ROOT", "SCOP_RUN_ROOT", "SCOP_VARIANTS"
+"""Set by `scop run`: what a component's path below KFP's root means as a place of the run; see `meant`."""
+RESUME_VARIABLE = "SCOP_RESUME"
+"""Set by `scop run --resume`: a step whose output is there, whole and of the same making, is not run again."""
 
 TERMINATED = 128 + signal.SIGTERM
 Places = Mapping[str, str | list[str]]
@@ -127,19 +130,27 @@ def execute(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mappi
         return run_step(
             name,
             config,
-            _map(inputs, lambda _, path: _meant(path)),
-            _map(outputs, lambda _, path: _meant(path)),
+            _map(inputs, lambda _, path: meant(path)),
+            _map(outputs, lambda _, path: meant(path)),
         )
     except UserError as error:
         print(f"scop: error: {name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def _meant(path: str) -> str:
-    here, there = os.environ.get(LOCAL_ROOT_VARIABLE), os.environ.get(REMOTE_ROOT_VARIABLE)
-    if here and there and path.startswith(f"{here}/"):
-        return storage.join(there, path.removeprefix(f"{here}/"))
-    return path
+def meant(path: str) -> str:
+    """The place that kfp.local's path of an artifact means in a run.
+
+    kfp.local has ROOT/PIPELINE-TIME/for-loop-1-iteration-0/TASK/NAME; a run has VARIANT/TASK/NAME below its own root,
+    which may be in S3, and is the same when the run is resumed.
+    """
+    here, there = os.environ.get(KFP_ROOT_VARIABLE), os.environ.get(RUN_ROOT_VARIABLE)
+    if not here or not there or not path.startswith(f"{here}/"):
+        return path
+    _, *inside, task, name = path.removeprefix(f"{here}/").split("/")
+    labels = json.loads(os.environ[VARIANTS_VARIABLE])
+    variants = [labels[int(part.rpartition("-")[2])] for part in inside]
+    return storage.join(there, *variants, task.replace("-", "_"), name)
 
 
 def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapping[str, str]) -> StepResult:
@@ -160,6 +171,8 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         description = _describe(name, settings, inputs, contents, outputs)
         fingerprint = _hash({key: description[key] for key in ("step", "config", "files")} | {"inputs": contents})
         checkpoints = _checkpoints(name, fingerprint, outputs, targets)
+        if os.environ.get(RESUME_VARIABLE) and (result := _kept(description, outputs)):
+            return result
         for folder in targets.values():
             _make_ready(folder)
         record = _Record(
@@ -216,6 +229,7 @@ def _run_recorded(
     record.write(
         status="done",
         seconds=round(time.monotonic() - started, 3),
+        result=dataclasses.asdict(result),
         outputs={
             key: {
                 "uri": _absolute(outputs[0][key]),
@@ -227,6 +241,39 @@ def _run_recorded(
     )
     tracker.close(succeeded=True)
     return result
+
+
+def _kept(description: Mapping[str, Any], outputs: Mapping[str, str]) -> StepResult | None:
+    """The result of an earlier try, if it is whole and was made of the same; says why, or why not."""
+    content = storage.read(storage.join(next(iter(outputs.values())), RECORD), must_exist=False)
+    if content is None:
+        return None
+    record = json.loads(content)
+    if (reason := _reason_to_run(record, description, outputs)) is not None:
+        print(f"runs again: {reason}", flush=True)
+        return None
+    print(f"kept: it finished in {record['seconds']:.1f} s, and nothing that it is made of has changed", flush=True)
+    return StepResult(**record["result"])
+
+
+def _reason_to_run(record: Mapping[str, Any], description: Mapping[str, Any], outputs: Mapping[str, str]) -> str | None:
+    if record.get("status") != "done":
+        return f"it did not finish ({record.get('status')})"
+    now, before = _flat(description["config"]), _flat(record["config"])
+    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if changed:
+        return f"its configuration has changed ({', '.join(changed)})"
+    if record["files"] != description["files"]:
+        return f"{', '.join(record['files'])} has changed"
+    for name, value in description["inputs"].items():
+        if record["inputs"].get(name, {}).get("content") != value["content"]:
+            return f"its input {name!r} has changed"
+    try:
+        for place in outputs.values():
+            storage.fetch_folder(place) if storage.is_uri(place) else read_folder(Path(place))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 class _Terminated(SystemExit):

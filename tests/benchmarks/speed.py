@@ -7,9 +7,11 @@ import io
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from scop import storage
 from scop.batches import Augmentation, Batches
 from scop.config import DenseSection
 from scop.data import Dataset, Split, make_dataset
 from scop.device import pick_device
 from scop.graph import ChannelGraph
 from scop.knockoff import Competition, shuffle
+from scop.manifest import write_manifest
 from scop.models import make_model
 from scop.selection import select_channels
 from scop.steps.runtime import run_step
 from scop.surgery import prune
 from scop.tracking import PARENT_VARIABLE, start_parent
 from scop.training import Supervised, make_optimizer
+from tests import services
 from tests.benchmarks.measure import take_turns
 
 SHAPE = (3, 32, 32)
@@ -202,6 +207,69 @@ def archive(turns: int) -> dict[str, Any]:
     return {"seconds": times["pack"], "at_most": 60}
 
 
+def s3(turns: int) -> dict[str, Any]:
+    """A GiB to and from a local S3 server, hashed and verified, against `rclone copy` of the same files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, generator = Path(name), np.random.default_rng(0)
+        (folder / "files").mkdir()
+        for number in range(4):
+            (folder / "files" / f"{number}.bin").write_bytes(generator.bytes(256 * 2**20))
+        with (
+            services.s3_server(folder) as address,
+            _variables(services.environment(address) | {storage.CACHE_VARIABLE: f"{folder}/cache"}),
+        ):
+            storage.forget_client()
+            storage._client().create_bucket(Bucket="bench")
+            remote = f":s3,provider=Other,env_auth=true,endpoint='{address}':bench/theirs"
+            copy = [services.rclone(), "copy", "--config", "/dev/null"]
+
+            def clear(*places: str) -> None:
+                for place in places:
+                    shutil.rmtree(folder / place, ignore_errors=True)
+
+            def ours_up() -> None:
+                storage.send_folder(folder / "files", "s3://bench/ours")
+
+            def theirs_up() -> None:
+                subprocess.run([*copy, f"{folder}/files", remote], check=True)
+
+            def ours_down() -> None:
+                storage.fetch_folder("s3://bench/ours")
+
+            def theirs_down() -> None:
+                subprocess.run([*copy, remote, f"{folder}/copy"], check=True)
+
+            times: dict[str, list[float]] = {"up": [], "down": [], "rclone up": [], "rclone down": []}
+            for _ in range(turns):
+                clear("cache", "copy", "store/bench/ours", "store/bench/theirs")
+                write_manifest(folder / "files", "dataset")
+                for label, run in (
+                    ("up", ours_up), ("rclone up", theirs_up), ("down", ours_down), ("rclone down", theirs_down)
+                ):  # fmt: skip
+                    started = time.perf_counter()
+                    run()
+                    times[label].append(time.perf_counter() - started)
+    seconds = {label: statistics.median(values) for label, values in times.items()}
+    return {
+        "mb_per_second": {label: round(2**30 / 1e6 / value, 1) for label, value in seconds.items()},
+        "up": {"ratio": seconds["rclone up"] / seconds["up"], "at_least": 0.8},
+        "down": {"ratio": seconds["rclone down"] / seconds["down"], "at_least": 0.8},
+    }
+
+
+@contextlib.contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
 def default_run(turns: int) -> dict[str, Any]:
     """`scop run` on its default configuration, from its start to the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -219,5 +287,6 @@ BENCHMARKS = {
     "help": (help_seconds, 9),
     "step_overhead": (step_overhead, 5),
     "archive": (archive, 2),
+    "s3": (s3, 3),
     "default_run": (default_run, 1),
 }

@@ -1,0 +1,159 @@
+"""The image, and steps in containers of it: `make test-docker`, which needs a docker engine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.containers import DEFAULT_IMAGE, Sandbox
+from scop import load_model
+from scop.manifest import read_folder
+from scop.steps import STEPS
+
+pytestmark = pytest.mark.docker
+ROOT = Path(__file__).parents[1]
+SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluate.repeats": 3}
+BASE = os.environ.get("SCOP_TEST_BASE", "scop-base:bookworm")
+
+
+def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True)
+
+
+def scop(*arguments: str, cwd: Path, **keys) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_"))}
+    command = [sys.executable, "-m", "scop.cli", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 900} | keys
+    return subprocess.run(command, cwd=cwd, env=environment | {"PYTHONPATH": str(ROOT)}, **options)
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The project's image, built from this tree; its base by debootstrap where it is not there."""
+    if shutil.which("docker") is None or docker("version").returncode:
+        pytest.skip("no docker engine answers")
+    if docker("image", "inspect", BASE).returncode:
+        if shutil.which("debootstrap") is None or os.getuid():
+            pytest.skip(f"base image {BASE} is not there, and debootstrap, which makes it, needs root")
+        subprocess.run(["docker/base.sh", BASE], cwd=ROOT, check=True)
+    subprocess.run(["docker/build.sh", BASE, DEFAULT_IMAGE], cwd=ROOT, check=True)
+    return DEFAULT_IMAGE
+
+
+def inside(image: str, script: str, *options: str) -> str:
+    """What a shell script prints in a container that is closed as tightly as ours are."""
+    command = Sandbox(image).command(["sh", "-c", script])
+    place = command.index(image)
+    result = subprocess.run([*command[:place], *options, *command[place:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
+
+
+def test_the_image_is_tight(image: str) -> None:
+    user = json.loads(docker("image", "inspect", image).stdout)[0]["Config"]["User"]
+    assert user == "10001:0"
+    assert inside(image, "id -u; id -g").split() == ([str(os.getuid())] if os.getuid() else ["10001"]) + ["0"]
+    assert inside(image, "grep CapEff /proc/self/status").split()[1] == "0000000000000000"
+    assert inside(image, "grep NoNewPrivs /proc/self/status").split()[1] == "1"
+    assert inside(image, "touch /opt/scop/x 2>&1 || true").endswith("Read-only file system")
+    assert inside(image, "touch /tmp/x && echo fine") == "fine"
+    for program in ("gcc", "cc", "g++", "pip", "uv", "make"):
+        assert inside(image, f"command -v {program} || echo none") == "none", program
+    assert inside(image, "find / -xdev -name '*.whl' -o -xdev -path '*/.cache/*' 2>/dev/null | head -3") == ""
+
+
+def test_the_image_says_what_it_is(image: str) -> None:
+    labels = json.loads(docker("image", "inspect", image).stdout)[0]["Config"]["Labels"]
+    assert labels["org.opencontainers.image.version"] == DEFAULT_IMAGE.partition(":")[2]
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert labels["org.opencontainers.image.revision"].rstrip("+") == head.stdout.strip()
+    history = docker("image", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
+    assert not [word for word in ("SECRET", "TOKEN", "PASSWORD", "index-url") if word in history]
+
+
+def test_a_step_runs_in_the_container(image: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    sandbox = Sandbox(image, writable=(tmp_path / "out",), network="none")
+    sandbox.open_to_user()
+    command = ["scop", "step", "prepare_data", "--output", f"dataset={tmp_path / 'out' / 'data'}"]
+    subprocess.run(sandbox.command(command), check=True, capture_output=True)
+    assert read_folder(tmp_path / "out" / "data").kind == "dataset"
+    owner = (tmp_path / "out" / "data" / "manifest.json").stat().st_uid
+    assert owner == (os.getuid() or 10001)
+    # And it refuses as it does elsewhere.
+    refused = subprocess.run(sandbox.command(["scop", "step", "finetune"]), capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+@pytest.fixture(scope="session")
+def run(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on digits whose steps ran in containers."""
+    here = tmp_path_factory.mktemp("run")
+    settings = [f"--set={key}={value}" for key, value in SMALL.items()]
+    result = scop("run", "--docker", *settings, cwd=here)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (summary,) = (here / "runs").glob("*/summary.json")
+    return summary.parent
+
+
+def test_a_run_in_containers_is_whole(run: Path, image: str) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["variants"][0]["pruned"]["params"] < 0.5 * summary["variants"][0]["dense"]["params"]
+    assert load_model(summary["variants"][0]["model"]) is not None
+    records = [json.loads(path.read_text()) for path in run.rglob("step.json")]
+    assert sorted(record["step"] for record in records) == sorted(STEPS)
+    assert {(record["status"], record["image"]) for record in records} == {("done", image)}
+
+
+@pytest.mark.parametrize("step", list(STEPS))
+def test_each_step_again_is_equal_to_the_byte(step: str, run: Path, tmp_path: Path) -> None:
+    result = scop("rerun", f"{run}/{step}", "--docker", "--verify", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "files are equal to the byte" in result.stdout
+
+
+def test_a_rerun_with_a_change_differs(run: Path, tmp_path: Path) -> None:
+    change = ["--set", "variant.prune_rate=0.2"]
+    result = scop("rerun", f"{run}/select_channels", "--docker", *change, "--verify", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "verify: plan/plan.json differs" in result.stdout
+
+
+def test_a_step_that_was_killed_runs_again(image: str, run: Path, tmp_path: Path) -> None:
+    (record,) = (p for p in run.rglob("step.json") if json.loads(p.read_text())["step"] == "train_dense")
+    dataset = json.loads(record.read_text())["inputs"]["dataset"]["uri"]
+    (tmp_path / "out").mkdir()
+    sandbox = Sandbox(image, writable=(tmp_path / "out",), readable=(Path(dataset),), network="none")
+    sandbox.open_to_user()
+    output = tmp_path / "out" / "model"
+    step = ["scop", "step", "train_dense", "--set", "dense.epochs=400", "--input", f"dataset={dataset}"]
+    command = sandbox.command([*step, "--output", f"model={output}"])
+    name = f"scop-test-{os.getpid()}"
+    with subprocess.Popen([*command[:2], "--name", name, *command[2:]], stdout=subprocess.DEVNULL):
+        while not list(output.glob("checkpoints/*/*.json")):
+            assert docker("ps", "-a").returncode == 0
+        docker("kill", name)
+    assert json.loads((output / "step.json").read_text())["status"] == "running"
+    result = scop("rerun", str(output), "--docker", image, "--set", "dense.epochs=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (made,) = (tmp_path / "reruns").glob("*/model")
+    assert load_model(made) is not None
+
+
+def test_a_shell_has_everything_in_place(image: str, run: Path, tmp_path: Path) -> None:
+    # What is printed can be typed: here the shell takes it from the folder that the first one made.
+    first = scop("rerun", f"{run}/select_channels", "--docker", "--shell", cwd=tmp_path, input="scop --version\n")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.rstrip().endswith(f"scop {DEFAULT_IMAGE.partition(':')[2]}")
+    command = next(line.strip() for line in first.stdout.splitlines() if "scop step select_channels --config" in line)
+    (folder,) = (tmp_path / "reruns").iterdir()
+    sandbox = Sandbox(image, (folder,), tuple(Path(p.partition("=")[2]) for p in command.split() if "=/" in p)[:-1])
+    subprocess.run(sandbox.command(["bash"], interactive=True), input=command, text=True, check=True)
+    assert read_folder(folder / "plan").kind == "plan"
+    dry = scop("rerun", f"{run}/finetune", "--docker", "--dry-run", cwd=tmp_path)
+    assert dry.stdout.startswith("docker run --rm ")
+    assert "--network none --read-only" in dry.stdout
