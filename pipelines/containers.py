@@ -13,6 +13,7 @@ from typing import Any
 
 import scop
 from scop.errors import UserError
+from scop.steps.runtime import RUN_VARIABLE
 
 DEFAULT_IMAGE = f"scop-python:{scop.__version__}"
 _SHARED_MEMORY = "1g"
@@ -69,6 +70,7 @@ class Sandbox:
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "shm_size": _SHARED_MEMORY,
+            "labels": {RUN_VARIABLE: os.environ.get(RUN_VARIABLE, "")},
             **({"device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])]} if self.gpus else {}),
         }
 
@@ -104,6 +106,13 @@ def require_image(image: str) -> None:
         raise UserError(f"the docker engine does not answer ({reason}); start it, or leave --docker out")
     if _docker("image", "inspect", image).returncode:
         raise UserError(f"image {image!r} is not on this machine; docker pull {image}, or make image to build it")
+
+
+def stop_containers(run: str) -> None:
+    """Ask the containers of a run to end; they have 30 seconds to write a checkpoint."""
+    found = _docker("ps", "--quiet", "--filter", f"label={RUN_VARIABLE}={run}").stdout.split()
+    if found:
+        _docker("stop", "--time", "30", *found)
 
 
 def image_label(image: str, label: str) -> str | None:

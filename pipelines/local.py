@@ -8,23 +8,25 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 import scop
 from pipelines.console import console
-from pipelines.containers import Sandbox, existing, require_image
+from pipelines.containers import Sandbox, existing, require_image, stop_containers
 from scop import storage
 from scop.config import Config
-from scop.errors import UserError
+from scop.errors import Stopped, UserError
 from scop.manifest import write_atomically
 from scop.progress import TERMINAL_VARIABLE
 from scop.steps.runtime import (
@@ -210,16 +212,39 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
         pipeline_root=str(folder / KFP_FOLDER),
         workspace_root=str(folder / ".workspace"),
     )
-    with console(folder / "log.txt") as view:
+    with console(folder / "log.txt") as view, _stopping_steps(image) as stopped:
         try:
             task = scop_pipeline(**sections)
         except RuntimeError as error:
-            if view.error:
+            if view.error and not stopped():
                 raise UserError(view.error) from error
-            log = storage.join(place, "log.txt")
-            raise StepError(f"step {view.task} failed; everything that it said is in {log}") from error
+            log, again = storage.join(place, "log.txt"), f"go on with: scop run --resume {place}"
+            if stopped():
+                raise Stopped(f"stopped; {again}") from error
+            raise StepError(f"step {view.task} failed; all that it said is in {log}; {again}") from error
     report = meant(task.output.path)
     return storage.fetch_folder(report, "report") if storage.is_uri(report) else Path(report)
+
+
+@contextlib.contextmanager
+def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM is handed to the step that runs, which ends, with a checkpoint; gives whether that came."""
+    came = False
+
+    def stop(*_: object) -> None:
+        nonlocal came
+        came = True
+        if image is not None:
+            stop_containers(os.environ[RUN_VARIABLE])
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _docker_runner(config: Config, folder: Path, image: str) -> Any:

@@ -156,6 +156,7 @@ def _run(options: argparse.Namespace) -> int:
     from pipelines.local import StepError, find_run, print_result, run_locally
     from pipelines.presets import find_config
     from scop.config import load_config
+    from scop.errors import Stopped
 
     place = find_run(options.resume, options.out) if options.resume else None
     given = options.config or (f"{place}/config.yaml" if place else DEFAULT_CONFIG)
@@ -165,9 +166,9 @@ def _run(options: argparse.Namespace) -> int:
     try:
         image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
         run = run_locally(config, out, path.stem, image, place)
-    except StepError as failure:
+    except (StepError, Stopped) as failure:
         print(f"scop: {failure}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(failure, StepError) else 143
     print_result(run)
     return 0
 

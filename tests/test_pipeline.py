@@ -4,10 +4,12 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -224,6 +226,24 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FAILED"
     assert "fewer than a batch" in parent.data.tags["scop.error"]
+
+
+def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scop.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while not list(tmp_path.glob("checkpoints/train_dense-*/*.json")):
+            assert run.poll() is None
+        steps = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 143
+    assert re.search(rf"scop: stopped; go on with: scop run --resume {tmp_path}/digits-resnet20-\S+$", said.strip())
+    alive = [step for step in steps if step.is_running() and step.status() != psutil.STATUS_ZOMBIE]
+    assert steps and not alive
+    (record,) = tmp_path.glob("*/train_dense/model/step.json")
+    assert json.loads(record.read_text())["status"] == "stopped"
+    assert list(tmp_path.glob("checkpoints/train_dense-*/*.json"))
 
 
 def test_the_console_shows_steps_and_logs_everything() -> None:

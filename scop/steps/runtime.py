@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
+import psutil
+
 import scop
 from scop import storage
 from scop.checkpoints import Checkpoints
@@ -249,6 +251,8 @@ def _kept(description: Mapping[str, Any], outputs: Mapping[str, str]) -> StepRes
     if content is None:
         return None
     record = json.loads(content)
+    if record["status"] == "running" and record["host"] == platform.node() and psutil.pid_exists(record["process"]):
+        raise UserError(f"it still runs, as process {record['process']} of this machine; wait for it, or end it")
     if (reason := _reason_to_run(record, description, outputs)) is not None:
         print(f"runs again: {reason}", flush=True)
         return None
@@ -449,6 +453,8 @@ def _describe(
         "torch": version("torch"),
         "threads": int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None,
         "cpus": os.cpu_count(),
+        "host": platform.node(),
+        "process": os.getpid(),
         "config": config,
         "files": files,
         "inputs": {key: {"uri": uri, "content": contents[key]} for key, uri in _map(inputs, _recorded).items()},

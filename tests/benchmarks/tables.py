@@ -119,6 +119,13 @@ def _speed(content: dict[str, Any]) -> str:
         ),
         ("`scop --help`", f"{content['help']['seconds']:.2f} s", "at most 0.5 s"),
         ("a step's own overhead, with tracking", f"{content['step_overhead']['seconds']:.1f} s", "at most 8 s"),
+        (
+            "60,000 JPEG files of a .tar.gz decoded and packed",
+            f"{content['archive']['seconds']:.0f} s",
+            "at most 60 s",
+        ),
+        ("a GiB to S3, against `rclone copy`", f"{content['s3']['up']['ratio']:.1f}x", "at least 0.8x"),
+        ("a GiB from S3, verified, against `rclone copy`", f"{content['s3']['down']['ratio']:.1f}x", "at least 0.8x"),
         ("`make run` after set-up", f"{content['default_run']['seconds']:.0f} s", "at most 240 s"),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
