@@ -31,7 +31,8 @@ class Sandbox:
         image: its name.
         writable: folders that it may write to, at the same paths as here.
         readable: files and folders that it may read, at the same paths as here.
-        environment: variables beside those that are handed on.
+        environment: variables that it gets.
+        handed_on: names of variables of this process that it gets too; their values are never in a command line.
         gpus: whether it gets the GPUs.
         network: docker's, none or host.
     """
@@ -40,6 +41,7 @@ class Sandbox:
     writable: tuple[Path, ...] = ()
     readable: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    handed_on: tuple[str, ...] = ()
     gpus: bool = False
     network: str = "host"
 
@@ -62,7 +64,7 @@ class Sandbox:
         mounts = [Mount(str(p), str(p), type="bind", read_only=p in self.readable) for p in self._mounts()]
         return {
             "mounts": mounts,
-            "environment": inherited() | dict(self.environment),
+            "environment": {name: os.environ[name] for name in self.handed_on} | dict(self.environment),
             "user": self.user,
             "network_mode": self.network,
             "read_only": True,
@@ -75,13 +77,15 @@ class Sandbox:
         }
 
     def command(self, inside: list[str], interactive: bool = False) -> list[str]:
-        """The `docker run` command line; values of inherited variables, which may be secrets, are not in it."""
+        """The `docker run` command line; docker takes what is handed on, which may be secret, from its environment."""
         options = ["--rm", "--init", "--user", self.user, "--network", self.network, "--read-only", "--tmpfs"]
         options += [f"/tmp:{_SCRATCH}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         options += ["--shm-size", _SHARED_MEMORY, *(["--gpus", "all"] if self.gpus else [])]
         options += ["--interactive", *(["--tty"] if sys.stdin.isatty() else [])] if interactive else []
         for path in self._mounts():
             options += ["--volume", f"{path}:{path}{':ro' if path in self.readable else ''}"]
+        for name in self.handed_on:
+            options += ["--env", name]
         for key, value in self.environment.items():
             options += ["--env", f"{key}={value}"]
         return ["docker", "run", *options, self.image, *inside]
@@ -91,9 +95,9 @@ class Sandbox:
         return sorted({path for path in (*self.writable, *self.readable) if path.exists()})
 
 
-def inherited() -> dict[str, str]:
-    """The variables of this process that steps go by."""
-    return {k: v for k, v in os.environ.items() if k.startswith(_PREFIXES) and k not in _OF_THIS_MACHINE}
+def variables_of_steps(prefixes: tuple[str, ...] = _PREFIXES) -> tuple[str, ...]:
+    """The names of this process's variables that steps go by."""
+    return tuple(k for k in os.environ if k.startswith(prefixes) and k not in _OF_THIS_MACHINE)
 
 
 def require_image(image: str) -> None:
@@ -109,10 +113,10 @@ def require_image(image: str) -> None:
 
 
 def stop_containers(run: str) -> None:
-    """Ask the containers of a run to end; they have 30 seconds to write a checkpoint."""
-    found = _docker("ps", "--quiet", "--filter", f"label={RUN_VARIABLE}={run}").stdout.split()
-    if found:
-        _docker("stop", "--time", "30", *found)
+    """Ask the steps in a run's containers to end; each writes a checkpoint first."""
+    for container in _docker("ps", "--quiet", "--filter", f"label={RUN_VARIABLE}={run}").stdout.split():
+        # Not by `docker stop`: KFP starts a step by a shell, which is process 1 there and heeds no signal.
+        _docker("exec", container, "sh", "-c", "kill -TERM -1")
 
 
 def image_label(image: str, label: str) -> str | None:

@@ -123,7 +123,9 @@ def _mlflow(config: Config, out: str) -> str:
 
     try:
         client = MlflowClient(uri)
-        run = client.create_run(find_experiment(client, config.run.experiment), run_name="scop doctor").info.run_id
+        run = client.create_run(
+            find_experiment(client, config.run.experiment, config.run.artifact_root), run_name="scop doctor"
+        ).info.run_id
         client.log_metric(run, "probe", 1.0)
         client.delete_run(run)
     except Exception as error:
@@ -156,8 +158,8 @@ def _gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding("GPU", "absent", "PyTorch sees none; training runs on the CPU")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    runtimes = subprocess.run(["docker", "info", "--format", "{{.Runtimes}}"], capture_output=True, text=True).stdout
-    if "nvidia" in runtimes:
+    asked = ["docker", "info", "--format", "{{.Runtimes}}"]
+    if shutil.which("docker") and "nvidia" in subprocess.run(asked, capture_output=True, text=True).stdout:
         return Finding("GPU", "ok", f"{names}, in containers too")
     return Finding("GPU", "ok", f"{names}; not in containers, install the NVIDIA Container Toolkit for --gpus")
 

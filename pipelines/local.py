@@ -23,7 +23,7 @@ import yaml
 
 import scop
 from pipelines.console import console
-from pipelines.containers import Sandbox, existing, require_image, stop_containers
+from pipelines.containers import Sandbox, existing, require_image, stop_containers, variables_of_steps
 from scop import storage
 from scop.config import Config
 from scop.errors import Stopped, UserError
@@ -91,6 +91,7 @@ def run_locally(config: Config, out: str, name: str, image: str | None = None, r
     place = resume or storage.join(out, f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}")
     with _workspace(place, resume is not None) as folder:
         config_file = folder / "config.yaml"
+        _forget_results(place)
         write_atomically(config_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         _send([config_file], place)
         run_id, count = place.rpartition("/")[2], len(config.variants)
@@ -151,6 +152,11 @@ def _surroundings(config: Config, out: str, place: str, folder: Path, resumed: b
         VARIANTS_VARIABLE: json.dumps([variant.label for variant in config.variants]),
         RESUME_VARIABLE: "1" if resumed else "",
     }
+
+
+def _forget_results(place: str) -> None:
+    """What a run that goes on has said before; without a summary it is known to be unfinished."""
+    storage.delete(place, [name for name in ("summary.json", "report.html") if storage.exists_at(place, name)])
 
 
 def _send(files: list[Path], place: str) -> None:
@@ -236,9 +242,12 @@ def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
         came = True
         if image is not None:
             stop_containers(os.environ[RUN_VARIABLE])
-        for child in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
+        if not children and image is None:  # between two steps
+            raise RuntimeError("stopped between two steps")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -250,7 +259,7 @@ def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
 def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     from kfp import local
 
-    (folder / ".workspace").mkdir()
+    (folder / ".workspace").mkdir(exist_ok=True)  # a run that was killed leaves it behind
     # KFP mounts its own; the other files lie in what is mounted.
     writable, others = [folder], [folder / KFP_FOLDER, folder / ".workspace"]
     environment = {}
@@ -265,7 +274,8 @@ def _docker_runner(config: Config, folder: Path, image: str) -> Any:
         environment[storage.CACHE_VARIABLE] = str(storage.cache_folder())
     for path in writable:
         path.mkdir(parents=True, exist_ok=True)
-    sandbox = Sandbox(image, tuple(writable), existing([config.data.path, config.dense.weights]), environment)
+    readable = existing([config.data.path, config.dense.weights])
+    sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps())
     sandbox.open_to_user(others)
     return local.DockerRunner(**sandbox.for_kfp())
 

@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipelines.containers import DEFAULT_IMAGE, Sandbox, image_label, inherited, require_image
+from pipelines.containers import DEFAULT_IMAGE, Sandbox, image_label, require_image, variables_of_steps
 from scop import storage
 from scop.config import Config, override, parse
 from scop.errors import UserError
-from scop.manifest import RECORD, TIMINGS, read_folder, sha256_of
+from scop.manifest import RECORD, TIMINGS, read_folder
 from scop.steps import STEPS
-from scop.steps.runtime import RUN_VARIABLE, git_revision
+from scop.steps.runtime import CHECKPOINTS_VARIABLE, EXTERNAL_FILES, RUN_VARIABLE, git_revision
 from scop.tracking import PARENT_VARIABLE
 
 
@@ -78,7 +78,7 @@ def find_record(target: str, root: str) -> StepRecord:
     for place in (target, storage.join(root, target)):
         run, _, step = place.rstrip("/").rpartition("/")
         for folder, variant in ((run, None), tuple(run.rpartition("/")[::2])):
-            records = _records_of(folder) if folder and (storage.is_uri(folder) or Path(folder).is_dir()) else []
+            records = _records_of(folder) if folder and storage.exists_at(folder, "config.yaml") else []
             if records:
                 return _choose(records, step.replace("-", "_"), variant, folder)
     raise UserError(
@@ -159,14 +159,14 @@ class Rerun:
         return variables
 
     def sandbox(self, image: str, gpus: bool) -> Sandbox:
-        """The container's surroundings; credentials are only in there for tracking."""
+        """The container's surroundings; network and credentials are in there only for tracking."""
         inputs = [p for v in self.inputs.values() for p in (v if isinstance(v, list) else [v])]
-        tracking = {k: v for k, v in inherited().items() if k.startswith(("MLFLOW_", "AWS_"))} if self.track else {}
         return Sandbox(
             image,
             writable=(self.folder,),
             readable=(*inputs, *self.files),
-            environment={**tracking, **self.environment},
+            environment=self.environment,
+            handed_on=variables_of_steps(("MLFLOW_", "AWS_")) if self.track else (),
             gpus=gpus,
             network="host" if self.track else "none",
         )
@@ -182,10 +182,11 @@ def make_ready(record: StepRecord, out: Path, overrides: Sequence[str], track: b
         raise UserError(f"the record is of step {record.step!r}, which this version does not know")
     values = _configuration(record, overrides)
     files = []
-    for key, content in record.files.items():
-        section, _, name = key.partition(".")
-        if values[section].get(name) == record.config[section][name]:  # else it was changed by --set
-            path = _external(key, record.config[section][name], content)
+    for section, name in EXTERNAL_FILES:
+        place, recorded = values.get(section, {}).get(name), record.config.get(section, {}).get(name)
+        if place is not None:
+            key = f"{section}.{name}"
+            path = _external(key, place, record.files.get(key) if place == recorded else None)
             values[section][name] = str(path)
             files.append(path)
     inputs = {name: _input(name, artifact) for name, artifact in record.inputs.items()}
@@ -217,14 +218,12 @@ def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, An
 
 
 def _external(key: str, place: str, content: str | None) -> Path:
-    path = storage.local(place)
-    if not path.exists():
-        raise UserError(f"{key} {place} is not there any more; bring it back, or give another by --set {key}=PATH")
-    if content is not None and sha256_of(path) != content:
-        raise UserError(
-            f"{key} {place} has changed since the step ran; bring the old one back, or say --set {key}={place}"
-        )
-    return path
+    found = storage.version_of(place)
+    if found is None:
+        raise UserError(f"{key} {place} is not there; bring it back, or give another by --set {key}=PLACE")
+    if content not in (None, found):
+        raise UserError(f"{key} {place} has changed since the step ran; bring the old one back")
+    return storage.local(place).absolute()
 
 
 def _input(name: str, artifact: _Artifact) -> Path | list[Path]:
@@ -252,7 +251,8 @@ def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: 
     environment.pop(PARENT_VARIABLE, None)
     if image is None:
         command = [str(Path(sys.executable).with_name("scop")), *inside[1:]]
-        shown = ["env", *(f"{key}={value}" for key, value in ready.environment.items()), *command]
+        shown = ["env", f"--unset={CHECKPOINTS_VARIABLE}", f"--unset={PARENT_VARIABLE}"]
+        shown += [*(f"{key}={value}" for key, value in ready.environment.items()), *command]
         environment |= ready.environment
     else:
         require_image(image)
@@ -281,14 +281,8 @@ def _tell_differences(record: StepRecord, image: str | None) -> None:
 
 
 def verify(ready: Rerun) -> bool:
-    """Compare every output file with its recorded hash and say which differ; timings may. True if none does.
-
-    Raises:
-        UserError: the record has no hashes, because the step did not finish.
-    """
+    """Compare every output file with its recorded hash and say which differ; timings may. True if none does."""
     record = ready.record
-    if record.status != "done":
-        raise UserError(f"there is nothing to verify against: the recorded step is {record.status!r}, not 'done'")
     same, count = True, 0
     for name, artifact in record.outputs.items():
         made = {file: entry.sha256 for file, entry in read_folder(ready.outputs[name]).files.items()}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scop import storage
+from scop.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Checkpoints:
         for name in reversed(self._names()):
             place = storage.join(self.place, f"{name}.pt")
             try:
-                seal = json.loads(storage.read(storage.join(self.place, f"{name}.json")) or b"")
+                seal = json.loads(storage.read(storage.join(self.place, f"{name}.json"), must_exist=False) or b"{}")
                 content = storage.read(place, must_exist=False) or b""
                 if hashlib.sha256(content).hexdigest() != seal["sha256"]:
                     raise ValueError("it does not match its checksum")
@@ -69,7 +70,8 @@ class Checkpoints:
                     raise ValueError("it is of another configuration or other inputs")
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
                 return state
-            except (ValueError, KeyError, RuntimeError, EOFError) as error:
+            # A UserError where S3 itself says that the object is damaged, or does not give it.
+            except (UserError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
                 print(f"warning: checkpoint {place} is passed over: {error}", flush=True)
         return None
 
@@ -101,3 +103,5 @@ def termination() -> Iterator[Callable[[], bool]]:
         yield lambda: came
     finally:
         signal.signal(signal.SIGTERM, before)
+    if came:  # too late for a checkpoint, but not forgotten
+        signal.raise_signal(signal.SIGTERM)

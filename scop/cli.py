@@ -205,6 +205,10 @@ def _rerun(options: argparse.Namespace) -> int:
     if image is None and (options.shell or options.gpus):
         raise UserError(f"--{'shell' if options.shell else 'gpus'} is for containers; add --docker")
     record = rerun.find_record(options.target, options.runs)
+    if options.verify and record.status != "done":
+        raise UserError(
+            f"--verify: there is nothing to compare with, the recorded step is {record.status!r}, not 'done'"
+        )
     if image is not None:
         image = image or rerun.default_image(record)
     ready = rerun.make_ready(record, options.out, options.set, options.track)

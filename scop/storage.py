@@ -13,10 +13,12 @@ tried again with backoff, ``AWS_MAX_ATTEMPTS`` times (5).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -77,20 +79,35 @@ def send_folder(folder: Path, uri: str) -> None:
     manifest, target = read_folder(folder), Location.parse(uri)
     before = _remote_manifest(target, must_exist=False)
     present = before.files if before else {}
+    listed = _listing(target) if present else {}
     objects, uploads = {}, {}
     for name, entry in manifest.files.items():
         earlier = present.get(name)
-        if earlier is not None and earlier.sha256 == entry.sha256:
+        if (
+            earlier is not None
+            and earlier.sha256 == entry.sha256
+            and _matches(earlier.key(name), folder / name, listed)
+        ):
             objects[name] = earlier
             continue
         # The name itself, unless the artifact that is there, and must stay whole for now, uses it.
-        place = f"{name}~{entry.sha256[:12]}" if earlier is not None else name
+        place = f"{name}~{uuid.uuid4().hex[:12]}" if earlier is not None else name
         objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, stored_as=place if place != name else None)
         uploads[place] = folder / name
     _upload(uploads, target)
     switched = manifest.model_copy(update={"files": objects})
     write(str(target / MANIFEST), (switched.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
     _delete(target, {e.key(n) for n, e in present.items()} - {e.key(n) for n, e in objects.items()})
+
+
+def _matches(key: str, file: Path, listed: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether an object surely has a file's bytes: its size is the same, and its ETag an MD5 of them."""
+    entry = listed.get(key)
+    if entry is None or entry["Size"] != file.stat().st_size:
+        return False
+    etag = entry["ETag"].strip('"')
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == etag
 
 
 def fetch_folder(uri: str, kind: str | None = None) -> Path:
@@ -173,6 +190,7 @@ def fetch_tree(uri: str) -> Path:
     Names that would leave the folder are refused.
     """
     source = Location.parse(uri)
+    title = check_name(source.key.rpartition("/")[2] or source.bucket)
     found = {name: entry for name, entry in _listing(source).items() if not name.endswith("/")}
     if not found:
         raise UserError(f"{uri} does not exist: there is neither an object nor a prefix of that name")
@@ -180,7 +198,6 @@ def fetch_tree(uri: str) -> Path:
         check_name(name)
     versions = [f"{name} {entry['ETag']} {entry['Size']}" for name, entry in sorted(found.items())]
     folder = cache_folder() / "trees" / _hash(_endpoint(), *versions)
-    title = source.key.rpartition("/")[2] or source.bucket
     if not folder.exists():
         with _staged(folder) as staging:
             sizes = {name: entry["Size"] for name, entry in found.items()}
@@ -199,6 +216,35 @@ def exists(uri: str) -> bool:
     return (not uri.endswith("/") and _exists(source)) or bool(_listing(source))
 
 
+def version_of(place: str) -> str | None:
+    """What a file, folder, object or prefix holds, as a hash; None where there is nothing.
+
+    A file's is its sha256; the others' goes over names, sizes, and times of change or ETags.
+    """
+    if is_uri(place):
+        source = Location.parse(place)
+        if not place.endswith("/") and _exists(source):
+            found = {"": _client().head_object(Bucket=source.bucket, Key=source.key)}
+            return _hash(found[""]["ETag"], str(found[""]["ContentLength"]))
+        listed = _listing(source)
+        return _hash(*(f"{n} {e['ETag']} {e['Size']}" for n, e in sorted(listed.items()))) if listed else None
+    path = Path(place).expanduser()
+    if path.is_dir():
+        states = ((file.relative_to(path).as_posix(), file.stat()) for file in sorted(path.rglob("*")))
+        return _hash(*(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states))
+    return sha256_of(path) if path.is_file() else None
+
+
+def stands(uri: str) -> bool:
+    """Whether all of an artifact's objects are there, by a listing and not from the cache."""
+    source = Location.parse(uri)
+    manifest = _remote_manifest(source, must_exist=False)
+    if manifest is None:
+        return False
+    sizes = {name: entry["Size"] for name, entry in _listing(source).items()}
+    return all(sizes.get(entry.key(name)) == entry.size for name, entry in manifest.files.items())
+
+
 def local(place: str | Path) -> Path:
     """A path for a path or an URI: what an URI names is fetched first."""
     return fetch_any(str(place)) if is_uri(place) else Path(place).expanduser()
@@ -215,11 +261,7 @@ def join(place: str | Path, *names: str) -> str:
 def read(place: str, must_exist: bool = True) -> bytes | None:
     """The bytes at a path or URI; None, if it need not exist, where there is nothing."""
     if is_uri(place):
-        source = Location.parse(place)
-        with _errors(source, missing_is_fine=not must_exist):
-            content: bytes = _client().get_object(Bucket=source.bucket, Key=source.key)["Body"].read()
-            return content
-        return None
+        return _read_object(Location.parse(place), must_exist)
     try:
         return Path(place).read_bytes()
     except FileNotFoundError as error:
@@ -228,6 +270,26 @@ def read(place: str, must_exist: bool = True) -> bytes | None:
         raise UserError(f"{place} does not exist") from error
     except OSError as error:
         raise UserError(f"cannot read {place}: {error.strerror}") from error
+
+
+def _read_object(source: Location, must_exist: bool) -> bytes | None:
+    from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    broken = (FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+    with _errors(source, missing_is_fine=not must_exist):
+        for tries_left in (2, 1, 0):  # boto3 tries requests again, not the reading of an answer
+            try:
+                content: bytes = _client().get_object(Bucket=source.bucket, Key=source.key)["Body"].read()
+                return content
+            except broken:
+                if not tries_left:
+                    raise
+    return None
+
+
+def exists_at(place: str, name: str) -> bool:
+    """Whether there is a file or object of this name below a path or URI."""
+    return _exists(Location.parse(place) / name) if is_uri(place) else (Path(place) / name).exists()
 
 
 def write(place: str, content: bytes) -> None:
@@ -286,10 +348,10 @@ def _download(source: Location, files: Mapping[str, Path], sizes: Mapping[str, i
     """Objects below a prefix to files, in parallel, large ones in ranges; gives each key when its file is there."""
     from botocore.exceptions import FlexibleChecksumError
 
-    for path in files.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
     left = dict(files)
     with _errors(source):
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
         for last_try in (False, True):
             try:
                 with _transfers(sum(sizes[key] for key in left), f"from {source}") as (manager, counting):
@@ -396,9 +458,12 @@ def _staged(folder: Path) -> Iterator[Path]:
         raise UserError(f"cache {folder.parent} cannot be written ({error.strerror}); set {CACHE_VARIABLE}") from error
     try:
         yield staging
-        with contextlib.suppress(OSError):
-            staging.chmod(0o755)
+        staging.chmod(0o755)
+        try:
             staging.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was quicker
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -472,6 +537,10 @@ def _explain_failure(error: Exception, location: Location) -> str:
             return f"{location} was damaged on its way (wrong checksum); try again"
         case exceptions.ParamValidationError():
             return f"{location} is no valid place in S3: {' '.join(str(error).split())}"
+        case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"cannot write {error.filename or cache_folder()} ({error.strerror}); free it, or set {CACHE_VARIABLE}"
+            )
         case exceptions.HTTPClientError() | exceptions.ConnectionError() | OSError():
             return f"S3 at {_endpoint()} cannot be reached ({error}); check AWS_ENDPOINT_URL_S3 and the network"
     if isinstance(error, AttributeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.containers import Sandbox, variables_of_steps
 from pipelines.rerun import find_record
 from scop import UserError, load_model, storage
 from scop.manifest import read_folder
@@ -102,7 +103,7 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
     result = scop("rerun", f"{run}/prepare_data", "--dry-run", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0
     command = result.stdout.strip()
-    assert command.startswith("env SCOP_RUN_ID=")
+    assert command.startswith("env --unset=SCOP_CHECKPOINTS --unset=SCOP_PARENT_RUN_ID SCOP_RUN_ID=")
     (folder,) = (tmp_path / "reruns").iterdir()
     assert not (folder / "dataset").exists()
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=surroundings, capture_output=True)
@@ -132,14 +133,15 @@ def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, su
 
 
 def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, tmp_path: Path) -> None:
-    storage.delete(f"{run}/scop-0.45/export/exported", ["manifest.json"])
+    storage.delete(f"{run}/train_knockoff/scores", ["scores.png"])  # still in the cache, but not there any more
     arguments = ["run", "--out", "s3://pipeline/runs", "--resume", run.rpartition("/")[2]]
     result = scop(*arguments, "--set", "evaluate.repeats=2", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
     said = dict(re.findall(r"^(\w+)\n  (kept|runs again: .*)", result.stdout, re.MULTILINE))
     assert [step for step, what in said.items() if what == "kept"] == [
-        "prepare_data", "train_dense", "train_knockoff", "select_channels", "finetune"
+        "prepare_data", "train_dense", "select_channels", "finetune"
     ]  # fmt: skip
+    assert said["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not whole any more"
     assert said["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
     assert said["export"] == "runs again: its input 'evaluation' has changed"
     assert json.loads(storage.read(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
@@ -153,9 +155,24 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
         (tmp_path / "run" / name).mkdir(parents=True)
         content = record | {"config": {"variant": {"name": name}}}
         (tmp_path / "run" / name / "step.json").write_text(json.dumps(content))
+    (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="has several steps 'finetune'; say which: .*run/a/finetune, .*run/b/finetune"):
         find_record("run/finetune", str(tmp_path))
     assert find_record("run/b/finetune", str(tmp_path)).variant == "b"
+    with pytest.raises(UserError, match="'rnu/finetune' is neither"):  # no search through all runs
+        find_record("rnu/finetune", str(tmp_path))
+
+
+def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, monkeypatch) -> None:
+    for key in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(key, services.SECRET)
+    command = " ".join(Sandbox("image", handed_on=variables_of_steps(("AWS_",))).command(["scop"]))
+    assert "--env AWS_SECRET_ACCESS_KEY" in command
+    assert services.SECRET not in command
+    for extra in ([], ["--track"]):
+        shown = scop("rerun", f"{run}/prepare_data", "--dry-run", *extra, cwd=tmp_path, env=surroundings).stdout
+        assert shown.startswith("env ")
+        assert services.SECRET not in shown
 
 
 def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digits_folder: Path) -> None:
@@ -164,6 +181,7 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digi
     step += ["--set", "dense.epochs=1", "--set", "dense.model=tests.helpers:Plain"]
     environment = {k: v for k, v in surroundings.items() if k != "MLFLOW_TRACKING_URI"}
     assert scop(*step, cwd=tmp_path, env=environment).returncode == 0
+    (tmp_path / "runs" / "one" / "config.yaml").touch()
     again = scop("rerun", "one/train_dense", "--verify", cwd=tmp_path, env=environment)  # a local run, by its name
     assert "verify: all 3 files are equal to the byte" in again.stdout, again.stderr
 

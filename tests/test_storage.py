@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from scop import UserError, load_model, storage
+from scop.checkpoints import Checkpoints
 from scop.data import load_dataset
 from scop.manifest import MANIFEST, Manifest, read_folder, write_manifest
 from scop.steps.runtime import run_step
@@ -90,9 +91,8 @@ def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, m
     assert f"{bucket}/none holds no whole artifact" in failure(storage.fetch_folder, f"{bucket}/none")
     assert f"{bucket}/none does not exist" in failure(storage.fetch_file, f"{bucket}/none")
     assert f"{bucket}/none does not exist" in failure(storage.fetch_tree, f"{bucket}/none")
-    assert "must have" in failure(storage.fetch_folder, "s3://") or "not of the form" in failure(
-        storage.fetch_folder, "s3://"
-    )
+    assert "not of the form s3://BUCKET/PREFIX" in failure(storage.fetch_folder, "s3://")
+    assert "leads out of its folder" in failure(storage.fetch_tree, f"{bucket}/model/..")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     storage.forget_client()
@@ -290,6 +290,31 @@ def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp
         storage.write(f"{URI}/small.bin", damaged)
         with pytest.raises(UserError, match="small.bin does not match its manifest \\(wrong checksum\\)"):
             storage.fetch_folder(URI)
+
+
+def test_sending_again_mends_what_was_damaged_at_its_place(shaky: services.Faults, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    storage.send_folder(folder, URI)
+    storage.write(f"{URI}/small.bin", b"smalL")
+    storage.delete(URI, ["deep/er.bin"])
+    assert not storage.stands(URI)
+    storage.send_folder(folder, URI)
+    assert storage.stands(URI)
+    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(folder)
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate"])
+def test_a_checkpoint_that_s3_finds_damaged_is_passed_over(
+    fault: str, shaky: services.Faults, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints("s3://bucket/checkpoints", "abc")
+    for epoch in (1, 2):
+        checkpoints.save({"epoch": epoch}, epoch)
+    shaky.plan = first(1, fault, "GET", "00002-00000000.pt")
+    assert checkpoints.load() == {"epoch": 2}  # got over
+    shaky.plan = first(ALWAYS, fault, "GET", "00002-00000000.pt")
+    assert checkpoints.load() == {"epoch": 1}
+    assert "00002-00000000.pt is passed over" in capsys.readouterr().out
 
 
 def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from scop import storage
 from scop.checkpoints import Checkpoints
 from scop.config import Section, parse
 from scop.errors import Stopped, UserError
-from scop.manifest import CHECKPOINTS, MANIFEST, RECORD, read_folder, sha256_of
+from scop.manifest import CHECKPOINTS, MANIFEST, RECORD, read_folder
 from scop.steps import STEPS
 from scop.tracking import UNSENT, MlflowTracker, NoTracker, Tracker, first_line
 
@@ -226,7 +226,6 @@ def _run_recorded(
         if unsent.exists() and storage.is_uri(outputs[0][next(iter(outputs[0]))]):
             with contextlib.suppress(UserError):
                 storage.write(storage.join(next(iter(outputs[0].values())), UNSENT), unsent.read_bytes())
-    checkpoints.remove()
     made = {key: read_folder(folder) for key, folder in outputs[1].items()}
     record.write(
         status="done",
@@ -242,6 +241,10 @@ def _run_recorded(
         },
     )
     tracker.close(succeeded=True)
+    try:
+        checkpoints.remove()
+    except UserError as error:
+        print(f"warning: checkpoints are left behind: {error}", flush=True)
     return result
 
 
@@ -250,14 +253,28 @@ def _kept(description: Mapping[str, Any], outputs: Mapping[str, str]) -> StepRes
     content = storage.read(storage.join(next(iter(outputs.values())), RECORD), must_exist=False)
     if content is None:
         return None
-    record = json.loads(content)
-    if record["status"] == "running" and record["host"] == platform.node() and psutil.pid_exists(record["process"]):
-        raise UserError(f"it still runs, as process {record['process']} of this machine; wait for it, or end it")
-    if (reason := _reason_to_run(record, description, outputs)) is not None:
-        print(f"runs again: {reason}", flush=True)
-        return None
-    print(f"kept: it finished in {record['seconds']:.1f} s, and nothing that it is made of has changed", flush=True)
-    return StepResult(**record["result"])
+    try:
+        record = json.loads(content)
+        if _still_runs(record):
+            raise UserError(f"it still runs, as process {record['process']} of this machine; wait for it, or end it")
+        if (reason := _reason_to_run(record, description, outputs)) is None:
+            print(f"kept: it finished in {record['seconds']:.1f} s; all that it is made of is unchanged", flush=True)
+            return StepResult(**record["result"])
+    except (ValueError, KeyError, TypeError):
+        reason = "its record is damaged, or of another version"
+    print(f"runs again: {reason}", flush=True)
+    return None
+
+
+def _still_runs(record: Mapping[str, Any]) -> bool:
+    """Whether the very process is alive; numbers are used again, above all in containers."""
+    if record.get("status") != "running" or record.get("host") != platform.node():
+        return False
+    try:
+        process = psutil.Process(record["process"])
+        return process.pid != os.getpid() and abs(process.create_time() - record["process_started"]) < 0.01
+    except (psutil.Error, KeyError):
+        return False
 
 
 def _reason_to_run(record: Mapping[str, Any], description: Mapping[str, Any], outputs: Mapping[str, str]) -> str | None:
@@ -272,11 +289,15 @@ def _reason_to_run(record: Mapping[str, Any], description: Mapping[str, Any], ou
     for name, value in description["inputs"].items():
         if record["inputs"].get(name, {}).get("content") != value["content"]:
             return f"its input {name!r} has changed"
-    try:
-        for place in outputs.values():
-            storage.fetch_folder(place) if storage.is_uri(place) else read_folder(Path(place))
-    except UserError as error:
-        return str(error)
+    for name, place in outputs.items():
+        try:
+            if storage.is_uri(place) and not storage.stands(place):
+                return f"{place} is not whole any more"
+            folder = storage.fetch_folder(place) if storage.is_uri(place) else Path(place)
+            if read_folder(folder).content != record["outputs"][name]["content"]:
+                return f"its output {name!r} has changed"
+        except UserError as error:
+            return str(error)
     return None
 
 
@@ -438,10 +459,10 @@ def _describe(
     name: str, settings: Section, inputs: Places, contents: Mapping[str, Any], outputs: Mapping[str, str]
 ) -> dict[str, Any]:
     config, files = settings.model_dump(mode="json"), {}
-    for section, key in _EXTERNAL_FILES:
+    for section, key in EXTERNAL_FILES:
         if place := config.get(section, {}).get(key):
             config[section][key] = _absolute(place)
-            files[f"{section}.{key}"] = _file_content(place)
+            files[f"{section}.{key}"] = storage.version_of(place)
     return {
         "step": name,
         "version": scop.__version__,
@@ -455,6 +476,7 @@ def _describe(
         "cpus": os.cpu_count(),
         "host": platform.node(),
         "process": os.getpid(),
+        "process_started": psutil.Process().create_time(),
         "config": config,
         "files": files,
         "inputs": {key: {"uri": uri, "content": contents[key]} for key, uri in _map(inputs, _recorded).items()},
@@ -466,14 +488,8 @@ def _recorded(_: str, place: str) -> str:
     return _with_remote(_absolute(place))[-1]
 
 
-# Entries of the configuration that name files; what they hold is recorded with the step.
-_EXTERNAL_FILES = (("data", "path"), ("dense", "weights"))
-
-
-def _file_content(place: str) -> str | None:
-    """sha256 of a file; None for folders and for what lies in S3, where the cache goes by the object's version."""
-    path = Path(place).expanduser()
-    return sha256_of(path) if not storage.is_uri(place) and path.is_file() else None
+# Entries of the configuration that name files or folders; what they hold is recorded with the step.
+EXTERNAL_FILES = (("data", "path"), ("dense", "weights"))
 
 
 def _absolute(place: str) -> str:
