@@ -259,24 +259,25 @@ def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
 def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     from kfp import local
 
-    (folder / ".workspace").mkdir(exist_ok=True)  # a run that was killed leaves it behind
-    # KFP mounts its own; the other files lie in what is mounted.
-    writable, others = [folder], [folder / KFP_FOLDER, folder / ".workspace"]
+    # A folder is mounted if it is writable; the other folders and files lie in these, or KFP mounts them.
+    writable, folders, files = [folder], [folder / KFP_FOLDER, folder / ".workspace"], []
     environment = {}
     if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
-        others.append(Path(uri.removeprefix("sqlite:///")))
-        writable.append(others[-1].parent)
+        files.append(Path(uri.removeprefix("sqlite:///")))
+        writable.append(files[0].parent)
     for place in (os.environ[CHECKPOINTS_VARIABLE], os.environ.get(ARTIFACTS_VARIABLE, storage.SCHEME)):
         if not storage.is_uri(place):
             writable.append(Path(place))
     if any(map(storage.is_uri, filter(None, (os.environ[RUN_ROOT_VARIABLE], config.data.path)))):
         writable.append(storage.cache_folder())
+        folders += [storage.cache_folder() / part for part in storage.CACHE_PARTS]
         environment[storage.CACHE_VARIABLE] = str(storage.cache_folder())
-    for path in writable:
+    for path in (*writable, *folders):
         path.mkdir(parents=True, exist_ok=True)
+    files += folder.rglob("*")  # what an earlier try left, perhaps by another runner
     readable = existing([config.data.path, config.dense.weights])
     sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps())
-    sandbox.open_to_user(others)
+    sandbox.open_to_user((*folders, *files))
     return local.DockerRunner(**sandbox.for_kfp())
 
 

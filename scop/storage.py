@@ -33,6 +33,8 @@ from scop.progress import progress
 
 SCHEME = "s3://"
 CACHE_VARIABLE = "SCOP_CACHE"
+CACHE_PARTS = ("artifacts", "objects", "trees")
+"""The folders in the cache: whole artifacts, single objects, and all that is below a prefix."""
 # Measured against a local server: with 1 MiB at a time instead of boto3's 256 KiB a download takes two thirds of the
 # time; with 4 MiB, which the allocator maps anew each time, it takes longer again.
 _PART = 32 * 2**20
