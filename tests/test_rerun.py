@@ -132,6 +132,7 @@ def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, su
     assert not (tmp_path / "reruns").exists()
 
 
+@pytest.mark.slow  # a whole run once more; test_docker.py has one too
 def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, tmp_path: Path) -> None:
     storage.delete(f"{run}/train_knockoff/scores", ["scores.png"])  # still in the cache, but not there any more
     arguments = ["run", "--out", "s3://pipeline/runs", "--resume", run.rpartition("/")[2]]
@@ -169,10 +170,9 @@ def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, 
     command = " ".join(Sandbox("image", handed_on=variables_of_steps(("AWS_",))).command(["scop"]))
     assert "--env AWS_SECRET_ACCESS_KEY" in command
     assert services.SECRET not in command
-    for extra in ([], ["--track"]):
-        shown = scop("rerun", f"{run}/prepare_data", "--dry-run", *extra, cwd=tmp_path, env=surroundings).stdout
-        assert shown.startswith("env ")
-        assert services.SECRET not in shown
+    shown = scop("rerun", f"{run}/prepare_data", "--dry-run", "--track", cwd=tmp_path, env=surroundings).stdout
+    assert shown.startswith("env ")
+    assert services.SECRET not in shown
 
 
 def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digits_folder: Path) -> None:
