@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -216,7 +217,7 @@ def s3(turns: int) -> dict[str, Any]:
             (folder / "files" / f"{number}.bin").write_bytes(generator.bytes(256 * 2**20))
         with (
             services.s3_server(folder) as address,
-            _variables(services.environment(address) | {storage.CACHE_VARIABLE: f"{folder}/cache"}),
+            patch.dict(os.environ, services.environment(address) | {storage.CACHE_VARIABLE: f"{folder}/cache"}),
         ):
             storage.forget_client()
             storage._client().create_bucket(Bucket="bench")
@@ -259,19 +260,6 @@ def s3(turns: int) -> dict[str, Any]:
         "up": {"ratio": seconds["rclone up"] / seconds["up"], "at_least": 0.8},
         "down": {"ratio": seconds["rclone down"] / seconds["down"], "at_least": 0.8},
     }
-
-
-@contextlib.contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
 
 
 def default_run(turns: int) -> dict[str, Any]:
