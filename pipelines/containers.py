@@ -13,7 +13,7 @@ from typing import Any
 
 import scop
 from scop.errors import UserError
-from scop.steps.runtime import RUN_VARIABLE
+from scop.steps.record import RUN_VARIABLE
 
 DEFAULT_IMAGE = f"scop-python:{scop.__version__}"
 _SHARED_MEMORY = "1g"

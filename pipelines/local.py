@@ -29,18 +29,9 @@ from scop.config import Config
 from scop.errors import Stopped, UserError
 from scop.manifest import write_atomically
 from scop.progress import TERMINAL_VARIABLE
-from scop.steps.runtime import (
-    CHECKPOINTS_VARIABLE,
-    IMAGE_VARIABLE,
-    KEEP_VARIABLE,
-    KFP_ROOT_VARIABLE,
-    RESUME_VARIABLE,
-    RUN_ROOT_VARIABLE,
-    RUN_VARIABLE,
-    VARIANTS_VARIABLE,
-    git_revision,
-    meant,
-)
+from scop.steps.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE, meant
+from scop.steps.record import IMAGE_VARIABLE, RUN_VARIABLE, git_revision
+from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.text import human
 from scop.tracking import ARTIFACTS_VARIABLE, PARENT_VARIABLE, end_parent, start_parent
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.containers import DEFAULT_IMAGE, Sandbox, image_label, require_image, variables_of_steps
 from scop import storage
@@ -22,44 +21,9 @@ from scop.config import Config, override, parse
 from scop.errors import UserError
 from scop.manifest import RECORD, TIMINGS, read_folder
 from scop.steps import STEPS
-from scop.steps.runtime import CHECKPOINTS_VARIABLE, EXTERNAL_FILES, RUN_VARIABLE, git_revision
+from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord, git_revision
+from scop.steps.runtime import CHECKPOINTS_VARIABLE
 from scop.tracking import PARENT_VARIABLE
-
-
-class _Artifact(BaseModel):
-    uri: str | list[str]
-    content: str | list[str] | None = None
-    files: dict[str, str] = {}
-
-
-class StepRecord(BaseModel):
-    """What `step.json` says of a step; see `scop.steps.runtime`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    step: str
-    status: str
-    version: str
-    run: str | None = None
-    image: str | None = None
-    revision: str | None = None
-    torch: str | None = None
-    threads: int | None = None
-    config: dict[str, Any]
-    files: dict[str, str | None] = {}
-    inputs: dict[str, _Artifact]
-    outputs: dict[str, _Artifact]
-
-    @property
-    def variant(self) -> str | None:
-        """The label of the variant that the step worked for."""
-        values = self.config.get("variant")
-        return None if values is None else parse(Config, {"variants": [values]}).variants[0].label
-
-    @property
-    def title(self) -> str:
-        """VARIANT/STEP, or STEP where it is for all variants."""
-        return self.step if self.variant is None else f"{self.variant}/{self.step}"
 
 
 def find_record(target: str, root: str) -> StepRecord:
@@ -74,7 +38,7 @@ def find_record(target: str, root: str) -> StepRecord:
     """
     direct = target if target.endswith(".json") else storage.join(target, RECORD)
     if (content := storage.read(direct, must_exist=False)) is not None:
-        return _parsed(content, direct)
+        return StepRecord.parse(content, direct)
     for place in (target, storage.join(root, target)):
         run, _, step = place.rstrip("/").rpartition("/")
         for folder, variant in ((run, None), tuple(run.rpartition("/")[::2])):
@@ -89,16 +53,7 @@ def find_record(target: str, root: str) -> StepRecord:
 
 def _records_of(run: str) -> list[StepRecord]:
     files = [name for name in storage.names(run) if name.endswith(f"/{RECORD}") or name == RECORD]
-    return [_parsed(storage.read(storage.join(run, file)) or b"", storage.join(run, file)) for file in files]
-
-
-def _parsed(content: bytes, place: str) -> StepRecord:
-    try:
-        return StepRecord.model_validate_json(content)
-    except ValidationError as error:
-        raise UserError(
-            f"{place} is no record of a step that this version can read: {error.errors()[0]['msg']}"
-        ) from error
+    return [StepRecord.parse(storage.read(storage.join(run, file)) or b"", storage.join(run, file)) for file in files]
 
 
 def _choose(records: Sequence[StepRecord], step: str, variant: str | None, run: str) -> StepRecord:
@@ -226,7 +181,7 @@ def _external(key: str, place: str, content: str | None) -> Path:
     return storage.local(place).absolute()
 
 
-def _input(name: str, artifact: _Artifact) -> Path | list[Path]:
+def _input(name: str, artifact: RecordedInput) -> Path | list[Path]:
     if isinstance(artifact.uri, list):
         contents = artifact.content if isinstance(artifact.content, list) else [None] * len(artifact.uri)
         return [_fetched(name, uri, content) for uri, content in zip(artifact.uri, contents, strict=True)]

@@ -12,7 +12,8 @@ from scop.config import Section
 from scop.errors import UserError
 from scop.manifest import TIMINGS, write_manifest
 from scop.report import VariantResult, write_report
-from scop.steps.runtime import RUN_VARIABLE, Context, StepResult
+from scop.steps.record import RUN_VARIABLE, StepResult
+from scop.steps.runtime import Context
 from scop.storage import join
 
 

@@ -20,7 +20,8 @@ from scop.manifest import TIMINGS, write_manifest
 from scop.plots import confusion_matrix
 from scop.spec import spec_of
 from scop.steps.common import evaluation_batches
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 
 
 class Config(Section):

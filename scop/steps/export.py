@@ -16,7 +16,8 @@ from scop.errors import UserError
 from scop.export import export_onnx, export_pt2
 from scop.manifest import write_manifest
 from scop.steps.common import evaluation_batches
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 
 _IMAGES = 16
 

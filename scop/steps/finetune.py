@@ -18,7 +18,8 @@ from scop.evaluation import count_macs, count_parameters
 from scop.plan import ChannelPlan
 from scop.spec import spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 from scop.surgery import prune_exactly
 from scop.text import human
 from scop.training import recalibrate

@@ -8,7 +8,8 @@ from pathlib import Path
 from scop.config import DataSection, Section
 from scop.data import save_dataset
 from scop.sources import load_source
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 from scop.storage import local
 
 

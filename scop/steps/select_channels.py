@@ -12,7 +12,8 @@ from scop.manifest import write_manifest
 from scop.plots import kept_channels
 from scop.selection import select_channels
 from scop.spec import spec_of
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 
 
 class Config(Section):

@@ -17,7 +17,8 @@ from scop.graph import ChannelGraph
 from scop.models import accepts_channels, make_model
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 from scop.storage import local
 from scop.text import human
 

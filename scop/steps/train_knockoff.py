@@ -14,7 +14,8 @@ from scop.data import load_dataset
 from scop.knockoff import train_knockoffs
 from scop.manifest import write_manifest
 from scop.plots import score_histograms
-from scop.steps.runtime import Context, StepResult
+from scop.steps.record import StepResult
+from scop.steps.runtime import Context
 
 
 class Config(Section):
