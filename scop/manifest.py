@@ -70,6 +70,17 @@ class Manifest(BaseModel):
             check_name(entry.key(name))
         return files
 
+    @classmethod
+    def parse(cls, content: str | bytes, place: str | Path) -> Manifest:
+        """Read a manifest; raises UserError, which names its place, if it is damaged or of another format."""
+        try:
+            manifest = cls.model_validate_json(content)
+        except ValidationError as error:
+            raise UserError(f"{place} is damaged; run the step that makes it again") from error
+        if manifest.format != FORMAT:
+            raise UserError(f"{place} has format {manifest.format}, this version of scop reads {FORMAT}")
+        return manifest
+
     @property
     def content(self) -> str:
         """sha256 over the names and hashes of all files but the timings, unless these are what was measured."""
@@ -130,12 +141,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Manifest:
     if not path.is_file():
         what = "is not there" if not folder.exists() else "has no manifest.json: it was not finished"
         raise UserError(f"{kind or 'artifact'} folder {folder} {what}; name one that a step finished")
-    try:
-        manifest = Manifest.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise UserError(f"{path} is damaged; run the step that makes it again") from error
-    if manifest.format != FORMAT:
-        raise UserError(f"{path} has format {manifest.format}, this version of scop reads {FORMAT}")
+    manifest = Manifest.parse(path.read_text(), path)
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{folder} holds a {manifest.kind}, but a {kind} is needed")
     for name, entry in manifest.files.items():

@@ -17,7 +17,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import torch
 from torch import nn
 
-from scop import storage
+from scop import s3
 from scop.artifacts import save_model
 from scop.batches import Augmentation, Batches
 from scop.config import DataSection, DenseSection
@@ -100,8 +100,8 @@ def bucket(s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for key, value in services.environment(s3_address).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("SCOP_CACHE", str(tmp_path / "cache"))
-    storage.forget_client()
+    s3.forget_client()
     name = f"test-{uuid.uuid4().hex[:12]}"
-    storage._client().create_bucket(Bucket=name)
+    s3.client().create_bucket(Bucket=name)
     yield f"s3://{name}"
-    storage.forget_client()
+    s3.forget_client()

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.containers import Sandbox, variables_of_steps
 from pipelines.rerun import find_record
-from scop import UserError, load_model, storage
+from scop import UserError, load_model, s3, storage
 from scop.manifest import read_folder
 from tests import services
 
@@ -35,13 +35,13 @@ def surroundings(s3_address: str, tmp_path_factory: pytest.TempPathFactory) -> I
     environment = clean | services.environment(s3_address) | {"SCOP_CACHE": str(folder / "cache")}
     for key, value in services.environment(s3_address).items():
         os.environ[key] = value
-    storage.forget_client()
-    storage._client().create_bucket(Bucket="pipeline")
+    s3.forget_client()
+    s3.client().create_bucket(Bucket="pipeline")
     with services.mlflow_server(folder, "s3://pipeline/mlflow", environment) as address:
         yield environment | {"MLFLOW_TRACKING_URI": address}
     for key in services.environment(s3_address):
         os.environ.pop(key, None)
-    storage.forget_client()
+    s3.forget_client()
 
 
 @pytest.fixture(scope="module")

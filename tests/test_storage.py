@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scop import UserError, load_model, storage
+from scop import UserError, load_model, s3, storage
 from scop.checkpoints import Checkpoints
 from scop.data import load_dataset
 from scop.manifest import MANIFEST, Manifest, read_folder, write_manifest
@@ -95,22 +95,22 @@ def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, m
     assert "leads out of its folder" in failure(storage.fetch_tree, f"{bucket}/model/..")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage.forget_client()
+    s3.forget_client()
     assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(storage.fetch_folder, f"{bucket}/model")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    storage.forget_client()
+    s3.forget_client()
     assert "there are no credentials for" in failure(storage.fetch_folder, f"{bucket}/model")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    storage.forget_client()
+    s3.forget_client()
     assert "S3 cannot be used: The config profile (nobody)" in failure(storage.fetch_folder, f"{bucket}/model")
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{services.free_port()}")
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "some-key-that-is-long")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    storage.forget_client()
+    s3.forget_client()
     assert re.match(r"S3 at http://127\S+ cannot be reached", failure(storage.fetch_folder, f"{bucket}/model"))
 
 
@@ -202,15 +202,15 @@ def shaky(faults: services.Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     monkeypatch.setenv("SCOP_CACHE", str(tmp_path / "cache"))
-    storage.forget_client()
+    s3.forget_client()
     faults.plan = lambda method, path: None
-    storage._client().create_bucket(Bucket="bucket")
+    s3.client().create_bucket(Bucket="bucket")
     for name in storage.names("s3://bucket"):
         storage.delete("s3://bucket", [name])
     faults.seen.clear()
     yield faults
     faults.plan = lambda method, path: None
-    storage.forget_client()
+    s3.forget_client()
 
 
 def first(count: int, fault: str, method: str, part: str):

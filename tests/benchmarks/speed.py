@@ -29,6 +29,7 @@ from scop.graph import ChannelGraph
 from scop.knockoff import Competition, shuffle
 from scop.manifest import write_manifest
 from scop.models import make_model
+from scop.s3 import client, forget_client
 from scop.selection import select_channels
 from scop.steps.runtime import run_step
 from scop.surgery import prune
@@ -219,8 +220,8 @@ def s3(turns: int) -> dict[str, Any]:
             services.s3_server(folder) as address,
             patch.dict(os.environ, services.environment(address) | {storage.CACHE_VARIABLE: f"{folder}/cache"}),
         ):
-            storage.forget_client()
-            storage._client().create_bucket(Bucket="bench")
+            forget_client()
+            client().create_bucket(Bucket="bench")
             remote = f":s3,provider=Other,env_auth=true,endpoint='{address}':bench"
             copy = [services.rclone(), "copy", "--config", "/dev/null"]
 
