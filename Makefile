@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.9
 ARGS ?=
+# Test files run side by side; WORKERS=0 runs them in one process, where a debugger works.
+WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench docs results lock clean
 
@@ -28,7 +30,7 @@ run: $(READY)  ## run the default pipeline (digits, ResNet-20); ARGS="--set fine
 	$(BIN)/scop run $(ARGS)
 
 test: $(READY)  ## the fast tests, under 10 minutes on two cores
-	$(BIN)/python -m pytest -m "not slow and not docker" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not docker" $(ARGS)
 
 test-slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -3,11 +3,11 @@
 #
 #     docker/stack.sh up|down
 #
-# Everything is in .stack/: the objects below .stack/s3/BUCKET, MLflow's database, logs, process ids, and `env`.
+# Everything is in .stack/ (or STACK): the objects below s3/BUCKET, MLflow's database, logs, process ids, and `env`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stack=$PWD/.stack
-bin=$PWD/.venv/bin
+stack=${STACK:-$PWD/.stack}
+bin=${BIN:-$PWD/.venv/bin}
 
 running() { test -f "$stack/$1.pid" && kill -0 "$(cat "$stack/$1.pid")" 2>/dev/null; }
 
@@ -43,7 +43,7 @@ show() {
   echo
   sed 's/^/    /' "$stack/env"
   echo
-  echo "    source .stack/env && scop run --out s3://scop/runs"
+  echo "    source ${stack#"$PWD/"}/env && scop run --out s3://scop/runs"
   echo
 }
 

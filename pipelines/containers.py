@@ -13,14 +13,17 @@ from typing import Any
 
 import scop
 from scop.errors import UserError
+from scop.s3 import as_variables
 from scop.steps.record import RUN_VARIABLE
 
 DEFAULT_IMAGE = f"scop-python:{scop.__version__}"
 _SHARED_MEMORY = "1g"
 _SCRATCH = "rw,nosuid,nodev,size=4g,mode=1777"
 # What the steps go by, handed on where it is set.
-_PREFIXES = ("AWS_", "MLFLOW_", "SCOP_", "OMP_")
-_OF_THIS_MACHINE = {"AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "SCOP_CACHE", "SCOP_TERMINAL"}
+_PREFIXES = ("AWS_", "MLFLOW_", "SCOP_", "OMP_", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+_OF_THIS_MACHINE = {"AWS_CONFIG_FILE", "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "SCOP_CACHE", "SCOP_TERMINAL"}
+CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+"""Variables that name a file, by which servers are trusted."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Sandbox:
         writable: folders that it may write to, at the same paths as here.
         readable: files and folders that it may read, at the same paths as here.
         environment: variables that it gets.
-        handed_on: names of variables of this process that it gets too; their values are never in a command line.
+        handed_on: further variables, perhaps secret: their values are never in a command line, but taken by docker from
+            its own environment.
         gpus: whether it gets the GPUs.
         network: docker's, none or host.
     """
@@ -41,7 +45,7 @@ class Sandbox:
     writable: tuple[Path, ...] = ()
     readable: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    handed_on: tuple[str, ...] = ()
+    handed_on: Mapping[str, str] = field(default_factory=dict)
     gpus: bool = False
     network: str = "host"
 
@@ -64,7 +68,7 @@ class Sandbox:
         mounts = [Mount(str(p), str(p), type="bind", read_only=p in self.readable) for p in self._mounts()]
         return {
             "mounts": mounts,
-            "environment": {name: os.environ[name] for name in self.handed_on} | dict(self.environment),
+            "environment": dict(self.handed_on) | dict(self.environment),
             "user": self.user,
             "network_mode": self.network,
             "read_only": True,
@@ -95,9 +99,20 @@ class Sandbox:
         return sorted({path for path in (*self.writable, *self.readable) if path.exists()})
 
 
-def variables_of_steps(prefixes: tuple[str, ...] = _PREFIXES) -> tuple[str, ...]:
-    """The names of this process's variables that steps go by."""
-    return tuple(k for k in os.environ if k.startswith(prefixes) and k not in _OF_THIS_MACHINE)
+def variables_of_steps(prefixes: tuple[str, ...] = _PREFIXES, with_s3: bool = False) -> dict[str, str]:
+    """This process's variables that steps go by.
+
+    Args:
+        prefixes: of their names.
+        with_s3: also what boto3 finds in files and roles of this machine, which a container does not have.
+    """
+    found = {k: v for k, v in os.environ.items() if k.startswith(prefixes) and k not in _OF_THIS_MACHINE}
+    return (as_variables() if with_s3 else {}) | found
+
+
+def certificates() -> tuple[Path, ...]:
+    """The files by which this process trusts servers; a container needs them at the same paths."""
+    return existing(os.environ.get(name) for name in CERTIFICATES)
 
 
 def require_image(image: str) -> None:

@@ -11,6 +11,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipelines.containers import image_label, require_image
@@ -18,7 +19,7 @@ from scop import storage
 from scop.config import Config
 from scop.errors import UserError
 from scop.steps.record import git_revision
-from scop.tracking import configure_mlflow, find_experiment, first_line
+from scop.tracking import configure_mlflow, find_experiment, first_line, shown
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ def examine(config: Config, out: str, image: str | None, host: str | None) -> It
     yield _python()
     yield from _files(config)
     yield from _storage(config, out)
-    yield _finding("MLflow", lambda: _mlflow(config, out))
-    yield _docker(image)
-    yield _gpu()
+    yield _finding("MLflow", partial(_mlflow, config, out))
+    yield _finding("docker", partial(_image, image)) if image is not None else _docker()
+    yield _gpu(in_containers=image is not None)
     if host:
-        yield _finding("KFP", lambda: _kfp(host))
+        yield _finding("KFP", partial(_kfp, host))
 
 
 def _finding(subject: str, look: Callable[[], str]) -> Finding:
@@ -77,13 +78,14 @@ def _files(config: Config) -> Iterator[Finding]:
         if place is None:
             continue
 
-        def look(key: str = key, place: str = place) -> str:
-            found = storage.exists(place) if storage.is_uri(place) else Path(place).expanduser().exists()
-            if not found:
-                raise UserError(f"{key} {place} does not exist; mend it with --set {key}=PLACE")
-            return f"{key} {place}"
+        yield _finding("data" if key == "data.path" else "weights", partial(_file, key, place))
 
-        yield _finding("data" if key == "data.path" else "weights", look)
+
+def _file(key: str, place: str) -> str:
+    found = storage.exists(place) if storage.is_uri(place) else Path(place).expanduser().exists()
+    if not found:
+        raise UserError(f"{key} {place} does not exist; mend it with --set {key}=PLACE")
+    return f"{key} {place}"
 
 
 def _storage(config: Config, out: str) -> Iterator[Finding]:
@@ -93,9 +95,9 @@ def _storage(config: Config, out: str) -> Iterator[Finding]:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3")
         yield Finding("S3", "absent", f"nothing is kept there{f' (endpoint {endpoint})' if endpoint else ''}")
     for uri in uris:
-        yield _finding("S3", lambda uri=uri: _probe(uri))  # type: ignore[misc]
+        yield _finding("S3", partial(_probe, uri))
     if not storage.is_uri(out):
-        yield _finding("output", lambda: _probe(str(Path(out).expanduser().absolute())))
+        yield _finding("output", partial(_probe, str(Path(out).expanduser().absolute())))
 
 
 def _probe(place: str) -> str:
@@ -127,41 +129,48 @@ def _mlflow(config: Config, out: str) -> str:
             find_experiment(client, config.run.experiment, config.run.artifact_root), run_name="scop doctor"
         ).info.run_id
         client.log_metric(run, "probe", 1.0)
+        client.log_text(run, "probe", "probe.txt")
         client.delete_run(run)
     except Exception as error:
         raise UserError(
-            f"{uri} cannot be written ({first_line(error)}); check MLFLOW_TRACKING_URI and its credentials"
+            f"{shown(uri)} cannot be written ({first_line(error)}); check MLFLOW_TRACKING_URI and its credentials"
         ) from error
-    return f"{uri}: wrote and deleted a run in experiment {config.run.experiment!r}"
+    return f"{shown(uri)}: wrote and deleted a run and a file in experiment {config.run.experiment!r}"
 
 
-def _docker(image: str | None) -> Finding:
-    if image is not None:
+def _image(image: str) -> str:
+    require_image(image)
+    return f"image {image}, commit {image_label(image, 'org.opencontainers.image.revision') or 'unknown'}"
 
-        def look() -> str:
-            require_image(image)
-            revision = image_label(image, "org.opencontainers.image.revision")
-            return f"image {image}, commit {revision or 'unknown'}"
 
-        return _finding("docker", look)
+def _docker() -> Finding:
     if shutil.which("docker") is None:
         return Finding("docker", "absent", "not installed; only --docker needs it")
-    engine = subprocess.run(["docker", "info", "--format", "{{.ServerVersion}}"], capture_output=True, text=True)
-    if engine.returncode:
+    if not (engine := _docker_info("{{.ServerVersion}}")):
         return Finding("docker", "absent", "no engine answers; only --docker needs it")
-    return Finding("docker", "ok", f"engine {engine.stdout.strip()}; name an image with --docker IMAGE to check for it")
+    return Finding("docker", "ok", f"engine {engine}; name an image with --docker IMAGE to check for it")
 
 
-def _gpu() -> Finding:
+def _gpu(in_containers: bool) -> Finding:
     import torch
 
     if not torch.cuda.is_available():
+        if Path("/proc/driver/nvidia/version").exists():
+            return Finding("GPU", "missing", "there is one, but PyTorch cannot use it; bring its driver up to date")
         return Finding("GPU", "absent", "PyTorch sees none; training runs on the CPU")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    asked = ["docker", "info", "--format", "{{.Runtimes}}"]
-    if shutil.which("docker") and "nvidia" in subprocess.run(asked, capture_output=True, text=True).stdout:
+    if not in_containers:
+        return Finding("GPU", "ok", names)
+    if "nvidia" in _docker_info("{{.Runtimes}}"):
         return Finding("GPU", "ok", f"{names}, in containers too")
-    return Finding("GPU", "ok", f"{names}; not in containers, install the NVIDIA Container Toolkit for --gpus")
+    remedy = "install the NVIDIA Container Toolkit, then: nvidia-ctk runtime configure --runtime=docker"
+    return Finding("GPU", "missing", f"{names}, but not in containers: docker has no NVIDIA runtime; {remedy}")
+
+
+def _docker_info(what: str) -> str:
+    if shutil.which("docker") is None:
+        return ""
+    return subprocess.run(["docker", "info", "--format", what], capture_output=True, text=True).stdout.strip()
 
 
 def _kfp(host: str) -> str:

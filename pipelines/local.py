@@ -23,17 +23,17 @@ import yaml
 
 import scop
 from pipelines.console import console
-from pipelines.containers import Sandbox, existing, require_image, stop_containers, variables_of_steps
+from pipelines.containers import Sandbox, certificates, existing, require_image, stop_containers, variables_of_steps
 from scop import storage
 from scop.config import Config
 from scop.errors import Stopped, UserError
-from scop.manifest import write_atomically
+from scop.manifest import read_folder, write_atomically
 from scop.progress import TERMINAL_VARIABLE
 from scop.steps.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE, meant
 from scop.steps.record import IMAGE_VARIABLE, RUN_VARIABLE, git_revision
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.text import human
-from scop.tracking import ARTIFACTS_VARIABLE, PARENT_VARIABLE, end_parent, start_parent
+from scop.tracking import ARTIFACTS_VARIABLE, PARENT_VARIABLE, end_parent, shown, start_parent
 
 KFP_FOLDER = ".kfp"
 """KFP's own files in a run's folder: what its launcher exchanges with the steps."""
@@ -209,18 +209,23 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
         pipeline_root=str(folder / KFP_FOLDER),
         workspace_root=str(folder / ".workspace"),
     )
+    log, again = storage.join(place, "log.txt"), f"go on with: scop run --resume {place}"
     with console(folder / "log.txt") as view, _stopping_steps(image) as stopped:
         try:
             task = scop_pipeline(**sections)
         except RuntimeError as error:
             if view.error and not stopped():
                 raise UserError(view.error) from error
-            log, again = storage.join(place, "log.txt"), f"go on with: scop run --resume {place}"
             if stopped():
                 raise Stopped(f"stopped; {again}") from error
             raise StepError(f"step {view.task} failed; all that it said is in {log}; {again}") from error
     report = meant(task.output.path)
-    return storage.fetch_folder(report, "report") if storage.is_uri(report) else Path(report)
+    try:
+        folder = storage.fetch_folder(report) if storage.is_uri(report) else Path(report)
+        read_folder(folder, "report")
+    except UserError as error:  # KFP takes a container that vanishes for one that succeeded
+        raise StepError(f"a step vanished: {error}; all that was said is in {log}; {again}") from error
+    return folder
 
 
 @contextlib.contextmanager
@@ -259,15 +264,17 @@ def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     for place in (os.environ[CHECKPOINTS_VARIABLE], os.environ.get(ARTIFACTS_VARIABLE, storage.SCHEME)):
         if not storage.is_uri(place):
             writable.append(Path(place))
-    if any(map(storage.is_uri, filter(None, (os.environ[RUN_ROOT_VARIABLE], config.data.path)))):
+    places = (os.environ[RUN_ROOT_VARIABLE], config.data.path, config.dense.weights, config.run.checkpoints)
+    if in_s3 := any(storage.is_uri(place) for place in places if place):
         writable.append(storage.cache_folder())
         folders += [storage.cache_folder() / part for part in storage.CACHE_PARTS]
         environment[storage.CACHE_VARIABLE] = str(storage.cache_folder())
     for path in (*writable, *folders):
         path.mkdir(parents=True, exist_ok=True)
     files += folder.rglob("*")  # what an earlier try left, perhaps by another runner
-    readable = existing([config.data.path, config.dense.weights])
-    sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps())
+    readable = existing([config.data.path, config.dense.weights]) + certificates()
+    in_s3 |= storage.is_uri(os.environ.get(ARTIFACTS_VARIABLE, ""))
+    sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps(with_s3=in_s3))
     sandbox.open_to_user((*folders, *files))
     return local.DockerRunner(**sandbox.for_kfp())
 
@@ -331,7 +338,7 @@ def print_result(run: LocalRun) -> None:
 def mlflow_command(uri: str) -> str:
     """The line that opens MLflow's pages on the results."""
     if uri.startswith("http"):
-        return uri
+        return shown(uri)
     # By its path where the virtual environment is not active, as after `make run`.
     command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     return f"{shlex.join([command, 'server', '--backend-store-uri', uri, '--port', '5000'])}  # http://127.0.0.1:5000"

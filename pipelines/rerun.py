@@ -15,7 +15,15 @@ from typing import Any
 
 import yaml
 
-from pipelines.containers import DEFAULT_IMAGE, Sandbox, image_label, require_image, variables_of_steps
+from pipelines.containers import (
+    CERTIFICATES,
+    DEFAULT_IMAGE,
+    Sandbox,
+    certificates,
+    image_label,
+    require_image,
+    variables_of_steps,
+)
 from scop import storage
 from scop.config import Config, override, parse
 from scop.errors import UserError
@@ -119,9 +127,9 @@ class Rerun:
         return Sandbox(
             image,
             writable=(self.folder,),
-            readable=(*inputs, *self.files),
+            readable=(*inputs, *self.files, *(certificates() if self.track else ())),
             environment=self.environment,
-            handed_on=variables_of_steps(("MLFLOW_", "AWS_")) if self.track else (),
+            handed_on=variables_of_steps(("MLFLOW_", "AWS_", *CERTIFICATES), with_s3=True) if self.track else {},
             gpus=gpus,
             network="host" if self.track else "none",
         )
@@ -213,6 +221,7 @@ def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: 
         require_image(image)
         sandbox = ready.sandbox(image, gpus)
         sandbox.open_to_user([ready.folder / "config.yaml"])
+        environment |= sandbox.handed_on
         shown = command = sandbox.command(["bash"] if shell else inside, interactive=shell)
     if dry_run:
         print(shlex.join(shown))

@@ -162,6 +162,24 @@ def forget_client() -> None:
     client.cache_clear()
 
 
+def as_variables() -> dict[str, str]:
+    """What boto3 found in this machine's files or roles, as variables for a process that has neither.
+
+    Credentials that are temporary are those of this moment.
+    """
+    import boto3
+
+    session = boto3.session.Session()
+    variables = {"AWS_REGION": client().meta.region_name, "AWS_ENDPOINT_URL_S3": endpoint()}
+    if endpoint().endswith(".amazonaws.com"):  # boto3 finds it by itself
+        del variables["AWS_ENDPOINT_URL_S3"]
+    if found := session.get_credentials():
+        keys = found.get_frozen_credentials()
+        variables |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+        variables |= {"AWS_SESSION_TOKEN": keys.token} if keys.token else {}
+    return {name: value for name, value in variables.items() if value}
+
+
 def endpoint() -> str:
     """The server's address, for messages."""
     return str(client().meta.endpoint_url)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from scop.errors import UserError
 
@@ -275,6 +276,12 @@ def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files
         client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
+
+
+def shown(uri: str) -> str:
+    """A tracking URI as it may be printed: without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def first_line(error: BaseException) -> str:

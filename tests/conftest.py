@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch starts its threads; two cores are what the tests are planned for.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch starts its threads; two cores are what the tests are planned for, one for each of two test processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import torch

@@ -112,13 +112,13 @@ def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
 ) -> None:
     config, inputs, output, weights = {
         "train_dense": (
-            {"dense": {"model": "tests.helpers:Plain", "epochs": 40, "batch_size": 64, "precision": "fp32"}},
+            {"dense": {"model": "tests.helpers:Plain", "epochs": 16, "batch_size": 64, "precision": "fp32"}},
             {"dataset": str(digits_folder)},
             "model",
             "model.safetensors",
         ),
         "train_knockoff": (
-            {"knockoff": {"epochs": 60, "batch_size": 64, "precision": "fp32"}},
+            {"knockoff": {"epochs": 20, "batch_size": 64, "precision": "fp32"}},
             {"dataset": str(digits_folder), "dense": str(model_folder)},
             "scores",
             "scores.safetensors",

@@ -21,6 +21,7 @@ from tests import services
 pytestmark = pytest.mark.docker
 ROOT = Path(__file__).parents[1]
 SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluate.repeats": 3}
+PLANTED = "planted-secret-5f0c"
 BASE = os.environ.get("SCOP_TEST_BASE", "scop-base:bookworm")
 
 
@@ -53,7 +54,8 @@ def image() -> str:
         if shutil.which("debootstrap") is None or os.getuid():
             unavailable(f"base image {BASE} is not there, and debootstrap, which makes it, needs root")
         subprocess.run(["docker/base.sh", BASE], cwd=ROOT, check=True)
-    subprocess.run(["docker/build.sh", BASE, DEFAULT_IMAGE], cwd=ROOT, check=True)
+    planted = {"AWS_SECRET_ACCESS_KEY": PLANTED, "MLFLOW_TRACKING_PASSWORD": PLANTED}
+    subprocess.run(["docker/build.sh", BASE, DEFAULT_IMAGE], cwd=ROOT, check=True, env=os.environ | planted)
     return DEFAULT_IMAGE
 
 
@@ -86,6 +88,17 @@ def test_the_image_says_what_it_is(image: str) -> None:
     assert labels["org.opencontainers.image.revision"].rstrip("+") == head.stdout.strip()
     history = docker("image", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
     assert not [word for word in ("SECRET", "TOKEN", "PASSWORD", "index-url") if word in history]
+
+
+def test_no_secret_of_the_builder_is_in_the_image(image: str) -> None:
+    assert PLANTED not in docker("image", "inspect", image).stdout
+    assert PLANTED not in docker("image", "history", "--no-trunc", image).stdout
+    search = f"grep -rlF --exclude-dir=proc --exclude-dir=sys --exclude-dir=torch {PLANTED} / 2>/dev/null | head -3"
+    assert inside(image, search) == ""
+    # Only what belongs to the project comes from this folder.
+    content = inside(image, "ls -A /opt/scop/lib/python3*/site-packages/scop /opt/scop/lib/python3*/site-packages")
+    assert "tests" not in content.split()
+    assert ".git" not in content.split()
 
 
 def test_a_step_runs_in_the_container(image: str, tmp_path: Path) -> None:
@@ -181,10 +194,16 @@ def test_a_step_is_reproduced_from_s3_with_the_runs_uri_alone(remote, tmp_path: 
     assert "verify: all 4 files are equal to the byte" in result.stdout
 
 
-def test_a_run_in_containers_goes_on(remote, tmp_path: Path) -> None:
+def test_a_run_in_containers_goes_on_with_a_profiles_credentials(remote, tmp_path: Path) -> None:
     uri, environment = remote
+    (tmp_path / "aws").write_text(
+        f"[profile desk]\nregion = us-east-1\nendpoint_url = {environment['AWS_ENDPOINT_URL_S3']}\n"
+        f"aws_access_key_id = {services.KEY}\naws_secret_access_key = {services.SECRET}\n"
+    )
+    more = {"MLFLOW_TRACKING_URI": environment["MLFLOW_TRACKING_URI"], "AWS_PROFILE": "desk"}
+    more |= {"AWS_CONFIG_FILE": str(tmp_path / "aws"), "AWS_EC2_METADATA_DISABLED": "true"}
     change = ["--set", "evaluate.repeats=2"]
-    result = scop("run", "--docker", "--resume", uri, *change, cwd=tmp_path, more=environment)
+    result = scop("run", "--docker", "--resume", uri, *change, cwd=tmp_path, more=more)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("  kept: ") == 5
     assert "runs again: its configuration has changed (evaluate.repeats)" in result.stdout

@@ -245,12 +245,21 @@ def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path
         storage.send_folder(artifact(tmp_path / "model"), URI)
 
 
-@pytest.mark.parametrize("fault", ["drop", "503"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("drop", "cannot be reached|failed"),
+        ("503", "fails, after several tries, with SlowDown"),
+        ("expired", "refuses the credentials \\(ExpiredToken"),
+        ("denied", "access to .* is denied"),
+    ],
+)
 def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
-    fault: str, shaky: services.Faults, tmp_path: Path
+    fault: str, message: str, shaky: services.Faults, tmp_path: Path
 ) -> None:
+    # The credentials may expire between the first object and the last.
     shaky.plan = first(ALWAYS, fault, "PUT", "large.bin")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=message):
         storage.send_folder(artifact(tmp_path / "model"), URI)
     with pytest.raises(UserError, match="holds no whole artifact"):
         storage.fetch_folder(URI)
@@ -282,6 +291,33 @@ def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults,
     with pytest.raises(UserError, match="wrong checksum|broke off again and again"):
         storage.fetch_folder(f"{URI}2")
     assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
+
+
+def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path) -> None:
+    storage.send_folder(artifact(tmp_path / "model"), URI)
+    manifest = json.loads(storage.read(f"{URI}/{MANIFEST}")) | {"format": 99}
+    storage.write(f"{URI}/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="has format 99, this version of scop reads 1"):
+        storage.fetch_folder(URI)
+
+
+def test_what_a_profile_says_can_be_handed_to_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(
+        "[profile desk]\nregion = eu-west-3\nendpoint_url = https://s3.example:9000\n"
+        "aws_access_key_id = key-of-the-desk\naws_secret_access_key = its-secret\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "desk")
+    s3.forget_client()
+    assert s3.as_variables() == {
+        "AWS_ACCESS_KEY_ID": "key-of-the-desk",
+        "AWS_SECRET_ACCESS_KEY": "its-secret",
+        "AWS_REGION": "eu-west-3",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example:9000",
+    }
+    s3.forget_client()
 
 
 def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path) -> None:
