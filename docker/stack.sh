@@ -32,6 +32,7 @@ down() {
   for name in mlflow s3; do
     if running "$name"; then
       kill "$(cat "$stack/$name.pid")"
+      while running "$name"; do sleep 0.1; done
       echo "stopped $name"
     fi
     rm -f "$stack/$name.pid"

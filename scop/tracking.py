@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from scop.errors import UserError
 
@@ -278,15 +278,14 @@ def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files
         print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
 
 
-def shown(uri: str) -> str:
-    """A tracking URI as it may be printed: without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def shown(text: str) -> str:
+    """A tracking URI, or a message that has it, as it may be printed: without user and password."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
+    """The first line of an error's message, or its type where it has none; no user and password in it."""
+    lines = shown(str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
