@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,15 @@ def fetch_folder(uri: str, kind: str | None = None) -> Path:
 
 
 def _download_intact(source: Location, entries: Mapping[str, tuple[Path, FileEntry]]) -> list[str]:
-    """Fetch files, and hash each while others are on their way; returns the keys of those that are damaged."""
-    damaged = []
+    """Fetch files, and hash those that are there while others are on their way; the keys of those that are damaged."""
     paths, sizes = {k: path for k, (path, _) in entries.items()}, {k: entry.size for k, (_, entry) in entries.items()}
-    for key in download(source, paths, sizes):
-        path, entry = entries[key]
-        if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
-            damaged.append(key)
-    return damaged
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        intact = {key: pool.submit(_is_intact, *entries[key]) for key in download(source, paths, sizes)}
+    return [key for key, result in intact.items() if not result.result()]
+
+
+def _is_intact(path: Path, entry: FileEntry) -> bool:
+    return path.stat().st_size == entry.size and sha256_of(path) == entry.sha256
 
 
 def _remote_manifest(source: Location, must_exist: bool = True) -> Manifest | None:
