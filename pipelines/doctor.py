@@ -18,8 +18,8 @@ from pipelines.containers import image_label, require_image
 from scop import storage
 from scop.config import Config
 from scop.errors import UserError
+from scop.mlflow_server import configure_mlflow, find_experiment, first_line, shown
 from scop.steps.record import git_revision
-from scop.tracking import configure_mlflow, find_experiment, first_line, shown
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,15 @@ from scop import storage
 from scop.config import Config
 from scop.errors import Stopped, UserError
 from scop.manifest import read_folder, write_atomically
+from scop.mlflow_server import ARTIFACTS_VARIABLE, shown
+from scop.parents import end_parent, start_parent
 from scop.progress import TERMINAL_VARIABLE
+from scop.steps.compare import headline
 from scop.steps.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE, meant
 from scop.steps.record import IMAGE_VARIABLE, RUN_VARIABLE, git_revision
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.text import human
-from scop.tracking import ARTIFACTS_VARIABLE, PARENT_VARIABLE, end_parent, shown, start_parent
+from scop.tracking import PARENT_VARIABLE
 
 KFP_FOLDER = ".kfp"
 """KFP's own files in a run's folder: what its launcher exchanges with the steps."""
@@ -184,23 +187,15 @@ def _run_tracked(config: Config, place: str, folder: Path, image: str | None, st
     write_atomically(folder / "report.html", (report / "report.html").read_text(encoding="utf-8"))
     files = [folder / name for name in ("config.yaml", "summary.json", "report.html")]
     _send(files, place)
-    end_parent(parent, True, _headline(summary), files)
+    end_parent(parent, True, headline(summary) | {"seconds": summary["seconds"]}, files)
     return LocalRun(place, summary, os.environ["MLFLOW_TRACKING_URI"])
-
-
-def _headline(summary: dict[str, Any]) -> dict[str, float]:
-    """The figures by which pipeline runs are compared, for the parent run."""
-    metrics = {"seconds": float(summary["seconds"]), "dense/top1": summary["variants"][0]["dense"]["top1"]}
-    for variant in summary["variants"]:
-        metrics |= {f"{variant['name']}/{key}": variant["pruned"][key] for key in ("top1", "params", "macs")}
-    return metrics
 
 
 def _execute(config: Config, place: str, folder: Path, image: str | None) -> Path:
     """Run the steps; returns the folder of the report."""
     from kfp import local
 
-    from pipelines.pipeline import scop_pipeline
+    from pipelines.pipeline import make_pipeline
 
     # What is None is left out: KFP's parameters know no null.
     sections = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
@@ -212,7 +207,7 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
     log, again = storage.join(place, "log.txt"), f"go on with: scop run --resume {place}"
     with console(folder / "log.txt") as view, _stopping_steps(image) as stopped:
         try:
-            task = scop_pipeline(**sections)
+            task = make_pipeline()(**sections)
         except RuntimeError as error:
             if view.error and not stopped():
                 raise UserError(view.error) from error

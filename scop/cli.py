@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import scop
+
+if TYPE_CHECKING:
+    from pipelines.profile import ClusterProfile
 
 DEFAULT_CONFIG = "digits-resnet20"
 
@@ -114,10 +118,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     compile_ = commands.add_parser(
-        "compile", help="write the pipeline as YAML", description="Write the pipeline as YAML."
+        "compile",
+        help="write the pipeline as YAML",
+        description="Write the pipeline as YAML: for any backend, or with --cluster for a certain one, then with "
+        "resources, nodes, secrets and retries. With -f or --set the configuration's sections become the parameters' "
+        "defaults.",
     )
+    _add_config(compile_)
+    compile_.add_argument("--cluster", metavar="PROFILE", help="a cluster profile, a YAML file")
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     compile_.set_defaults(command=_compile)
+
+    submit = commands.add_parser(
+        "submit",
+        help="run the whole pipeline on a cluster",
+        description="Run the whole pipeline on Kubeflow Pipelines. The pipeline is uploaded where the server does not "
+        "have this very version yet. Exit code 1 if, with --wait, the run does not succeed.",
+        epilog="The server is the profile's `host`, else KF_PIPELINES_ENDPOINT, else what KFP's client finds; a token "
+        "comes from KF_PIPELINES_TOKEN.",
+    )
+    _add_config(submit)
+    submit.add_argument("--cluster", required=True, metavar="PROFILE", help="a cluster profile, a YAML file")
+    submit.add_argument("--name", metavar="NAME", help="of the run (default: after the configuration, with the time)")
+    submit.add_argument("--no-cache", action="store_true", help="run every step, whatever KFP knows of it")
+    submit.add_argument(
+        "--recurring", metavar="CRON", help='a run again and again, such as "0 0 3 * * *": seconds come first'
+    )
+    submit.add_argument("--wait", action="store_true", help="follow the run to its end")
+    submit.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="look so often (default: 10)")
+    submit.set_defaults(command=_submit)
     return parser
 
 
@@ -248,13 +277,64 @@ def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    from pipelines.pipeline import compile_pipeline
+    from pipelines.pipeline import compile_pipeline, make_pipeline
+    from pipelines.presets import find_config
+    from scop.config import load_config
     from scop.errors import UserError
 
     if options.output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {options.output} must end in .yaml")
-    compile_pipeline(str(options.output))
+    config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
+    defaults = config.model_dump(mode="json", exclude_none=True) if options.config or options.set else None
+    try:
+        if options.cluster is None:
+            compile_pipeline(str(options.output), make_pipeline(defaults=defaults))
+        else:
+            from pipelines.cluster import compile_for
+
+            compile_for(_profile(options.cluster), config.run, options.output, defaults=defaults)
+    except OSError as error:
+        raise UserError(f"--output {options.output} cannot be written: {error.strerror}") from error
     print(f"wrote {options.output}")
+
+
+def _profile(name: str) -> ClusterProfile:
+    from pipelines.profile import load_profile
+    from scop import storage
+
+    profile = load_profile(storage.local(name))
+    if not profile.has_digest:
+        print(
+            f"note: image {profile.image} is named by a tag; if it moves, KFP's cache does not notice: name it by its "
+            "digest",
+            file=sys.stderr,
+        )
+    return profile
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from pipelines.presets import find_config
+    from pipelines.submit import Cluster, mend_tracking, pin_places, run_name
+    from scop.config import load_config
+    from scop.errors import UserError
+
+    path = find_config(options.config or DEFAULT_CONFIG)
+    config = pin_places(load_config(path, options.set))
+    if options.wait and options.recurring:
+        raise UserError("--wait follows one run, and --recurring starts them again and again; leave one of them out")
+    cluster = Cluster(_profile(options.cluster))
+    name = options.name or run_name(config, path.stem)
+    run = cluster.submit(config, name, caching=not options.no_cache, cron=options.recurring)
+    print(f"{'recurring run' if options.recurring else 'run'} {name}: {run.address}", flush=True)
+    if not options.wait:
+        return 0
+    outcome = cluster.follow(run, lambda line: print(line, flush=True), options.every)
+    mend_tracking(run, outcome)
+    if not outcome.succeeded:
+        print(f"scop: {outcome.error}", file=sys.stderr)
+    else:
+        print("the run succeeded")
+    return 0 if outcome.succeeded else 1
 
 
 if __name__ == "__main__":

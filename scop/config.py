@@ -307,8 +307,14 @@ def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneS
 S = TypeVar("S", bound=BaseModel)
 
 
-def parse(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
+def parse(kind: type[S], values: Mapping[str, Any], where: str = "", what: str = "configuration") -> S:
     """Validate a section.
+
+    Args:
+        kind: of section.
+        values: its entries.
+        where: the path of the section, for the message.
+        what: what holds it, for the message.
 
     Raises:
         UserError: names the first bad entry, its value and what would be right.
@@ -316,25 +322,27 @@ def parse(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(_explain(error, kind, where)) from error
+        raise UserError(_explain(error, kind, where, what)) from error
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel], where: str, what: str) -> str:
     first = error.errors()[0]
     path = [*filter(None, [where]), *map(str, first["loc"])]
-    field = ".".join(path) or "configuration"
+    field = ".".join(path) or what
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, first["loc"][:-1])
         hint = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
         meant = f"did you mean {hint[0]!r}?" if hint else f"known here: {', '.join(sorted(known))}"
-        return f"configuration key {field!r} is unknown ({meant})"
+        return f"{what} key {field!r} is unknown ({meant})"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         if not first["loc"]:
-            return f"configuration: {message}"
+            return f"{what}: {message}"
         given = f" is {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
-        return f"configuration {field!r}{given}: {message}"
-    return f"configuration {field!r} is {first['input']!r}: {message[:1].lower()}{message[1:]}"
+        return f"{what} {field!r}{given}: {message}"
+    if first["type"] == "missing":
+        return f"{what} {field!r} is missing"
+    return f"{what} {field!r} is {first['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -195,6 +195,7 @@ def version_of(place: str) -> str | None:
 
     A file's is its sha256; the others' goes over names, sizes, and times of change or ETags.
     """
+    place = unpinned(place)
     if is_uri(place):
         source = Location.parse(place)
         if not place.endswith("/") and object_exists(source):
@@ -209,6 +210,23 @@ def version_of(place: str) -> str | None:
     return sha256_of(path) if path.is_file() else None
 
 
+_PIN = "#content="
+
+
+def pinned(place: str) -> str:
+    """A place with a hash of what it holds behind it; raises UserError where there is nothing."""
+    plain = unpinned(place)
+    found = version_of(plain)
+    if found is None:
+        raise UserError(f"{plain} does not exist; mend the configuration, or put it there")
+    return f"{plain}{_PIN}{found[:32]}"
+
+
+def unpinned(place: str) -> str:
+    """A place without the hash."""
+    return place.partition(_PIN)[0]
+
+
 def stands(uri: str) -> bool:
     """Whether all of an artifact's objects are there, by a listing and not from the cache."""
     source = Location.parse(uri)
@@ -220,8 +238,15 @@ def stands(uri: str) -> bool:
 
 
 def local(place: str | Path) -> Path:
-    """A path for a path or an URI: what an URI names is fetched first."""
-    return fetch_any(str(place)) if is_uri(place) else Path(place).expanduser()
+    """A path for a path or an URI, pinned or not: what an URI names is fetched first.
+
+    Raises:
+        UserError: it is not there, or holds something else than it did when it was pinned.
+    """
+    plain, _, content = str(place).partition(_PIN)
+    if content and not (version_of(plain) or "").startswith(content):
+        raise UserError(f"{plain} has changed since the run was submitted; submit it again")
+    return fetch_any(plain) if is_uri(plain) else Path(plain).expanduser()
 
 
 # -- small objects and files, by the same calls ------------------------------------------------------------------------

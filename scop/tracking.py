@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from scop.errors import UserError
+from scop.mlflow_server import EXPERIMENT_VARIABLE, artifact_root, configure_mlflow, find_experiment, first_line, shown
+from scop.parents import PARENT_TAG, end_parent, join_parent, rejoin_parent
 
 PARENT_VARIABLE = "SCOP_PARENT_RUN_ID"
-ARTIFACTS_VARIABLE = "SCOP_ARTIFACT_ROOT"
+KFP_RUN_VARIABLE = "KFP_RUN_ID"
+"""Set on a cluster, by the downward API: the run under which steps are tracked is found by it."""
 CANDIDATE = "candidate"
 UNSENT = "tracking-unsent.jsonl"
 T = TypeVar("T")
@@ -37,7 +39,9 @@ class Tracker(Protocol):
 
     def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None: ...
 
-    def close(self, succeeded: bool, error: str | None = None) -> None: ...
+    def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
+        """End; `last`, the headline figures of the whole run, comes from the step that ends it."""
+        ...
 
 
 class NoTracker:
@@ -58,12 +62,12 @@ class NoTracker:
     def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None:
         return None
 
-    def close(self, succeeded: bool, error: str | None = None) -> None:
+    def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
         pass
 
 
 class MlflowTracker:
-    """A child run of the pipeline's MLflow run.
+    """A child run of the pipeline's MLflow run; where KFP opened one for the step (MLFLOW_RUN_ID), that one.
 
     Args:
         run_name: what the run is called, such as ``scop-0.45 finetune``.
@@ -81,20 +85,33 @@ class MlflowTracker:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient()
-        parent = os.environ.get(PARENT_VARIABLE)
-        self._parent = parent
+        self._parent = os.environ.get(PARENT_VARIABLE)
+        self._kfp_run = None if self._parent else os.environ.get(KFP_RUN_VARIABLE)
+        self._experiment = ""
 
         def start() -> str:
-            if parent:
-                experiment = self._client.get_run(parent).info.experiment_id
-                tags_of_run = {**tags, "mlflow.parentRunId": parent}
+            if given := os.environ.pop("MLFLOW_RUN_ID", None):
+                return self._resume(given, tags)
+            if self._parent:
+                self._experiment = self._client.get_run(self._parent).info.experiment_id
             else:
-                experiment = find_experiment(self._client, "scop", artifact_root())
-                tags_of_run = dict(tags)
-            run_id: str = self._client.create_run(experiment, run_name=run_name, tags=tags_of_run).info.run_id
-            return run_id
+                name = os.environ.get(EXPERIMENT_VARIABLE, "scop")
+                self._experiment = find_experiment(self._client, name, artifact_root())
+                if self._kfp_run:
+                    self._parent = join_parent(self._client, self._experiment, self._kfp_run, _of_the_run(tags))
+            parent = {PARENT_TAG: self._parent} if self._parent else {}
+            run = self._client.create_run(self._experiment, run_name=run_name, tags={**tags, **parent})
+            return str(run.info.run_id)
 
         self.run_id = self._send("start", {"run_name": run_name}, start, at_start=True)
+
+    def _resume(self, run_id: str, tags: Mapping[str, str]) -> str:
+        """The step's run that KFP opened: it closes the run above it as well."""
+        run = self._client.get_run(run_id)
+        self._experiment, self._parent, self._kfp_run = run.info.experiment_id, run.data.tags.get(PARENT_TAG), None
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+        return run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -165,13 +182,16 @@ class MlflowTracker:
         self._client.set_registered_model_alias(name, CANDIDATE, number)
         return f"models:/{name}/{number}"
 
-    def close(self, succeeded: bool, error: str | None = None) -> None:
+    def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
         def end() -> None:
+            if self._kfp_run:
+                self._parent = rejoin_parent(self._client, self._experiment, self._kfp_run, self._run)
             if error:
-                self._client.set_tag(self._run, "scop.error", error)
-                if self._parent:
-                    self._client.set_tag(self._parent, "scop.error", error)
+                for run in filter(None, (self._run, self._parent)):
+                    self._client.set_tag(run, "scop.error", error)
             self._client.set_terminated(self._run, "FINISHED" if succeeded else "FAILED")
+            if self._kfp_run and self._parent and (last is not None or not succeeded):
+                end_parent(self._parent, succeeded, last or {}, [])
 
         # Even where something failed before: a run that is not closed looks as if it went on for ever.
         self._reachable = self.run_id is not None
@@ -189,7 +209,7 @@ class MlflowTracker:
             except Exception as error:  # whatever a server or a network can do
                 if at_start and _is_refusal(error):
                     raise UserError(
-                        f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} refuses access ({first_line(error)}); "
+                        f"MLflow at {shown(self._client.tracking_uri)} refuses access ({first_line(error)}); "
                         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
                     ) from error
                 self._reachable = False
@@ -202,94 +222,12 @@ class MlflowTracker:
         return None
 
 
-def configure_mlflow() -> None:
-    """Have MLflow give up on a dead server within seconds, not its default of many minutes, and send no telemetry."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    # It tells of every table that it creates.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-
-
-def artifact_root() -> str | None:
-    """Where artifacts of new experiments go: as told, or beside MLflow's SQLite file, or as the server has it."""
-    if told := os.environ.get(ARTIFACTS_VARIABLE):
-        return told
-    scheme, separator, path = os.environ.get("MLFLOW_TRACKING_URI", "").partition(":///")
-    return str(Path(path).parent / "mlflow-artifacts") if separator and scheme == "sqlite" else None
-
-
-def find_experiment(client: Any, name: str, artifact_location: str | None = None) -> str:
-    """The id of an experiment, which is created where it does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifact_location))
-        except MlflowException:  # another step was quicker
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return str(found.experiment_id)
-
-
-def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resumed: bool = False) -> str:
-    """Open the run under which a pipeline's steps are tracked, and return its id; `resumed`, the one of that name.
-
-    Raises:
-        UserError: MLflow cannot be reached or refuses access.
-    """
-    configure_mlflow()
-    from mlflow.tracking import MlflowClient
-
-    try:
-        client = MlflowClient()
-        experiment_id = find_experiment(client, experiment, artifact_root())
-        if resumed:
-            earlier = client.search_runs([experiment_id], f"tags.`scop.run` = '{tags['scop.run']}'")
-            for run in earlier:
-                if "mlflow.parentRunId" not in run.data.tags:
-                    client.update_run(run.info.run_id, status="RUNNING")
-                    return str(run.info.run_id)
-        return str(client.create_run(experiment_id, run_name=run_name, tags=dict(tags)).info.run_id)
-    except Exception as error:
-        raise UserError(
-            f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} cannot be used ({first_line(error)}); "
-            "check MLFLOW_TRACKING_URI and its credentials, or unset it for a local database"
-        ) from error
-
-
-def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files: list[Path]) -> None:
-    """Close a pipeline's run; a server that fails now is only reported."""
-    from mlflow.tracking import MlflowClient
-
-    try:
-        client = MlflowClient()
-        for key, value in metrics.items():
-            client.log_metric(run_id, key, value)
-        for path in files:
-            client.log_artifact(run_id, str(path))
-        client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
-    except Exception as error:
-        print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
-
-
-def shown(text: str) -> str:
-    """A tracking URI, or a message that has it, as it may be printed: without user and password."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; no user and password in it."""
-    lines = shown(str(error)).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def _is_refusal(error: Exception) -> bool:
     code = str(getattr(error, "error_code", ""))
     text = str(error)
     return code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in text or "error code 403" in text
+
+
+def _of_the_run(tags: Mapping[str, str]) -> dict[str, str]:
+    """Those of a step's tags that hold for the whole run."""
+    return {key: value for key, value in tags.items() if key in ("scop.version", "scop.run")}

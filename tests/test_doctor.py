@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scop.tracking import shown
+from scop.mlflow_server import shown
 from tests import services
 
 ROOT = Path(__file__).parents[1]

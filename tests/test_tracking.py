@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from scop import UserError, load_model
+from scop.parents import end_parent, start_parent
 from scop.steps.runtime import run_step
-from scop.tracking import PARENT_VARIABLE, UNSENT, MlflowTracker, end_parent, start_parent
+from scop.tracking import PARENT_VARIABLE, UNSENT, MlflowTracker
 from tests.services import free_port
 
 TINY = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64}

@@ -51,7 +51,16 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     write_manifest(outputs.report, kind="report")
     for name in ("summary.json", "report.html"):
         context.tracker.log_file(outputs.report / name)
-    return StepResult({"variants": float(len(results))})
+    return StepResult(headline(summary))
+
+
+def headline(summary: dict[str, Any]) -> dict[str, float]:
+    """The figures of a summary by which runs are compared."""
+    variants = summary["variants"]
+    metrics = {"variants": float(len(variants)), "dense/top1": variants[0]["dense"]["top1"]}
+    for variant in variants:
+        metrics |= {f"{variant['name']}/{key}": float(variant["pruned"][key]) for key in ("top1", "params", "macs")}
+    return metrics
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:

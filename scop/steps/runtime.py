@@ -29,6 +29,7 @@ from scop.checkpoints import Checkpoints
 from scop.config import Section, parse
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, read_folder
+from scop.mlflow_server import first_line
 from scop.steps import STEPS
 from scop.steps.places import (
     Places,
@@ -52,7 +53,7 @@ from scop.steps.record import (
     flat,
     reason_to_run,
 )
-from scop.tracking import UNSENT, MlflowTracker, NoTracker, Tracker, first_line
+from scop.tracking import UNSENT, MlflowTracker, NoTracker, Tracker
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,11 @@ KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
 RESUME_VARIABLE = "SCOP_RESUME"
 """Set by `scop run --resume`: a step whose output is there, whole and of the same making, is not run again."""
 
+DEVICE_VARIABLE = "SCOP_REQUIRED_DEVICE"
+"""Set on a cluster for a step that was promised a GPU: the class of step, resource and node selector it runs under."""
+
 TERMINATED = 128 + signal.SIGTERM
+NO_DEVICE = 3
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     Raises:
         UserError: anything about the configuration or the inputs is wrong.
     """
+    _require_device(name)
     step = find_step(name)
     settings = parse(step.Config, config)
     inputs = check(name, "input", step.Inputs, inputs)
@@ -154,6 +160,24 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         for folder in targets.values():
             make_ready(folder)
         return _run_recorded(work, RecordFile(record, work.first_output), checkpoints)
+
+
+def _require_device(name: str) -> None:
+    """Leave the process, before any data is read, where a GPU was asked for and is not there.
+
+    Old backends drop the request silently; hours on a CPU would be the result.
+    """
+    if wanted := os.environ.get(DEVICE_VARIABLE):
+        import torch
+
+        if not torch.cuda.is_available():
+            print(
+                f"scop: error: {name}: it was to have a GPU, and PyTorch sees none; it runs as {wanted}; check that "
+                "the node has one free, that its device plugin runs, and that KFP's backend passes the request on",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(NO_DEVICE)
 
 
 @dataclass(frozen=True)
@@ -229,7 +253,7 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
     made = {key: read_folder(folder) for key, folder in work.targets.items()}
     seconds = round(time.monotonic() - started, 3)
     file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made))
-    tracker.close(succeeded=True)
+    tracker.close(succeeded=True, last=result.metrics if name == list(STEPS)[-1] else None)
     try:
         checkpoints.remove()
     except UserError as error:

@@ -29,11 +29,12 @@ from scop.graph import ChannelGraph
 from scop.knockoff import Competition, shuffle
 from scop.manifest import write_manifest
 from scop.models import make_model
+from scop.parents import start_parent
 from scop.s3 import client, forget_client
 from scop.selection import select_channels
 from scop.steps.runtime import run_step
 from scop.surgery import prune
-from scop.tracking import PARENT_VARIABLE, start_parent
+from scop.tracking import PARENT_VARIABLE
 from scop.training import Supervised, make_optimizer
 from tests import services
 from tests.benchmarks.measure import take_turns

@@ -1,0 +1,131 @@
+"""The MLflow run of a whole pipeline run, under which its steps are tracked.
+
+On one machine `scop run` opens and closes it. On a cluster nobody does but the steps: each finds it by the id of KFP's
+run or creates it. MLflow offers nothing by which two that create it at once could agree, so they mend it afterwards:
+whoever sees two takes the older one, moves the other's children there and deletes it, at a step's start and at its end.
+The last step to end sees all, so one is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scop.errors import UserError
+from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment, first_line, shown
+
+PARENT_TAG = "mlflow.parentRunId"
+KFP_TAG = "kfp.run_id"
+
+
+def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resumed: bool = False) -> str:
+    """Open the run under which a pipeline's steps are tracked, and return its id; `resumed`, the one of that name.
+
+    Raises:
+        UserError: MLflow cannot be reached or refuses access.
+    """
+    configure_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient()
+        experiment_id = find_experiment(client, experiment, artifact_root())
+        if resumed:
+            earlier = client.search_runs([experiment_id], f"tags.`scop.run` = '{tags['scop.run']}'")
+            for run in earlier:
+                if PARENT_TAG not in run.data.tags:
+                    client.update_run(run.info.run_id, status="RUNNING")
+                    return str(run.info.run_id)
+        return str(client.create_run(experiment_id, run_name=run_name, tags=dict(tags)).info.run_id)
+    except Exception as error:
+        raise UserError(
+            f"MLflow at {shown(os.environ.get('MLFLOW_TRACKING_URI', ''))} cannot be used ({first_line(error)}); "
+            "check MLFLOW_TRACKING_URI and its credentials, or unset it for a local database"
+        ) from error
+
+
+def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files: list[Path]) -> None:
+    """Close a pipeline's run; a server that fails now is only reported."""
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient()
+        for key, value in metrics.items():
+            client.log_metric(run_id, key, value)
+        for path in files:
+            client.log_artifact(run_id, str(path))
+        client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
+    except Exception as error:
+        print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
+
+
+def join_parent(client: Any, experiment_id: str, kfp_run: str, tags: Mapping[str, str]) -> str:
+    """The run of a KFP run, found or created, and running; for a step that begins."""
+    found = _parents(client, experiment_id, kfp_run)
+    if not found:
+        client.create_run(experiment_id, run_name=kfp_run, tags={**tags, KFP_TAG: kfp_run})
+        found = _parents(client, experiment_id, kfp_run)
+    parent = _merged(client, experiment_id, found)
+    if parent.info.status != "RUNNING":  # an earlier try failed
+        client.update_run(parent.info.run_id, status="RUNNING")
+    return str(parent.info.run_id)
+
+
+def rejoin_parent(client: Any, experiment_id: str, kfp_run: str, child: str) -> str | None:
+    """The run of a KFP run, with the child below it; for a step that ends. None where there is none any more."""
+    found = _parents(client, experiment_id, kfp_run)
+    if not found:
+        return None
+    parent: str = _merged(client, experiment_id, found).info.run_id
+    if client.get_run(child).data.tags.get(PARENT_TAG) != parent:
+        client.set_tag(child, PARENT_TAG, parent)
+    return parent
+
+
+def close_parent(experiment: str, kfp_run: str, succeeded: bool, error: str | None = None) -> str | None:
+    """Close the run of a KFP run that ended without a step to say so, and its open children; None if there is none.
+
+    A pod that is killed closes nothing: the command line, which learns of the end from KFP, does.
+    """
+    configure_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    client, status = MlflowClient(), "FINISHED" if succeeded else "FAILED"
+    known = client.get_experiment_by_name(experiment)
+    if known is None or not (found := _parents(client, known.experiment_id, kfp_run)):
+        return None
+    parent = _merged(client, known.experiment_id, found)
+    for child in _children(client, known.experiment_id, parent.info.run_id):
+        if child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, status)
+    if error:
+        client.set_tag(parent.info.run_id, "scop.error", error)
+    if parent.info.status != status:
+        client.set_terminated(parent.info.run_id, status)
+    return str(parent.info.run_id)
+
+
+def _parents(client: Any, experiment_id: str, kfp_run: str) -> list[Any]:
+    """The runs that stand for a KFP run, the oldest first: one, but for moments."""
+    found = client.search_runs([experiment_id], f"tags.`{KFP_TAG}` = '{kfp_run}'")
+    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
+    return list(client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"))
+
+
+def _merged(client: Any, experiment_id: str, found: list[Any]) -> Any:
+    """The oldest of several runs, with the others' children; the others are deleted."""
+    from mlflow.exceptions import MlflowException
+
+    oldest, *others = found
+    for other in others:
+        for child in _children(client, experiment_id, other.info.run_id):
+            client.set_tag(child.info.run_id, PARENT_TAG, oldest.info.run_id)
+        with contextlib.suppress(MlflowException):  # another step was quicker
+            client.delete_run(other.info.run_id)
+    return oldest
