@@ -9,7 +9,10 @@ cd "$(dirname "$0")/.."
 stack=${STACK:-$PWD/.stack}
 bin=${BIN:-$PWD/.venv/bin}
 
-running() { test -f "$stack/$1.pid" && kill -0 "$(cat "$stack/$1.pid")" 2>/dev/null; }
+# By its command line too: after a restart of the machine the number may be another process's.
+running() {
+  test -f "$stack/$1.pid" && [[ "$(ps -o args= -p "$(cat "$stack/$1.pid")" 2>/dev/null)" == *"$bin/"* ]]
+}
 
 free_port() { "$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 

@@ -87,7 +87,7 @@ class Console(io.TextIOBase):
 @contextlib.contextmanager
 def console(log: Path) -> Iterator[Console]:
     """Replace standard output by a `Console` that logs to a file."""
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file:  # behind what an earlier try of the run said
         view = Console(file, sys.stdout)
         with contextlib.redirect_stdout(view):
             yield view

@@ -127,11 +127,26 @@ def require_image(image: str) -> None:
         raise UserError(f"image {image!r} is not on this machine; docker pull {image}, or make image to build it")
 
 
-def stop_containers(run: str) -> None:
-    """Ask the steps in a run's containers to end; each writes a checkpoint first."""
-    for container in _docker("ps", "--quiet", "--filter", f"label={RUN_VARIABLE}={run}").stdout.split():
+def containers_of(run: str) -> list[str]:
+    """The ids of the containers in which a run's steps run now."""
+    if shutil.which("docker") is None:
+        return []
+    return _docker("ps", "--quiet", "--filter", f"label={RUN_VARIABLE}={run}").stdout.split()
+
+
+def stop_containers(run: str) -> int:
+    """Ask the steps in a run's containers to end, each of which writes a checkpoint first; gives how many there are."""
+    found = containers_of(run)
+    for container in found:
         # Not by `docker stop`: KFP starts a step by a shell, which is process 1 there and heeds no signal.
         _docker("exec", container, "sh", "-c", "kill -TERM -1")
+    return len(found)
+
+
+def image_id(image: str) -> str | None:
+    """Docker's id of an image, by a name or the id; None where it is not on this machine."""
+    found = _docker("image", "inspect", "--format", "{{.Id}}", image) if shutil.which("docker") else None
+    return found.stdout.strip() or None if found and found.returncode == 0 else None
 
 
 def image_label(image: str, label: str) -> str | None:

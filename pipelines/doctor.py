@@ -18,7 +18,7 @@ from pipelines.containers import image_label, require_image
 from scop import storage
 from scop.config import Config
 from scop.errors import UserError
-from scop.mlflow_server import configure_mlflow, find_experiment, first_line, shown
+from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment, first_line, shown
 from scop.steps.record import git_revision
 
 
@@ -90,14 +90,15 @@ def _file(key: str, place: str) -> str:
 
 def _storage(config: Config, out: str) -> Iterator[Finding]:
     written = [place for place in (out, config.run.checkpoints, config.run.artifact_root) if place]
+    folders = sorted({str(Path(place).expanduser().absolute()) for place in written if not storage.is_uri(place)})
     uris = sorted({place for place in written if storage.is_uri(place)})
     if not uris:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3")
         yield Finding("S3", "absent", f"nothing is kept there{f' (endpoint {endpoint})' if endpoint else ''}")
     for uri in uris:
         yield _finding("S3", partial(_probe, uri))
-    if not storage.is_uri(out):
-        yield _finding("output", partial(_probe, str(Path(out).expanduser().absolute())))
+    for folder in folders:
+        yield _finding("output", partial(_probe, folder))
 
 
 def _probe(place: str) -> str:
@@ -123,14 +124,20 @@ def _mlflow(config: Config, out: str) -> str:
     configure_mlflow()
     from mlflow.tracking import MlflowClient
 
+    root = config.run.artifact_root or artifact_root()
+    if root is None and storage.is_uri(out) and uri.startswith("sqlite:"):
+        root = storage.join(out, "mlflow")  # as `scop run` has it
     try:
         client = MlflowClient(uri)
         run = client.create_run(
-            find_experiment(client, config.run.experiment, config.run.artifact_root), run_name="scop doctor"
+            find_experiment(client, config.run.experiment, root), run_name="scop doctor"
         ).info.run_id
-        client.log_metric(run, "probe", 1.0)
-        client.log_text(run, "probe", "probe.txt")
-        client.delete_run(run)
+        try:
+            client.log_metric(run, "probe", 1.0)
+            client.log_text(run, "probe", "probe.txt")
+        finally:
+            client.set_terminated(run)
+            client.delete_run(run)
     except Exception as error:
         raise UserError(
             f"{shown(uri)} cannot be written ({first_line(error)}); check MLFLOW_TRACKING_URI and its credentials"

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,17 +24,35 @@ import yaml
 
 import scop
 from pipelines.console import console
-from pipelines.containers import Sandbox, certificates, existing, require_image, stop_containers, variables_of_steps
+from pipelines.containers import (
+    Sandbox,
+    certificates,
+    containers_of,
+    existing,
+    image_id,
+    require_image,
+    stop_containers,
+    variables_of_steps,
+)
 from scop import storage
-from scop.config import Config
+from scop.config import Config, parse
 from scop.errors import Stopped, UserError
-from scop.manifest import read_folder, write_atomically
+from scop.manifest import RECORD, write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, shown
 from scop.parents import end_parent, start_parent
 from scop.progress import TERMINAL_VARIABLE
+from scop.steps import STEPS
 from scop.steps.compare import headline
-from scop.steps.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE, meant
-from scop.steps.record import IMAGE_VARIABLE, RUN_VARIABLE, git_revision
+from scop.steps.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE, absolute, meant
+from scop.steps.record import (
+    ATTEMPT_VARIABLE,
+    EXTERNAL_FILES,
+    IMAGE_ID_VARIABLE,
+    IMAGE_VARIABLE,
+    RUN_VARIABLE,
+    StepRecord,
+    git_revision,
+)
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.text import human
 from scop.tracking import PARENT_VARIABLE
@@ -61,7 +80,14 @@ class LocalRun:
     tracking_uri: str
 
 
-def run_locally(config: Config, out: str, name: str, image: str | None = None, resume: str | None = None) -> LocalRun:
+def run_locally(
+    config: Config,
+    out: str,
+    name: str,
+    image: str | None = None,
+    resume: str | None = None,
+    gpus: bool = False,
+) -> LocalRun:
     """Run the pipeline, each step in a process or a container of its own.
 
     Args:
@@ -71,27 +97,32 @@ def run_locally(config: Config, out: str, name: str, image: str | None = None, r
         name: what the run's id begins with.
         image: steps run in containers of it.
         resume: the place of an earlier run to go on with; steps that are whole and unchanged are kept.
+        gpus: whether the containers get the GPUs.
 
     Raises:
         UserError: the output folder cannot be written, MLflow cannot be used, or a step refused its input.
         StepError: a step failed.
     """
     started = time.monotonic()
+    config = _with_absolute_paths(config)
     _refuse_missing_files(config)
     if image is not None:
         os.environ[IMAGE_VARIABLE] = image  # what the components are compiled with
         require_image(image)
     out = out.rstrip("/") if storage.is_uri(out) else str(Path(out).expanduser().absolute())
-    place = resume or storage.join(out, f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}")
+    # In S3 nothing tells two that start within a second apart but their names.
+    own = f"{datetime.now():%Y%m%d-%H%M%S}" + (f"-{uuid.uuid4().hex[:4]}" if storage.is_uri(out) else "")
+    place = resume or storage.join(out, f"{config.run.name or name}-{own}")
+    if resume and (running := containers_of(place.rpartition("/")[2])):
+        raise UserError(f"a step of this run still runs, in container {running[0]}; wait for it, or: docker stop it")
     with _workspace(place, resume is not None) as folder:
-        config_file = folder / "config.yaml"
-        _forget_results(place)
-        write_atomically(config_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        _send([config_file], place)
         run_id, count = place.rpartition("/")[2], len(config.variants)
         print(f"run {run_id}{' goes on' if resume else ''}: {count} variant(s), everything in {place}", flush=True)
-        with _environment(_tracking(config, out) | _surroundings(config, out, place, folder, resume is not None)):
-            return _run_tracked(config, place, folder, image, started)
+        surroundings = _surroundings(config, out, place, folder, resume is not None)
+        if image is not None:
+            surroundings[IMAGE_ID_VARIABLE] = image_id(image) or ""
+        with _environment(_tracking(config, out) | surroundings):
+            return _run_tracked(config, place, folder, (image, gpus), started)
 
 
 def find_run(run: str, out: str) -> str:
@@ -145,6 +176,7 @@ def _surroundings(config: Config, out: str, place: str, folder: Path, resumed: b
         RUN_ROOT_VARIABLE: place,
         VARIANTS_VARIABLE: json.dumps([variant.label for variant in config.variants]),
         RESUME_VARIABLE: "1" if resumed else "",
+        ATTEMPT_VARIABLE: uuid.uuid4().hex,
     }
 
 
@@ -167,14 +199,26 @@ def _refuse_missing_files(config: Config) -> None:
             raise UserError(f"{key} {value} does not exist")
 
 
-def _run_tracked(config: Config, place: str, folder: Path, image: str | None, started: float) -> LocalRun:
+def _with_absolute_paths(config: Config) -> Config:
+    """The configuration as it means the same in a container, and when it is resumed from another folder."""
+    values = config.model_dump()
+    for section, key in (*EXTERNAL_FILES, ("run", "checkpoints"), ("run", "artifact_root")):
+        if values[section][key] is not None:
+            values[section][key] = absolute(values[section][key])
+    return parse(Config, values)
+
+
+def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | None, bool], started: float) -> LocalRun:
     run_id = os.environ[RUN_VARIABLE]
     tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
     parent = start_parent(config.run.experiment, run_id, tags, resumed=bool(os.environ[RESUME_VARIABLE]))
     succeeded = False
     try:
+        _forget_results(place)
+        write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        _send([folder / "config.yaml"], place)
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):
-            report = _execute(config, place, folder, image)
+            report = _execute(config, place, folder, *docker)
         succeeded = True
     finally:
         if not succeeded:
@@ -191,7 +235,7 @@ def _run_tracked(config: Config, place: str, folder: Path, image: str | None, st
     return LocalRun(place, summary, os.environ["MLFLOW_TRACKING_URI"])
 
 
-def _execute(config: Config, place: str, folder: Path, image: str | None) -> Path:
+def _execute(config: Config, place: str, folder: Path, image: str | None, gpus: bool) -> Path:
     """Run the steps; returns the folder of the report."""
     from kfp import local
 
@@ -200,11 +244,13 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
     # What is None is left out: KFP's parameters know no null.
     sections = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
     local.init(
-        runner=local.SubprocessRunner(use_venv=False) if image is None else _docker_runner(config, folder, image),
+        runner=local.SubprocessRunner(use_venv=False) if image is None else _docker_runner(config, folder, image, gpus),
         pipeline_root=str(folder / KFP_FOLDER),
         workspace_root=str(folder / ".workspace"),
     )
     log, again = storage.join(place, "log.txt"), f"go on with: scop run --resume {place}"
+    if storage.is_uri(place) and (before := storage.read(log, must_exist=False)):
+        (folder / "log.txt").write_bytes(before)
     with console(folder / "log.txt") as view, _stopping_steps(image) as stopped:
         try:
             task = make_pipeline()(**sections)
@@ -214,13 +260,26 @@ def _execute(config: Config, place: str, folder: Path, image: str | None) -> Pat
             if stopped():
                 raise Stopped(f"stopped; {again}") from error
             raise StepError(f"step {view.task} failed; all that it said is in {log}; {again}") from error
+    if vanished := _unfinished(place):
+        raise StepError(f"step {vanished} vanished without a word; all that was said is in {log}; {again}")
     report = meant(task.output.path)
-    try:
-        folder = storage.fetch_folder(report) if storage.is_uri(report) else Path(report)
-        read_folder(folder, "report")
-    except UserError as error:  # KFP takes a container that vanishes for one that succeeded
-        raise StepError(f"a step vanished: {error}; all that was said is in {log}; {again}") from error
-    return folder
+    return storage.fetch_folder(report, "report") if storage.is_uri(report) else Path(report)
+
+
+def _unfinished(place: str) -> str | None:
+    """A step of the run that this start of it neither ran to its end nor kept, or None.
+
+    KFP takes a container that vanishes for one that succeeded; what such a step had made before would pass for new.
+    """
+    records = [name for name in storage.names(place) if name.endswith(f"/{RECORD}")]
+    found = [StepRecord.parse(storage.read(storage.join(place, name)) or b"", name) for name in records]
+    ended = [r for r in found if r.status == "done" and r.attempt == os.environ[ATTEMPT_VARIABLE]]
+    expected = {"prepare_data": 1, "train_dense": 1, "train_knockoff": 1, "compare": 1}
+    count = len(json.loads(os.environ[VARIANTS_VARIABLE]))
+    for step in STEPS:
+        if sum(record.step == step for record in ended) < expected.get(step, count):
+            return step
+    return None
 
 
 @contextlib.contextmanager
@@ -231,23 +290,27 @@ def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
     def stop(*_: object) -> None:
         nonlocal came
         came = True
-        if image is not None:
-            stop_containers(os.environ[RUN_VARIABLE])
+        found = stop_containers(os.environ[RUN_VARIABLE]) if image is not None else 0
         children = psutil.Process().children(recursive=True)
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
-        if not children and image is None:  # between two steps
+        if not children and not found:  # between two steps
             raise RuntimeError("stopped between two steps")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield lambda: came
+    except KeyboardInterrupt:  # which reaches this process's children by itself, but no container
+        if image is not None:
+            stop_containers(os.environ[RUN_VARIABLE])
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _docker_runner(config: Config, folder: Path, image: str) -> Any:
+def _docker_runner(config: Config, folder: Path, image: str, gpus: bool) -> Any:
     from kfp import local
 
     # A folder is mounted if it is writable; the other folders and files lie in these, or KFP mounts them.
@@ -269,7 +332,7 @@ def _docker_runner(config: Config, folder: Path, image: str) -> Any:
     files += folder.rglob("*")  # what an earlier try left, perhaps by another runner
     readable = existing([config.data.path, config.dense.weights]) + certificates()
     in_s3 |= storage.is_uri(os.environ.get(ARTIFACTS_VARIABLE, ""))
-    sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps(with_s3=in_s3))
+    sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps(with_s3=in_s3), gpus)
     sandbox.open_to_user((*folders, *files))
     return local.DockerRunner(**sandbox.for_kfp())
 

@@ -20,6 +20,7 @@ from pipelines.containers import (
     DEFAULT_IMAGE,
     Sandbox,
     certificates,
+    image_id,
     image_label,
     require_image,
     variables_of_steps,
@@ -30,7 +31,7 @@ from scop.errors import UserError
 from scop.manifest import RECORD, TIMINGS, read_folder
 from scop.steps import STEPS
 from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord, git_revision
-from scop.steps.runtime import CHECKPOINTS_VARIABLE
+from scop.steps.runtime import CHECKPOINTS_VARIABLE, PLACES_VARIABLE
 from scop.tracking import PARENT_VARIABLE
 
 
@@ -115,6 +116,8 @@ class Rerun:
         variables = {}
         if self.record.run:
             variables[RUN_VARIABLE] = self.record.run
+        if self.record.step == list(STEPS)[-1]:  # its summary names the places
+            variables[PLACES_VARIABLE] = json.dumps({name: value.uri for name, value in self.record.inputs.items()})
         if self.record.threads:
             variables["OMP_NUM_THREADS"] = str(self.record.threads)
         if not self.track:
@@ -239,7 +242,13 @@ def _tell_differences(record: StepRecord, image: str | None) -> None:
         here = {"commit": git_revision(), "PyTorch": version("torch")}
     else:
         here = {"commit": image_label(image, "org.opencontainers.image.revision")}
-    for what, recorded in (("commit", record.revision), ("PyTorch", record.torch)):
+    if image is None and record.device:
+        import torch
+
+        here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if image is not None and record.image_id and image_id(image) != record.image_id:
+        print(f"note: {image} is another image than the recorded one, {record.image_id[:19]}", file=sys.stderr)
+    for what, recorded in (("commit", record.revision), ("PyTorch", record.torch), ("device", record.device)):
         if what in here and recorded and here[what] != recorded:
             print(f"note: recorded with {what} {recorded}, runs with {here[what]}", file=sys.stderr)
 
@@ -288,5 +297,7 @@ def print_result(ready: Rerun) -> None:
 
 
 def default_image(record: StepRecord) -> str:
-    """The image that the step ran in, or the project's own."""
+    """The image that the step ran in, by its id if this machine has that, or the project's own."""
+    if record.image_id and image_id(record.image_id):
+        return record.image_id
     return record.image or DEFAULT_IMAGE

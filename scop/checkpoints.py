@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scop import storage
-from scop.errors import UserError
+from scop.errors import DamagedError
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,17 @@ class Checkpoints:
         storage.write(storage.join(self.place, f"{name}.pt"), content)
         storage.write(storage.join(self.place, f"{name}.json"), json.dumps(seal).encode())
         for old in self._names()[: -self.keep]:
-            # The seal first: what lacks one is not taken.
-            storage.delete(self.place, [f"{old}.json"])
-            storage.delete(self.place, [f"{old}.pt"])
+            if old != name:  # which counts less than damaged ones that could not be removed
+                self._delete(old)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state, or None where there is none; damaged ones are passed over with a warning."""
+        """The newest whole state, or None where there is none; damaged ones are passed over with a warning.
+
+        And removed, since those that follow count fewer epochs: a damaged one would be kept in place of a whole one.
+
+        Raises:
+            UserError: they cannot be read now; to start over would cost all that was done.
+        """
         import torch
 
         for name in reversed(self._names()):
@@ -70,9 +75,10 @@ class Checkpoints:
                     raise ValueError("it is of another configuration or other inputs")
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
                 return state
-            # A UserError where S3 itself says that the object is damaged, or does not give it.
-            except (UserError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+            except (DamagedError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
                 print(f"warning: checkpoint {place} is passed over: {error}", flush=True)
+                if not isinstance(error, DamagedError):  # which may be a bad connection
+                    self._delete(name)
         return None
 
     def remove(self) -> None:
@@ -80,6 +86,11 @@ class Checkpoints:
         names = storage.names(self.place)
         storage.delete(self.place, [name for name in names if name.endswith(".json")])
         storage.delete(self.place, [name for name in names if not name.endswith(".json")])
+
+    def _delete(self, name: str) -> None:
+        # The seal first: what lacks one is not taken.
+        storage.delete(self.place, [f"{name}.json"])
+        storage.delete(self.place, [f"{name}.pt"])
 
     def _names(self) -> list[str]:
         """What is sealed, oldest first."""

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "one; steps that are whole and unchanged are kept",
     )
     _add_docker(run, "run each step in a container of IMAGE (default: the project's own)")
+    run.add_argument("--gpus", action="store_true", help="give the containers the GPUs")
     run.set_defaults(command=_run)
 
     step = commands.add_parser(
@@ -99,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     rerun.add_argument("--gpus", action="store_true", help="give the container the GPUs")
     rerun.add_argument("--track", action="store_true", help="track where MLFLOW_TRACKING_URI says")
-    rerun.add_argument(
-        "--out", type=Path, default=Path("reruns"), metavar="DIR", help="where results go (default: reruns)"
-    )
+    rerun.add_argument("--out", default="reruns", metavar="DIR", help="where results go (default: reruns)")
     rerun.add_argument("--runs", default="runs", metavar="DIR", help="where runs are, a folder or URI (default: runs)")
     rerun.set_defaults(command=_rerun)
 
@@ -185,7 +184,7 @@ def _run(options: argparse.Namespace) -> int:
     from pipelines.local import StepError, find_run, print_result, run_locally
     from pipelines.presets import find_config
     from scop.config import load_config
-    from scop.errors import Stopped
+    from scop.errors import Stopped, UserError
 
     place = find_run(options.resume, options.out) if options.resume else None
     given = options.config or (f"{place}/config.yaml" if place else DEFAULT_CONFIG)
@@ -194,7 +193,9 @@ def _run(options: argparse.Namespace) -> int:
     out = place.rpartition("/")[0] if place else options.out
     try:
         image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
-        run = run_locally(config, out, path.stem, image, place)
+        if options.gpus and image is None:
+            raise UserError("--gpus is for containers; add --docker")
+        run = run_locally(config, out, path.stem, image, place, options.gpus)
     except (StepError, Stopped) as failure:
         print(f"scop: {failure}", file=sys.stderr)
         return 1 if isinstance(failure, StepError) else 143
@@ -234,13 +235,17 @@ def _rerun(options: argparse.Namespace) -> int:
     if image is None and (options.shell or options.gpus):
         raise UserError(f"--{'shell' if options.shell else 'gpus'} is for containers; add --docker")
     record = rerun.find_record(options.target, options.runs)
+    if "://" in str(options.out) or str(options.out).startswith("s3:"):
+        raise UserError(f"--out {options.out} is no folder; nothing of a rerun is uploaded: give a folder")
+    if options.shell and options.verify:
+        raise UserError("--verify compares what the step makes, and --shell leaves that to you; leave one of them out")
     if options.verify and record.status != "done":
         raise UserError(
             f"--verify: there is nothing to compare with, the recorded step is {record.status!r}, not 'done'"
         )
     if image is not None:
         image = image or rerun.default_image(record)
-    ready = rerun.make_ready(record, options.out, options.set, options.track)
+    ready = rerun.make_ready(record, Path(options.out), options.set, options.track)
     code = rerun.rerun(ready, image=image, gpus=options.gpus, dry_run=options.dry_run, shell=options.shell)
     if code or options.dry_run or options.shell:
         return code

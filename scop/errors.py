@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Training stopped because it was asked to, with a checkpoint written where there is a place for one."""
+
+
+class DamagedError(UserError):
+    """What was stored is not what comes back, however often it is asked for."""

@@ -34,6 +34,7 @@ class FileEntry(BaseModel):
         size: in bytes.
         sha256: in hexadecimal.
         stored_as: the object's name in S3 where it is not the file's; see `scop.storage.send_folder`.
+        etag: S3's, of the object that was sent; another one means that the object is another.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,6 +42,7 @@ class FileEntry(BaseModel):
     size: int
     sha256: str
     stored_as: str | None = None
+    etag: str | None = None
 
     def key(self, name: str) -> str:
         """The object's name, for a file of this name."""

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scop.errors import UserError
+from scop.errors import DamagedError, UserError
 from scop.progress import progress
 
 SCHEME = "s3://"
@@ -113,20 +113,20 @@ def _transfers(total: int, label: str) -> Iterator[tuple[Any, list[Any]]]:
             yield manager, [Count()]
 
 
-def listing(source: Location) -> dict[str, Mapping[str, Any]]:
-    """Objects below a prefix, by their relative names."""
-    prefix = f"{source.key}/" if source.key else ""
+def listing(source: Location, exactly: bool = False) -> dict[str, Mapping[str, Any]]:
+    """Objects below a prefix, by their relative names; `exactly` the object of this key, by an empty name."""
+    prefix = source.key if exactly or not source.key else f"{source.key}/"
     with errors(source):
+        if exactly:  # the first in order of all that begin with the key, if there is one
+            found = client().list_objects_v2(Bucket=source.bucket, Prefix=prefix, MaxKeys=1).get("Contents", [])
+            return {"": found[0]} if found and found[0]["Key"] == source.key else {}
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=prefix)
         return {entry["Key"][len(prefix) :]: entry for page in pages for entry in page.get("Contents", [])}
 
 
 def object_exists(source: Location) -> bool:
     """Whether there is an object of exactly this key."""
-    with errors(source):
-        found = client().list_objects_v2(Bucket=source.bucket, Prefix=source.key, MaxKeys=1).get("Contents", [])
-        # The first in order of all that begin with the key, so the object itself if there is one.
-        return bool(found) and found[0]["Key"] == source.key
+    return bool(listing(source, exactly=True))
 
 
 def delete_objects(source: Location, which: set[str]) -> None:
@@ -223,19 +223,28 @@ _DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismat
 def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
     """Whatever boto3 raises as a UserError of one line, which says what to do."""
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        FlexibleChecksumError,
+        IncompleteReadError,
+        ResponseStreamingError,
+    )
     from s3transfer.exceptions import RetriesExceededError
 
+    broken_off = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, RetriesExceededError)
     try:
         yield
     except ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", ""))
         if missing_is_fine and code in ("NoSuchKey", "404"):
             return
-        raise UserError(_explain_refusal(error, code, location)) from error
+        kind = DamagedError if code in _DAMAGED else UserError
+        raise kind(_explain_refusal(error, code, location)) from error
     # boto3 stumbles, with an AttributeError, over a server's failure in an answer that announces a checksum.
     except (BotoCoreError, Boto3Error, RetriesExceededError, OSError, AttributeError) as error:
-        raise UserError(_explain_failure(error, location)) from error
+        kind = DamagedError if isinstance(error, broken_off) else UserError
+        raise kind(_explain_failure(error, location)) from error
 
 
 def _explain_refusal(error: Any, code: str, location: Location) -> str:

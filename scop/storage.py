@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -20,15 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from scop.errors import UserError
-from scop.manifest import MANIFEST, FileEntry, Manifest, check_name, read_folder, sha256_of, write_atomically
+from scop.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    check_name,
+    read_folder,
+    sha256_of,
+    write_atomically,
+    write_manifest,
+)
 from scop.s3 import SCHEME as SCHEME
 from scop.s3 import (
     Location,
-    client,
     delete_objects,
     download,
     endpoint,
-    errors,
     listing,
     object_exists,
     read_object,
@@ -56,11 +64,7 @@ def send_folder(folder: Path, uri: str) -> None:
     objects, uploads = {}, {}
     for name, entry in manifest.files.items():
         earlier = present.get(name)
-        if (
-            earlier is not None
-            and earlier.sha256 == entry.sha256
-            and _matches(earlier.key(name), folder / name, listed)
-        ):
+        if earlier is not None and earlier.sha256 == entry.sha256 and _is_untouched(earlier, name, listed):
             objects[name] = earlier
             continue
         # The name itself, unless the artifact that is there, and must stay whole for now, uses it.
@@ -68,19 +72,28 @@ def send_folder(folder: Path, uri: str) -> None:
         objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, stored_as=place if place != name else None)
         uploads[place] = folder / name
     upload(uploads, target)
+    listed = listing(target)
+    for name, entry in objects.items():
+        if entry.key(name) not in listed:
+            raise UserError(
+                f"{target / entry.key(name)} is gone right after it was sent; does another run write there?"
+            )
+        objects[name] = entry.model_copy(update={"etag": listed[entry.key(name)]["ETag"]})
     switched = manifest.model_copy(update={"files": objects})
     write(str(target / MANIFEST), (switched.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
-    delete_objects(target, {e.key(n) for n, e in present.items()} - {e.key(n) for n, e in objects.items()})
+    named = {entry.key(name) for name, entry in objects.items()}
+    # What the artifact had before, and what tries that broke off have left.
+    left = {entry.key(name) for name, entry in present.items()} | {key for key in listed if _REPLACEMENT.search(key)}
+    delete_objects(target, left - named)
 
 
-def _matches(key: str, file: Path, listed: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether an object surely has a file's bytes: its size is the same, and its ETag an MD5 of them."""
-    entry = listed.get(key)
-    if entry is None or entry["Size"] != file.stat().st_size:
-        return False
-    etag = entry["ETag"].strip('"')
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == etag
+_REPLACEMENT = re.compile(r"~[0-9a-f]{12}$")
+
+
+def _is_untouched(entry: FileEntry, name: str, listed: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether an object is the one that was sent, by its size and, where it was noted, its ETag."""
+    found = listed.get(entry.key(name))
+    return found is not None and found["Size"] == entry.size and entry.etag in (None, found["ETag"])
 
 
 def fetch_folder(uri: str, kind: str | None = None) -> Path:
@@ -95,11 +108,8 @@ def fetch_folder(uri: str, kind: str | None = None) -> Path:
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{uri} holds a {manifest.kind}, but a {kind} is needed")
     folder = cache_folder() / "artifacts" / manifest.identity
-    if folder.exists():
-        with contextlib.suppress(UserError):  # somebody changed it: fetched anew
-            read_folder(folder)
-            return folder
-        shutil.rmtree(folder)
+    if _is_cached(folder):
+        return folder
     with _staged(folder) as staging:
         entries = {entry.key(name): (staging / name, entry) for name, entry in manifest.files.items()}
         damaged = list(entries)
@@ -147,15 +157,35 @@ def _remote_manifest(source: Location, must_exist: bool = True) -> Manifest | No
 def fetch_file(uri: str) -> Path:
     """One object, in the local cache, by its place and version; raises UserError where it cannot be had."""
     source = Location.parse(uri)
-    with errors(source):
-        head = client().head_object(Bucket=source.bucket, Key=source.key)
-    folder = cache_folder() / "objects" / _hash(endpoint(), str(source), head["ETag"], str(head["ContentLength"]))
+    found = _version(source)
+    if found is None:
+        raise UserError(f"{uri} does not exist")
+    folder = cache_folder() / "objects" / _hash(endpoint(), str(source), *found)
     name = check_name(source.key.rpartition("/")[2])
-    if not (folder / name).exists():
+    if not _is_cached(folder):
         with _staged(folder) as staging:
             parent = Location(source.bucket, source.key.rpartition("/")[0])
-            list(download(parent, {name: staging / name}, {name: head["ContentLength"]}))
+            list(download(parent, {name: staging / name}, {name: int(found[1])}))
+            if _version(source) != found:
+                raise UserError(f"{uri} changed while it was fetched; try again")
+            write_manifest(staging, kind="object")
     return folder / name
+
+
+def _version(source: Location) -> tuple[str, str] | None:
+    """An object's ETag and size, or None where there is none. By a listing, whose errors say more than HEAD's."""
+    found = listing(source, exactly=True).get("")
+    return None if found is None else (found["ETag"], str(found["Size"]))
+
+
+def _is_cached(folder: Path) -> bool:
+    """Whether the cache has it, and as it came; what somebody changed is removed."""
+    if folder.exists():
+        with contextlib.suppress(UserError):
+            read_folder(folder)
+            return True
+        shutil.rmtree(folder)
+    return False
 
 
 def fetch_tree(uri: str) -> Path:
@@ -172,10 +202,11 @@ def fetch_tree(uri: str) -> Path:
         check_name(name)
     versions = [f"{name} {entry['ETag']} {entry['Size']}" for name, entry in sorted(found.items())]
     folder = cache_folder() / "trees" / _hash(endpoint(), *versions)
-    if not folder.exists():
+    if not _is_cached(folder):
         with _staged(folder) as staging:
             sizes = {name: entry["Size"] for name, entry in found.items()}
             list(download(source, {name: staging / title / name for name in found}, sizes))
+            write_manifest(staging, kind="tree")
     return folder / title
 
 
@@ -198,14 +229,13 @@ def version_of(place: str) -> str | None:
     place = unpinned(place)
     if is_uri(place):
         source = Location.parse(place)
-        if not place.endswith("/") and object_exists(source):
-            found = {"": client().head_object(Bucket=source.bucket, Key=source.key)}
-            return _hash(found[""]["ETag"], str(found[""]["ContentLength"]))
+        if not place.endswith("/") and (found := _version(source)):
+            return _hash(*found)
         listed = listing(source)
         return _hash(*(f"{n} {e['ETag']} {e['Size']}" for n, e in sorted(listed.items()))) if listed else None
     path = Path(place).expanduser()
     if path.is_dir():
-        states = ((file.relative_to(path).as_posix(), file.stat()) for file in sorted(path.rglob("*")))
+        states = ((file.relative_to(path).as_posix(), file.lstat()) for file in sorted(path.rglob("*")))
         return _hash(*(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states))
     return sha256_of(path) if path.is_file() else None
 
@@ -233,8 +263,8 @@ def stands(uri: str) -> bool:
     manifest = _remote_manifest(source, must_exist=False)
     if manifest is None:
         return False
-    sizes = {name: entry["Size"] for name, entry in listing(source).items()}
-    return all(sizes.get(entry.key(name)) == entry.size for name, entry in manifest.files.items())
+    listed = listing(source)
+    return all(_is_untouched(entry, name, listed) for name, entry in manifest.files.items())
 
 
 def local(place: str | Path) -> Path:

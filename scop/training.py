@@ -243,6 +243,7 @@ def fit(
         print(f"{label}: resumes after epoch {len(history)}{within} of {epochs}, {checkpoints.place}", flush=True)
 
     def save(begun: dict[str, Any] | None = None) -> None:
+        """Raises UserError where it cannot be done."""
         if checkpoints:
             state: dict[str, Any] = {"model": objective.state.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"best": best, "history": [asdict(record) for record in history], "begun": begun}
@@ -269,7 +270,10 @@ def fit(
         if epoch + 1 == epochs or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
             said = time.monotonic()
             print(_line(label, record, epochs), flush=True)
-        save()
+        try:
+            save()
+        except UserError as error:  # hours of training are worth more than the checkpoint
+            print(f"warning: {label}: no checkpoint after epoch {epoch + 1}: {error}", flush=True)
     if best is not None:
         objective.state.load_state_dict(best)
     return history

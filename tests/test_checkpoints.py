@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scop import storage
+from scop import UserError, s3, storage
 from scop.batches import Batches
 from scop.checkpoints import Checkpoints
 from scop.data import Dataset
@@ -20,6 +20,7 @@ from scop.errors import Stopped
 from scop.knockoff import train_knockoffs
 from scop.manifest import read_folder
 from scop.steps.runtime import run_step
+from tests import services
 from tests.test_training import same, train
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,36 @@ def test_one_of_another_configuration_is_never_taken(digits: Dataset, place: str
     train(digits, epochs=1, checkpoints=Checkpoints(place, "abc"))
     assert Checkpoints(place, "def").load() is None
     assert "it is of another configuration or other inputs" in capsys.readouterr().out
+
+
+def test_new_ones_are_kept_where_later_ones_are_damaged(digits: Dataset, place: str) -> None:
+    train(digits, epochs=3, checkpoints=Checkpoints(place, "abc"))
+    for epoch in (2, 3):
+        storage.write(f"{place}/{epoch:05}-00000000.pt", b"damaged")
+    checkpoints = Checkpoints(place, "abc")
+    assert checkpoints.load() is None
+    checkpoints.save({"epoch": 1}, 1)
+    assert checkpoints.load() == {"epoch": 1}
+    checkpoints.save({"epoch": 2}, 2)
+    assert checkpoints.load() == {"epoch": 2}
+
+
+def test_a_server_that_fails_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in services.environment(f"http://127.0.0.1:{services.free_port()}").items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3.forget_client()
+    with pytest.raises(UserError, match="cannot be reached"):  # to start over would cost all that was done
+        Checkpoints("s3://bucket/checkpoints", "abc").load()
+    s3.forget_client()
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_training(
+    digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    train(digits, epochs=1, checkpoints=Checkpoints(str(tmp_path / "file" / "below"), "abc"))
+    assert "warning: test: no checkpoint after epoch 1: cannot write" in capsys.readouterr().out
 
 
 def test_an_unsealed_one_is_none(digits: Dataset, place: str) -> None:

@@ -74,11 +74,15 @@ def test_the_image_is_tight(image: str) -> None:
     assert inside(image, "id -u; id -g").split() == ([str(os.getuid())] if os.getuid() else ["10001"]) + ["0"]
     assert inside(image, "grep CapEff /proc/self/status").split()[1] == "0000000000000000"
     assert inside(image, "grep NoNewPrivs /proc/self/status").split()[1] == "1"
+    plain = docker("run", "--rm", image, "sh", "-c", "id -u; id -g; scop --help").stdout
+    assert plain.startswith("10001\n0\nusage: scop")
     assert inside(image, "touch /opt/scop/x 2>&1 || true").endswith("Read-only file system")
     assert inside(image, "touch /tmp/x && echo fine") == "fine"
     for program in ("gcc", "cc", "g++", "pip", "uv", "make"):
         assert inside(image, f"command -v {program} || echo none") == "none", program
-    assert inside(image, "find / -xdev -name '*.whl' -o -xdev -path '*/.cache/*' 2>/dev/null | head -3") == ""
+    search = "find / -xdev ( -name '*.whl' -o -path '*/.cache/*' -o -path '*/apt/lists/*' ) -type f"
+    found = docker("run", "--rm", "--user", "0", image, "sh", "-c", search.replace("(", "\\(").replace(")", "\\)"))
+    assert found.stdout == ""
 
 
 def test_the_image_says_what_it_is(image: str) -> None:
@@ -94,7 +98,7 @@ def test_no_secret_of_the_builder_is_in_the_image(image: str) -> None:
     assert PLANTED not in docker("image", "inspect", image).stdout
     assert PLANTED not in docker("image", "history", "--no-trunc", image).stdout
     search = f"grep -rlF --exclude-dir=proc --exclude-dir=sys --exclude-dir=torch {PLANTED} / 2>/dev/null | head -3"
-    assert inside(image, search) == ""
+    assert docker("run", "--rm", "--user", "0", image, "sh", "-c", search).stdout == ""
     # Only what belongs to the project comes from this folder.
     content = inside(image, "ls -A /opt/scop/lib/python3*/site-packages/scop /opt/scop/lib/python3*/site-packages")
     assert "tests" not in content.split()
@@ -178,7 +182,7 @@ def remote(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         environment = services.environment(address)
         (folder / "store" / "docker").mkdir()
         with services.mlflow_server(folder, str(folder / "artifacts"), dict(os.environ)) as tracking:
-            environment["MLFLOW_TRACKING_URI"] = tracking
+            environment |= {"MLFLOW_TRACKING_URI": tracking, "SCOP_CACHE": str(folder / "cache")}
             settings = [f"--set={key}={value}" for key, value in SMALL.items()]
             result = scop("run", "--docker", "--out", "s3://docker/runs", *settings, cwd=folder, more=environment)
             assert result.returncode == 0, result.stdout + result.stderr
@@ -189,9 +193,11 @@ def remote(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 
 def test_a_step_is_reproduced_from_s3_with_the_runs_uri_alone(remote, tmp_path: Path) -> None:
     uri, environment = remote
-    result = scop("rerun", f"{uri}/finetune", "--docker", "--verify", cwd=tmp_path, more=environment)
+    more = environment | {"SCOP_CACHE": str(tmp_path / "cache")}  # nothing of the run is here
+    result = scop("rerun", f"{uri}/finetune", "--docker", "--verify", cwd=tmp_path, more=more)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "verify: all 4 files are equal to the byte" in result.stdout
+    assert len(list((tmp_path / "cache" / "artifacts").iterdir())) == 3  # dataset, dense, plan
 
 
 def test_a_run_in_containers_goes_on_with_a_profiles_credentials(remote, tmp_path: Path) -> None:
@@ -201,7 +207,11 @@ def test_a_run_in_containers_goes_on_with_a_profiles_credentials(remote, tmp_pat
         f"aws_access_key_id = {services.KEY}\naws_secret_access_key = {services.SECRET}\n"
     )
     more = {"MLFLOW_TRACKING_URI": environment["MLFLOW_TRACKING_URI"], "AWS_PROFILE": "desk"}
-    more |= {"AWS_CONFIG_FILE": str(tmp_path / "aws"), "AWS_EC2_METADATA_DISABLED": "true"}
+    more |= {
+        "SCOP_CACHE": environment["SCOP_CACHE"],
+        "AWS_CONFIG_FILE": str(tmp_path / "aws"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     change = ["--set", "evaluate.repeats=2"]
     result = scop("run", "--docker", "--resume", uri, *change, cwd=tmp_path, more=more)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -209,16 +219,40 @@ def test_a_run_in_containers_goes_on_with_a_profiles_credentials(remote, tmp_pat
     assert "runs again: its configuration has changed (evaluate.repeats)" in result.stdout
 
 
-def test_a_run_in_containers_that_is_stopped_writes_a_checkpoint(image: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scop.cli", "run", "--docker", image, "--set", "dense.epochs=500"]
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_in_containers_that_is_stopped_goes_on(
+    sign: signal.Signals, code: int, image: str, tmp_path: Path
+) -> None:
+    small = [f"--set={key}={value}" for key, value in (SMALL | {"dense.epochs": 60}).items()]
+    command = [sys.executable, "-m", "scop.cli", "run", "--docker", image, *small]
     environment = clean() | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as run:
         while not list(tmp_path.glob("runs/checkpoints/train_dense-*/*.json")):
             assert run.poll() is None
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=120) == 143
-    (record,) = tmp_path.glob("runs/*/train_dense/model/step.json")
+        (name,) = (path.parent.name for path in tmp_path.glob("runs/*/config.yaml"))
+        (container,) = docker("ps", "--quiet", "--filter", f"label=SCOP_RUN_ID={name}").stdout.split()
+        assert_closed(container)
+        run.send_signal(sign)
+        assert run.wait(timeout=120) == code
+    docker("wait", container)  # it ends by itself
+    assert docker("ps", "--quiet", "--filter", f"label=SCOP_RUN_ID={name}").stdout == ""
+    record = tmp_path / "runs" / name / "train_dense" / "model" / "step.json"
     assert json.loads(record.read_text())["status"] == "stopped"
+    if sign == signal.SIGTERM:
+        again = scop("run", "--docker", image, "--resume", name, cwd=tmp_path)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert again.stdout.count("  kept: ") == 1
+        assert "runs again: it did not finish (stopped)" in again.stdout
+        assert "resumes after epoch" in again.stdout
+
+
+def assert_closed(container: str) -> None:
+    """What KFP started is as tight as what `docker run` starts."""
+    (state,) = json.loads(docker("inspect", container).stdout)
+    assert state["HostConfig"]["ReadonlyRootfs"]
+    assert state["HostConfig"]["CapDrop"] == ["ALL"]
+    assert state["HostConfig"]["SecurityOpt"] == ["no-new-privileges"]
+    assert state["Config"]["User"] == f"{os.getuid() or 10001}:0"
 
 
 def test_a_shell_has_everything_in_place(image: str, run: Path, tmp_path: Path) -> None:

@@ -150,6 +150,18 @@ def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, 
     assert scop("run", "--resume", "nowhere", cwd=tmp_path, env=surroundings).returncode == 2
 
 
+def test_the_summary_of_a_rerun_names_the_recorded_places(run: str, surroundings, tmp_path: Path) -> None:
+    result = scop("rerun", f"{run}/compare", "--verify", cwd=tmp_path, env=surroundings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "files are equal to the byte" in result.stdout
+
+
+def test_a_reruns_results_are_not_uploaded(run: str, surroundings, tmp_path: Path) -> None:
+    result = scop("rerun", f"{run}/compare", "--out", "s3://pipeline/reruns", cwd=tmp_path, env=surroundings)
+    assert result.returncode == 2
+    assert "is no folder; nothing of a rerun is uploaded" in result.stderr
+
+
 def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
     record = {"step": "finetune", "status": "done", "version": "0", "inputs": {}, "outputs": {}}
     for name in ("a", "b"):

@@ -293,6 +293,50 @@ def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults,
     assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
 
 
+def test_a_change_in_place_is_seen_by_a_listing(bucket: str, tmp_path: Path) -> None:
+    storage.send_folder(artifact(tmp_path / "model"), f"{bucket}/model")
+    assert storage.stands(f"{bucket}/model")
+    storage.write(f"{bucket}/model/small.bin", b"smalL")  # of the same size
+    assert not storage.stands(f"{bucket}/model")
+
+
+def test_what_broken_tries_left_is_removed_in_the_end(shaky: services.Faults, tmp_path: Path) -> None:
+    storage.send_folder(artifact(tmp_path / "old"), URI)
+    new = artifact(tmp_path / "new")
+    for _ in range(2):
+        shaky.plan = first(ALWAYS, "denied", "PUT", MANIFEST)
+        with pytest.raises(UserError):
+            storage.send_folder(new, URI)
+    shaky.plan = lambda method, path: None
+    storage.send_folder(new, URI)
+    manifest = Manifest.parse(storage.read(f"{URI}/{MANIFEST}"), URI)
+    assert set(storage.names(URI)) == {MANIFEST} | {entry.key(name) for name, entry in manifest.files.items()}
+
+
+def test_a_cached_object_that_somebody_changed_is_fetched_anew(bucket: str) -> None:
+    storage.write(f"{bucket}/weights.pt", b"weights")
+    cached = storage.fetch_file(f"{bucket}/weights.pt")
+    cached.write_bytes(b"changed")
+    assert storage.fetch_file(f"{bucket}/weights.pt").read_bytes() == b"weights"
+    storage.write(f"{bucket}/images/a.bin", b"image")
+    tree = storage.fetch_tree(f"{bucket}/images")
+    (tree / "a.bin").write_bytes(b"changed")
+    assert (storage.fetch_tree(f"{bucket}/images") / "a.bin").read_bytes() == b"image"
+
+
+def test_a_step_whose_input_cannot_be_fetched_has_a_record(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no whole artifact"):
+        run_step("train_dense", {"dense": {}}, {"dataset": f"{bucket}/none"}, {"model": f"{bucket}/model"})
+    record = json.loads(storage.read(f"{bucket}/model/step.json"))
+    assert (record["status"], record["inputs"]["dataset"]["uri"]) == ("failed", f"{bucket}/none")
+    assert "holds no whole artifact" in record["error"]
+
+
+def test_a_link_that_leads_nowhere_has_a_version(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert storage.version_of(str(tmp_path)) is not None
+
+
 def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path) -> None:
     storage.send_folder(artifact(tmp_path / "model"), URI)
     manifest = json.loads(storage.read(f"{URI}/{MANIFEST}")) | {"format": 99}

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from scop import UserError, load_model
-from scop.parents import end_parent, start_parent
+from scop.mlflow_server import find_experiment
+from scop.parents import KFP_TAG, PARENT_TAG, close_parent, end_parent, start_parent
 from scop.steps.runtime import run_step
-from scop.tracking import PARENT_VARIABLE, UNSENT, MlflowTracker
+from scop.tracking import KFP_RUN_VARIABLE, PARENT_VARIABLE, UNSENT, MlflowTracker
 from tests.services import free_port
 
 TINY = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64}
@@ -69,8 +71,6 @@ def wait_for(server: Server, log: Path) -> None:
 
 
 def test_a_step_is_a_child_run_on_the_server(server: Server, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    from mlflow.tracking import MlflowClient
-
     parent = start_parent("experiment", "run", {"scop.run": "run"})
     monkeypatch.setenv(PARENT_VARIABLE, parent)
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
@@ -82,6 +82,97 @@ def test_a_step_is_a_child_run_on_the_server(server: Server, digits_folder: Path
     assert child.data.params["dense.batch_size"] == "64"
     assert len(client.get_metric_history(child.info.run_id, "validation_top1")) >= 2
     assert client.get_run(parent).info.status == "FINISHED"
+
+
+@pytest.fixture
+def on_a_cluster(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a KFP run, by which the steps find each other."""
+    monkeypatch.setenv(KFP_RUN_VARIABLE, "kfp-run-1")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "cluster")
+    return "kfp-run-1"
+
+
+def runs_of(experiment: str) -> tuple[list, list]:
+    """Parents and children."""
+    client = MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    parents = [run for run in found if PARENT_TAG not in run.data.tags]
+    return parents, [run for run in found if PARENT_TAG in run.data.tags]
+
+
+def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path: Path) -> None:
+    find_experiment(MlflowClient(), "cluster")
+    together = threading.Barrier(4)
+
+    def step(number: int) -> None:
+        together.wait()
+        tracker = MlflowTracker(f"step {number}", {"scop.version": "1"}, tmp_path / f"{number}-{UNSENT}")
+        together.wait()
+        tracker.close(succeeded=True)
+
+    threads = [threading.Thread(target=step, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (parent,), children = runs_of("cluster")
+    assert parent.data.tags[KFP_TAG] == on_a_cluster
+    assert {run.data.tags[PARENT_TAG] for run in children} == {parent.info.run_id}
+    assert len(children) == 4
+    assert parent.info.status == "RUNNING"
+
+
+def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
+    """The worst order: each looks before the other has created."""
+    from scop import parents
+
+    with monkeypatch.context() as blind:
+        look, looks = parents._parents, iter([True, False, True, False])
+        blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
+        first = MlflowTracker("first", {}, tmp_path / "first")
+        blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
+        second = MlflowTracker("second", {}, tmp_path / "second")
+    assert len(runs_of("cluster")[0]) == 2
+    first.close(succeeded=True)
+    second.close(succeeded=True)
+    (parent,), children = runs_of("cluster")
+    assert [run.data.tags[PARENT_TAG] for run in children] == [parent.info.run_id] * 2
+
+
+def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_cluster: str, tmp_path: Path) -> None:
+    MlflowTracker("finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
+    (parent,), _ = runs_of("cluster")
+    assert (parent.info.status, parent.data.tags["scop.error"]) == ("FAILED", "finetune: out of memory")
+    retry = MlflowTracker("finetune", {}, tmp_path / "b")
+    assert runs_of("cluster")[0][0].info.status == "RUNNING"
+    retry.close(succeeded=True)
+    assert runs_of("cluster")[0][0].info.status == "RUNNING"
+    MlflowTracker("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
+    (parent,), _ = runs_of("cluster")
+    assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"scop/top1": 0.9})
+
+
+def test_the_command_line_closes_what_a_killed_pod_left_open(on_a_cluster: str, tmp_path: Path) -> None:
+    MlflowTracker("finetune", {}, tmp_path / "a")  # and is never heard of again
+    close_parent("cluster", on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
+    (parent,), (child,) = runs_of("cluster")
+    assert (parent.info.status, child.info.status) == ("FAILED", "FAILED")
+    assert parent.data.tags["scop.error"] == "step finetune failed: OOMKilled"
+    assert close_parent("cluster", "another", succeeded=True) is None
+
+
+def test_a_run_that_kfp_opened_is_the_steps(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
+    client = MlflowClient()
+    experiment = find_experiment(client, "cluster")
+    above = client.create_run(experiment).info.run_id
+    given = client.create_run(experiment, tags={PARENT_TAG: above}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    tracker = MlflowTracker("finetune", {"scop.step": "finetune"}, tmp_path / "a")
+    assert tracker.run_id == given
+    tracker.close(succeeded=True)
+    (parent,), (child,) = runs_of("cluster")
+    assert (parent.info.run_id, child.info.run_id) == (above, given)
+    assert child.data.tags["scop.step"] == "finetune"
 
 
 def test_a_server_that_dies_costs_no_training(server: Server, tmp_path: Path, capsys) -> None:

@@ -30,7 +30,9 @@ from scop.manifest import RECORD, Manifest, read_folder
 from scop.steps.places import absolute, exchanged
 
 RUN_VARIABLE = "SCOP_RUN_ID"
-IMAGE_VARIABLE = "SCOP_IMAGE"
+IMAGE_VARIABLE, IMAGE_ID_VARIABLE = "SCOP_IMAGE", "SCOP_IMAGE_ID"
+ATTEMPT_VARIABLE = "SCOP_ATTEMPT"
+"""Set by `scop run`, another one each time: who started or kept the step last."""
 
 # Entries of the configuration that name files or folders; what they hold is recorded with the step.
 EXTERNAL_FILES = (("data", "path"), ("dense", "weights"))
@@ -90,7 +92,9 @@ class StepRecord(BaseModel):
         started: when.
         run: the id of the pipeline run.
         tracking_run: MLflow's id of the step's run.
-        image: that it ran in.
+        attempt: which start of the pipeline ran it, or kept it, last.
+        image, image_id: that it ran in: the name, and docker's id, which does not move as names do.
+        device: cuda or cpu; None where the step did not load PyTorch.
         python, torch: their versions.
         threads: PyTorch's, by which the order of additions goes; None where the step did not load it.
         cpus: of the machine.
@@ -110,7 +114,10 @@ class StepRecord(BaseModel):
     started: str | None = None
     run: str | None = None
     tracking_run: str | None = None
+    attempt: str | None = None
     image: str | None = None
+    image_id: str | None = None
+    device: str | None = None
     python: str | None = None
     torch: str | None = None
     threads: int | None = None
@@ -157,7 +164,10 @@ class StepRecord(BaseModel):
             revision=git_revision(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             run=os.environ.get(RUN_VARIABLE),
+            attempt=os.environ.get(ATTEMPT_VARIABLE),
             image=os.environ.get(IMAGE_VARIABLE),
+            image_id=os.environ.get(IMAGE_ID_VARIABLE),
+            device=None if torch is None else "cuda" if torch.cuda.is_available() else "cpu",
             python=platform.python_version(),
             torch=version("torch"),
             threads=torch.get_num_threads() if torch else None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from scop import storage
 from scop.checkpoints import Checkpoints
 from scop.config import Section, parse
 from scop.errors import Stopped, UserError
-from scop.manifest import CHECKPOINTS, read_folder
+from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
 from scop.steps import STEPS
 from scop.steps.places import (
@@ -65,6 +66,8 @@ KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
 RESUME_VARIABLE = "SCOP_RESUME"
 """Set by `scop run --resume`: a step whose output is there, whole and of the same making, is not run again."""
 
+PLACES_VARIABLE = "SCOP_PLACES"
+"""Set by `scop rerun`: the recorded places of the inputs, in JSON, which a summary names."""
 DEVICE_VARIABLE = "SCOP_REQUIRED_DEVICE"
 """Set on a cluster for a step that was promised a GPU: the class of step, resource and node selector it runs under."""
 
@@ -151,15 +154,39 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     check(name, "output", step.Outputs, outputs)
     with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_on_sigterm():
         targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
-        work = _Work(step, settings, inputs, each(inputs, fetched), outputs, targets)
+        with _announced(name, settings, inputs, outputs):
+            sources = each(inputs, fetched)
+        work = _Work(step, settings, inputs, sources, outputs, targets)
         refuse_overlap(work.sources, targets, inputs, outputs)
         record = work.describe(name)
         checkpoints = _checkpoints(record, work)
         if os.environ.get(RESUME_VARIABLE) and (result := _kept(record, outputs)):
+            checkpoints.remove()  # which a try that was killed at its very end has left
             return result
         for folder in targets.values():
             make_ready(folder)
         return _run_recorded(work, RecordFile(record, work.first_output), checkpoints)
+
+
+@contextlib.contextmanager
+def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[str, str]) -> Iterator[None]:
+    """Within, while inputs are fetched, there is a record already, unless an earlier try's would be lost by it."""
+    output = next(iter(outputs.values()))
+    from_afar = [p for v in inputs.values() for p in (v if isinstance(v, list) else [v]) if storage.is_uri(p)]
+    taken = storage.exists_at(output, RECORD) or (not storage.is_uri(output) and Path(output).exists())
+    if not from_afar or taken:
+        yield
+        return
+    places = {key: RecordedInput(uri=uri) for key, uri in each(inputs, lambda _, place: exchanged(place)).items()}
+    file = RecordFile(StepRecord.starting(name, settings.model_dump(mode="json"), places, outputs), output)
+    file.write()
+    try:
+        yield
+    except BaseException as error:
+        reason = first_line(error) if isinstance(error, Exception) else type(error).__name__
+        with contextlib.suppress(UserError):
+            file.write(status="stopped" if isinstance(error, _Terminated) else "failed", error=reason)
+        raise
 
 
 def _require_device(name: str) -> None:
@@ -199,6 +226,12 @@ class _Work:
     targets: Mapping[str, Path]
 
     @property
+    def places(self) -> Places:
+        """Where the inputs come from; for a step that is run again, where they came from the first time."""
+        told: dict[str, Any] = json.loads(os.environ.get(PLACES_VARIABLE, "{}"))
+        return each(self.inputs, lambda _, place: absolute(place)) | told
+
+    @property
     def first_output(self) -> str:
         """The place of the output that the record lies beside."""
         return next(iter(self.outputs.values()))
@@ -231,8 +264,11 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         if isinstance(tracker, MlflowTracker):
             file.write(tracking_run=tracker.run_id)
         tracker.log_params(flat(work.settings.model_dump(mode="json")))
-        result = work.run(Context(tracker, checkpoints, each(work.inputs, lambda _, place: absolute(place))))
+        result = work.run(Context(tracker, checkpoints, work.places))
         tracker.log_metrics(result.metrics)
+        made = {key: read_folder(folder) for key, folder in work.targets.items()}
+        seconds = round(time.monotonic() - started, 3)
+        file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made))
     except BaseException as error:
         reason = first_line(error) if isinstance(error, Exception) else type(error).__name__
         status = "stopped" if isinstance(error, Stopped | _Terminated) else "failed"
@@ -250,9 +286,6 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         if unsent.exists() and storage.is_uri(work.first_output):
             with contextlib.suppress(UserError):
                 storage.write(storage.join(work.first_output, UNSENT), unsent.read_bytes())
-    made = {key: read_folder(folder) for key, folder in work.targets.items()}
-    seconds = round(time.monotonic() - started, 3)
-    file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made))
     tracker.close(succeeded=True, last=result.metrics if name == list(STEPS)[-1] else None)
     try:
         checkpoints.remove()
@@ -273,6 +306,7 @@ def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
     if before.still_runs:
         raise UserError(f"it still runs, as process {before.process} of this machine; wait for it, or end it")
     if (reason := reason_to_run(now, before, outputs)) is None:
+        RecordFile(before, next(iter(outputs.values()))).write(attempt=now.attempt)
         print(f"kept: it finished in {before.seconds or 0:.1f} s; all that it is made of is unchanged", flush=True)
         return before.result
     print(f"runs again: {reason}", flush=True)
