@@ -40,4 +40,6 @@ def evaluate(
         {"evaluation": evaluation.path},
     )
     metrics.metadata.update(result.metrics)
+    result.save(metrics.path)
     confusion.log_confusion_matrix(result.classes, result.confusion)
+    result.save(confusion.path)

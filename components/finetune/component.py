@@ -38,3 +38,4 @@ def finetune(
         {"model": model.path},
     )
     metrics.metadata.update(result.metrics)
+    result.save(metrics.path)

@@ -27,3 +27,4 @@ def train_dense(
 
     result = execute("train_dense", {"dense": dense}, {"dataset": dataset.path}, {"model": model.path})
     metrics.metadata.update(result.metrics)
+    result.save(metrics.path)

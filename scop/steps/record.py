@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,11 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
+
+    def save(self, path: str) -> None:
+        """Write it as JSON: what has no file, KFP's local cache takes for lost, and its launcher warns of."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(asdict(self)) + "\n")
 
 
 class RecordedInput(BaseModel):

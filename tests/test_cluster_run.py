@@ -1,0 +1,116 @@
+"""The file that is submitted, run: the compiled pipeline for a cluster, executed from its YAML by kfp.local."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.presets import find_config
+from scop import s3
+from scop.config import load_config
+from tests import services
+from tests.test_cluster import EXAMPLE
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+SMALL = ["dense.epochs=3", "knockoff.epochs=1", "finetune.epochs=2", "evaluate.repeats=3"]
+# What a Secret would put into the steps' environment; the first two are those of the S3 server.
+PLANTED = {
+    "AWS_SECRET_ACCESS_KEY": services.SECRET,
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password",
+    "KF_PIPELINES_TOKEN": "planted-kfp-token",
+}
+RUN = """
+import json, sys
+from kfp import components, local
+file, root, cache, sections = sys.argv[1:]
+runner = local.SubprocessRunner(use_venv=False)
+local.init(runner, pipeline_root=root, workspace_root=cache + "-workspace", enable_caching=True, cache_root=cache)
+components.load_component_from_file(file)(**json.loads(sections))
+"""
+
+
+@dataclass
+class Submitted:
+    """Two runs of one file, with caching: the second with another section `finetune`."""
+
+    folder: Path
+    store: Path
+    first: set[str]
+    second: set[str]
+
+
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
+    folder = tmp_path_factory.mktemp("cluster")
+    values = yaml.safe_load(EXAMPLE.read_text()) | {"pipeline_root": "s3://cluster/scop"}
+    values["classes"]["gpu"] = {"requests": {"cpu": 2, "memory": "4Gi"}}  # there is none here
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(values))
+    with services.s3_server(folder) as address:
+        surroundings = services.environment(address) | PLANTED
+        surroundings |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_TRACKING_USERNAME": "me"}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_", "KF"))}
+        (folder / "store" / "cluster").mkdir()
+        executed = []
+        for number, change in enumerate(([], ["finetune.epochs=1"])):
+            environment = clean | surroundings | {"KFP_RUN_ID": f"kfp-run-{number}", "PYTHONPATH": str(ROOT)}
+            compile_ = [sys.executable, "-m", "scop.cli", "compile", "--cluster", str(folder / "cluster.yaml")]
+            subprocess.run([*compile_, "-o", str(folder / "pipeline.yaml")], env=environment, check=True, cwd=folder)
+            config = load_config(find_config("digits-resnet20"), [*SMALL, *change])
+            sections = json.dumps(config.model_dump(mode="json", exclude={"run"}, exclude_none=True))
+            places = [str(folder / "pipeline.yaml"), str(folder / f"root{number}"), str(folder / "cache"), sections]
+            with (folder / f"log{number}.txt").open("w") as log:
+                command = [sys.executable, "-c", RUN, *places]
+                result = subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, timeout=500)
+            assert result.returncode == 0, (folder / f"log{number}.txt").read_text()[-3000:]
+            records = (folder / f"root{number}").rglob("step.json")
+            executed.append({json.loads(path.read_text())["step"] for path in records})
+        yield Submitted(folder, folder / "store" / "cluster", *executed)
+    s3.forget_client()
+
+
+def test_only_what_depends_on_the_changed_section_runs_again(submitted: Submitted) -> None:
+    assert submitted.first == {
+        "prepare_data", "train_dense", "train_knockoff", "select_channels", "finetune", "evaluate", "export", "compare"
+    }  # fmt: skip
+    assert submitted.second == {"finetune", "evaluate", "export", "compare"}
+
+
+def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submitted) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{submitted.folder}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
+    parents = {run.data.tags["kfp.run_id"]: run for run in found if "kfp.run_id" in run.data.tags}
+    assert {run.info.status for run in parents.values()} == {"FINISHED"}
+    assert parents["kfp-run-0"].data.metrics["scop-0.45/top1"] > 0.3
+    steps = {
+        key: sorted(
+            run.data.tags["scop.step"] for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+        )
+        for key, parent in parents.items()
+    }
+    assert len(steps["kfp-run-0"]) == 8
+    assert steps["kfp-run-1"] == ["compare", "evaluate", "export", "finetune"]
+
+
+def test_no_secret_is_in_anything_that_the_runs_left(submitted: Submitted) -> None:
+    left = [path for path in submitted.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "pipeline.yaml" for path in left)
+    assert any(path.name == "step.json" for path in left)
+    assert any(path.name == "mlflow.db" for path in left)
+    for path in left:
+        if path.name.startswith("rclone"):  # the server's own log
+            continue
+        content = path.read_bytes()
+        assert not [name for name, secret in PLANTED.items() if secret.encode() in content], path
+
+
+def test_checkpoints_are_gone_from_s3_when_all_is_done(submitted: Submitted) -> None:
+    assert [path for path in submitted.store.rglob("*") if path.is_file()] == []
