@@ -22,6 +22,7 @@ from scop.spec import spec_of
 from scop.steps.common import evaluation_batches
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
+from scop.text import human
 
 
 class Config(Section):
@@ -96,7 +97,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     metrics = _headline(figures, latencies)
     print(
         f"{variant.label}: top-1 {metrics['dense_top1']:.2%} -> {metrics['pruned_top1']:.2%}, "
-        f"MACs {metrics['dense_macs']:.4g} -> {metrics['pruned_macs']:.4g}",
+        f"MACs {human(metrics['dense_macs'])} -> {human(metrics['pruned_macs'])}",
         flush=True,
     )
     return StepResult(metrics, dataset.info.classes, evaluation["confusion"])
