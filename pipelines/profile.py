@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from scop.config import PositiveInt, Section, override, parse, read_yaml
-from scop.steps import STEPS
+from scop.steps import STEPS, TRAINING_STEPS
 
-TRAINING_STEPS = ("train_dense", "train_knockoff", "finetune")
 FOLDER = Path(__file__).parent / "clusters"
 
 # Kubernetes' quantities: 500m, 2, 1.5, 8Gi; see k8s.io/apimachinery, resource.Quantity.

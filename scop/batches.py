@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from scop.data import DatasetInfo, Split
+from scop.distributed import WHOLE, Share
 from scop.errors import UserError
 
 
@@ -36,18 +37,20 @@ class Batches:
 
     Iterating yields (images, labels): images float (B, C, H, W), normalised, in channels-last memory format; labels
     int64 (B,). With an augmentation the order is shuffled anew each epoch and a last partial batch is left out; the
-    order and the changes depend on seed and epoch alone, so training that is resumed sees what it would have seen.
+    order and the changes depend on seed and epoch alone, so training that is resumed sees what it would have seen, and
+    several processes see together what one would have seen.
 
     Args:
         split: the images.
         info: the dataset's description, for mean and standard deviation.
-        batch_size: images in a batch.
+        batch_size: images in a batch, all shares together.
         device: where images are kept and batches made.
         augmentation: for training; None gives the images in their order, all of them.
         seed: of order and augmentation.
+        share: of each batch, that is this process's; without augmentation every so-manieth image.
 
     Raises:
-        UserError: fewer training images than a batch, or padding as wide as the image.
+        UserError: fewer training images than a batch, padding as wide as the image, or shares of unequal size.
     """
 
     def __init__(
@@ -58,14 +61,25 @@ class Batches:
         device: torch.device,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        share: Share = WHOLE,
     ) -> None:
         if augmentation is not None and len(split) < batch_size:
             raise UserError(f"{len(split)} training images are fewer than a batch: batch_size is {batch_size}")
+        rank, shares = share
+        if augmentation is not None and batch_size % shares:
+            raise UserError(f"batch_size {batch_size} cannot be shared by {shares} processes; take a multiple of them")
         smallest = min(split.images.shape[2:])
         if augmentation is not None and augmentation.crop_padding >= smallest:
             raise UserError(f"crop_padding {augmentation.crop_padding} must be below the image's {smallest} pixels")
-        self.images = torch.from_numpy(split.images).to(device)
-        self.labels = torch.from_numpy(split.labels).to(device)
+        # Training draws from all images, whatever its share of the batch; measuring goes through the share in order.
+        images, labels = (
+            (split.images, split.labels)
+            if augmentation is not None
+            else (split.images[rank::shares], split.labels[rank::shares])
+        )
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self._own = slice(rank * batch_size // shares, (rank + 1) * batch_size // shares)
         self.batch_size, self.device, self.augmentation, self.seed = batch_size, device, augmentation, seed
         # Pixels are scaled and normalised in one step: x / 255 is folded into mean and deviation.
         self._mean = torch.tensor(info.mean, device=device).view(1, -1, 1, 1) * 255
@@ -95,11 +109,14 @@ class Batches:
             chosen = order[start : start + self.batch_size]
             yield (
                 self._normalise(self._augment(chosen, self.augmentation, generator)),
-                self.labels[chosen.to(self.device)],
+                self.labels[chosen[self._own].to(self.device)],
             )
 
     def _augment(self, chosen: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-        """Crop and flip the chosen images (B,) by one gather from the split: uint8 (B, C, H, W)."""
+        """Crop and flip the share of the chosen images (B,) by one gather from the split: uint8 (share, C, H, W).
+
+        Random numbers are drawn for all of them, so that they are the same however many share them.
+        """
         _, height, width = self.input_shape
         pad, count = augmentation.crop_padding, len(chosen)
         rows = torch.arange(height).expand(count, height)
@@ -111,9 +128,9 @@ class Batches:
             flipped = torch.rand(count, 1, generator=generator) < 0.5
             columns = torch.where(flipped, columns.flip(1), columns)
         if not pad and not augmentation.flip:
-            return self.images[chosen.to(self.device)]
+            return self.images[chosen[self._own].to(self.device)]
         index = [
-            part.to(self.device, non_blocking=True)
+            part[self._own].to(self.device, non_blocking=True)
             for part in (chosen[:, None, None], rows[:, :, None], columns[:, None, :])
         ]
         # Indices around a slice put the channels last: (B, H, W, C), which is the memory format wanted anyway.

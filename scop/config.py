@@ -116,6 +116,8 @@ class TrainingSection(Section):
         crop_padding, flip: augmentation, see `scop.batches.Augmentation`.
         precision: bf16 autocast, fp32, or auto: bf16 where the device has it natively.
         compile: run through torch.compile.
+        sync_batch_norm: where several processes train, batch norms see the whole batch and not each its share; then the
+            result does not depend on how many there are.
         keep: the weights of the last epoch, or of the best one on the validation split.
         seed: of initial weights, order and augmentation.
     """
@@ -133,6 +135,7 @@ class TrainingSection(Section):
     flip: bool = False
     precision: Precision = "auto"
     compile: bool = False
+    sync_batch_norm: bool = True
     keep: Literal["last", "best"] = "last"
     seed: Seed = 0
 

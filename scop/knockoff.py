@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from scop import distributed
 from scop.config import KnockoffSection, Precision, parse
 from scop.device import autocast, autocast_dtype, pick_device
 from scop.errors import UserError
@@ -213,7 +214,7 @@ class Competition:
         self.source, self.device = source, device
         self.dtype = autocast_dtype(device, precision)
         layers = gated_layers(graph)
-        self._network = folded_copy(model, graph, self.dtype).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = folded_copy(model, graph, self.dtype).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Parameter names may not hold dots, and layer names do.
         self.gates = nn.ParameterDict(
             {
@@ -221,14 +222,11 @@ class Competition:
                 for layer in layers
             }
         ).to(device)
-        self._features: dict[str, Tensor] = {}
-        self._mixing = False
-        for layer, gate in self.named_gates():
-            self._network.get_submodule(layer).register_forward_hook(partial(self._meet, layer, gate))
-        self._overwritten: set[str] = set()
-        self._overwritten = self._find_overwritten(graph.input_shape)
+        with torch.no_grad(), autocast(device, self.dtype):
+            streams = _TwoStreams(network, dict(self.named_gates()), torch.zeros(2, *graph.input_shape, device=device))
+        self._streams = distributed.parallel(streams, device)
 
-    def named_gates(self) -> Iterator[tuple[str, Tensor]]:
+    def named_gates(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, gate in self.gates.items():
             yield name.replace("/", "."), gate
 
@@ -242,17 +240,44 @@ class Competition:
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
         with autocast(self.device, self.dtype):
-            self._mixing = False
-            with torch.no_grad():
-                self._network(self.source(images, labels))
-            self._mixing = True
-            logits = self._network(images).float()
+            logits = self._streams(images, self.source(images, labels)).float()
         return F.cross_entropy(logits, labels), logits
 
     def after_step(self) -> None:
         with torch.no_grad():
             for gate in self.gates.values():
                 gate.clamp_(0, 1)
+
+
+class _TwoStreams(nn.Module):
+    """The frozen network with the gates between its two streams.
+
+    Args:
+        network: without gradients.
+        gates: by layer.
+        images: some of the right shape (B, C, H, W), to try it on.
+
+    Shape:
+        real images, knockoff images (B, C, H, W) -> logits of the real stream (B, classes).
+    """
+
+    def __init__(self, network: nn.Module, gates: Mapping[str, nn.Parameter], images: Tensor) -> None:
+        super().__init__()
+        self.network, self.gates = network, nn.ParameterList(gates.values())
+        self._features: dict[str, Tensor] = {}
+        self._mixing = False
+        for layer, gate in gates.items():
+            network.get_submodule(layer).register_forward_hook(partial(self._meet, layer, gate))
+        self._overwritten: set[str] = set()
+        self._overwritten = self._find_overwritten(images)
+
+    def forward(self, images: Tensor, knockoffs: Tensor) -> Tensor:
+        self._mixing = False
+        with torch.no_grad():
+            self.network(knockoffs)
+        self._mixing = True
+        logits: Tensor = self.network(images)
+        return logits
 
     def _meet(self, layer: str, gate: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Forward hook: keep the knockoff stream's feature map; mix it into the real stream's."""
@@ -262,10 +287,9 @@ class Competition:
         self._features[layer] = output
         return output.clone() if layer in self._overwritten else output
 
-    def _find_overwritten(self, input_shape: tuple[int, ...]) -> set[str]:
+    def _find_overwritten(self, images: Tensor) -> set[str]:
         """Layers whose output the network changes in place (by a functional ``relu_``, say) after it was kept."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            self._network(torch.zeros(2, *input_shape, device=self.device))
+        self.network(images)
         kept, self._features = self._features, {}
         return {layer for layer, output in kept.items() if output._version > 0}
 

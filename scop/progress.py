@@ -57,6 +57,8 @@ def progress(total: int | None, label: str, unit: str = "batch") -> Any:
 
 
 def _terminal() -> TextIO | None:
+    if os.environ.get("RANK", "0") != "0":  # torchrun's; one bar for all processes is enough
+        return None
     if sys.stderr.isatty():
         return sys.stderr
     if path := os.environ.get(TERMINAL_VARIABLE):

@@ -79,12 +79,8 @@ class MlflowTracker:
     """
 
     def __init__(self, run_name: str, tags: Mapping[str, str], unsent: Path) -> None:
-        self._unsent, self._reachable = unsent, True
         self.run_id: str | None = None
-        configure_mlflow()
-        from mlflow.tracking import MlflowClient
-
-        self._client = MlflowClient()
+        self._connect(unsent)
         self._parent = os.environ.get(PARENT_VARIABLE)
         self._kfp_run = None if self._parent else os.environ.get(KFP_RUN_VARIABLE)
         self._experiment = ""
@@ -104,6 +100,21 @@ class MlflowTracker:
             return str(run.info.run_id)
 
         self.run_id = self._send("start", {"run_name": run_name}, start, at_start=True)
+
+    @classmethod
+    def joining(cls, run_id: str, unsent: Path) -> MlflowTracker:
+        """For a run that another process has opened and will close; arguments as the attributes."""
+        tracker = cls.__new__(cls)
+        tracker._connect(unsent)
+        tracker.run_id = run_id
+        return tracker
+
+    def _connect(self, unsent: Path) -> None:
+        configure_mlflow()
+        from mlflow.tracking import MlflowClient
+
+        self._unsent, self._reachable = unsent, True
+        self._client = MlflowClient()
 
     def _resume(self, run_id: str, tags: Mapping[str, str]) -> str:
         """The step's run that KFP opened: it closes the run above it as well."""

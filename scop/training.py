@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scop import distributed
 from scop.config import DistillationSection, TrainingSection
 from scop.device import autocast, autocast_dtype
 from scop.errors import Stopped, UserError
 from scop.narrow import NarrowBatchNorms
 from scop.progress import progress
+from scop.sync_batch_norm import SynchronisedBatchNorms
 
 # Looking at the loss makes a GPU wait, so not at every step.
 _STEPS_BETWEEN_CHECKS = 20
@@ -99,10 +101,16 @@ class Supervised:
         self.dtype = autocast_dtype(device, section.precision)
         self.smoothing = section.label_smoothing
         self.teacher, self.distillation = teacher, distillation or DistillationSection()
-        # A compiler makes kernels of its own for every width.
-        fast = device.type == "cpu" and not section.compile
-        self._narrow: AbstractContextManager[Any] = NarrowBatchNorms() if fast else nullcontext()
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if section.compile else model
+        synchronised = distributed.several() and section.sync_batch_norm
+        if synchronised and section.compile:
+            raise UserError("compile cannot synchronise batch norms; set sync_batch_norm: false, or compile: false")
+        self._batch_norms: AbstractContextManager[Any] = nullcontext()
+        if synchronised:
+            self._batch_norms = SynchronisedBatchNorms()
+        elif device.type == "cpu" and not section.compile:  # a compiler makes kernels of its own for every width
+            self._batch_norms = NarrowBatchNorms()
+        network = distributed.parallel(model, device)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if section.compile else network
 
     @property
     def state(self) -> nn.Module:
@@ -113,7 +121,7 @@ class Supervised:
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
-        with autocast(self.device, self.dtype), self._narrow:
+        with autocast(self.device, self.dtype), self._batch_norms:
             logits = self._forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
@@ -210,7 +218,8 @@ def fit(
 
     Args:
         objective: what is minimised.
-        batches: one iteration is an epoch; its ``set_epoch`` is called where it has one.
+        batches: one iteration is an epoch; its ``set_epoch`` is called where it has one. Where several processes
+            train, this one's share of them.
         optimizer: over the objective's parameters, at its peak learning rate.
         epochs: passes over the batches.
         label: names the work in the progress display.
@@ -249,9 +258,10 @@ def fit(
             state |= {"best": best, "history": [asdict(record) for record in history], "begun": begun}
             checkpoints.save(state, len(history), begun["steps"] if begun else 0)
 
+    stopping = distributed.agreed(stopping)
     said = -math.inf
     for epoch in range(len(history), epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch)
+        torch.manual_seed(seed * 1_000_003 + epoch + 0x9E37_79B9 * distributed.rank())
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
         work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{epochs}", begun)
@@ -293,7 +303,7 @@ class _Epoch:
         self.epoch, self.length, self.label = epoch, length, label
         self.steps, self.seconds = 0, 0.0
         self.tally = _Tally(first_step=epoch * length)
-        self._random: list[Tensor] | None = None
+        self._random: list[list[Tensor]] = []
         if begun:
             self.steps, self.seconds, self._random = begun["steps"], begun["seconds"], begun["random"]
             self.tally.restore(begun["tally"])
@@ -314,8 +324,8 @@ class _Epoch:
             rest = islice(batches, self.steps, None)
             bar.update(self.steps)
             images_and_labels = next(rest, None)
-            if self._random is not None:
-                _set_random_state(self._random)
+            if distributed.rank() < len(self._random):
+                _set_random_state(self._random[distributed.rank()])
             while images_and_labels is not None:
                 images, labels = images_and_labels
                 step = self.tally.first_step + self.steps
@@ -342,28 +352,33 @@ class _Epoch:
             "steps": self.steps,
             "seconds": self.seconds,
             "tally": self.tally.state(),
-            "random": _random_state(),
+            "random": distributed.gathered(_random_state()),
         }
 
     def record(self) -> EpochRecord:
+        loss, top1 = distributed.mean(self.tally.mean_loss, self.tally.top1)
         return EpochRecord(
             epoch=self.epoch + 1,
             lr=self.tally.rates[-1],
-            loss=self.tally.mean_loss,
-            top1=self.tally.top1,
+            loss=loss,
+            top1=top1,
             seconds=round(self.seconds, 3),
         )
 
 
 def _random_state() -> list[Tensor]:
-    """Of the CPU's generator and of every GPU's."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    """Of the CPU's generator and, where one is in use, of the GPU's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if _on_gpu() else [])]
 
 
 def _set_random_state(state: list[Tensor]) -> None:
     torch.set_rng_state(state[0])
-    if len(state) - 1 == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state[1:])
+    if state[1:] and _on_gpu():
+        torch.cuda.set_rng_state(state[1])
+
+
+def _on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class _LearningRate:

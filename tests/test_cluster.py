@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from pipelines.cluster import compile_for
-from pipelines.profile import TRAINING_STEPS, load_profile
+from pipelines.profile import load_profile
 from scop import UserError, cli
 from scop.config import RunSection
-from scop.steps import STEPS
+from scop.steps import STEPS, TRAINING_STEPS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "pipelines" / "clusters" / "example.yaml"

@@ -11,3 +11,6 @@ STEPS = {
     "compare": ("scores evaluations... exports...", "report"),
 }
 """The steps in their order, with the names of their inputs and outputs, for help texts that must not import them."""
+
+TRAINING_STEPS = ("train_dense", "train_knockoff", "finetune")
+"""Those that gain by GPUs, and that several processes can share."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from scop import distributed
 from scop.batches import Augmentation, Batches
 from scop.checkpoints import termination
-from scop.config import FinetuneSection, TrainingSection
+from scop.config import FinetuneSection, KnockoffSection, TrainingSection
 from scop.data import Dataset, SplitName
 from scop.device import autocast_dtype
+from scop.distributed import WHOLE, Share
 from scop.evaluation import Accuracy, measure_accuracy
 from scop.steps.runtime import Context
 from scop.training import EpochRecord, Supervised, fit, make_optimizer
@@ -17,15 +19,17 @@ from scop.training import EpochRecord, Supervised, fit, make_optimizer
 _EVALUATION_BATCH = 500
 
 
-def evaluation_batches(dataset: Dataset, split: SplitName, device: torch.device) -> Batches:
-    """All images of a split, in their order, as they are."""
-    return Batches(dataset[split], dataset.info, _EVALUATION_BATCH, device)
+def evaluation_batches(dataset: Dataset, split: SplitName, device: torch.device, share: Share = WHOLE) -> Batches:
+    """All images of a split, or a share of them, in their order, as they are."""
+    return Batches(dataset[split], dataset.info, _EVALUATION_BATCH, device, share=share)
 
 
-def training_batches(dataset: Dataset, section: TrainingSection, device: torch.device) -> Batches:
-    """The training split, shuffled and augmented as the section says."""
+def training_batches(
+    dataset: Dataset, section: TrainingSection | KnockoffSection, device: torch.device, share: Share = WHOLE
+) -> Batches:
+    """The training split, or a share of each of its batches, shuffled and augmented as the section says."""
     augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
-    return Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed)
+    return Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed, share)
 
 
 def train_supervised(
@@ -36,17 +40,24 @@ def train_supervised(
     label: str,
     teacher: nn.Module | None = None,
 ) -> list[EpochRecord]:
-    """Train a network on its labels, in place, with checkpoints; it ends on the CPU."""
+    """Train a network on its labels, in place, with checkpoints; it ends on the CPU.
+
+    Where several processes train, all end with the same network.
+    """
     device = context.device
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = training_batches(dataset, section, device)
-    validation = evaluation_batches(dataset, "validation", device)
+    share = distributed.share()
+    batches = training_batches(dataset, section, device, share)
+    validation = evaluation_batches(dataset, "validation", device, share)
     distillation = section.distillation if isinstance(section, FinetuneSection) else None
     objective = Supervised(model, device, section, teacher, distillation)
 
     def validate() -> tuple[float, float]:
+        distributed.spread_buffers(model)
+        count = len(validation.labels)
         accuracy = measure_accuracy(model, validation, device, objective.dtype)
-        return accuracy.loss, accuracy.top1
+        loss, top1, images = distributed.mean(accuracy.loss * count, accuracy.top1 * count, count)
+        return loss / images, top1 / images
 
     with termination() as stopping:
         history = fit(
@@ -59,11 +70,12 @@ def train_supervised(
             schedule=section.schedule,
             warmup_epochs=section.warmup_epochs,
             keep=section.keep,
-            validate=validate if len(dataset["validation"]) else None,
+            validate=validate if len(dataset["validation"]) >= share[1] else None,
             on_epoch=context.on_epoch,
             checkpoints=context.checkpoints,
             stopping=stopping,
         )
+    distributed.spread_buffers(model)
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history
 

@@ -102,6 +102,7 @@ class StepRecord(BaseModel):
         device: cuda or cpu; None where the step did not load PyTorch.
         python, torch: their versions.
         threads: PyTorch's, by which the order of additions goes; None where the step did not load it.
+        processes: that train together.
         cpus: of the machine.
         host, process, process_started: which process it is.
         config: the step's sections by name.
@@ -126,6 +127,7 @@ class StepRecord(BaseModel):
     python: str | None = None
     torch: str | None = None
     threads: int | None = None
+    processes: int = 1
     cpus: int | None = None
     host: str | None = None
     process: int | None = None
@@ -154,6 +156,7 @@ class StepRecord(BaseModel):
         config: dict[str, Any],
         inputs: dict[str, RecordedInput],
         outputs: Mapping[str, str],
+        processes: int = 1,
     ) -> StepRecord:
         """The record of a step that this process is about to run; arguments as the attributes, outputs by place."""
         files = {}
@@ -176,6 +179,7 @@ class StepRecord(BaseModel):
             python=platform.python_version(),
             torch=version("torch"),
             threads=torch.get_num_threads() if torch else None,
+            processes=processes,
             cpus=os.cpu_count(),
             host=platform.node(),
             process=os.getpid(),

@@ -32,6 +32,7 @@ from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
 from scop.steps import STEPS
+from scop.steps import processes as several
 from scop.steps.places import (
     Places,
     absolute,
@@ -59,7 +60,7 @@ from scop.tracking import UNSENT, MlflowTracker, NoTracker, Tracker
 if TYPE_CHECKING:
     import torch
 
-    from scop.training import EpochRecord
+    from scop.training import CheckpointStore, EpochRecord
 
 CHECKPOINTS_VARIABLE = "SCOP_CHECKPOINTS"
 KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
@@ -86,7 +87,7 @@ class Context:
     """
 
     tracker: Tracker
-    checkpoints: Checkpoints
+    checkpoints: CheckpointStore
     places: Places
 
     @cached_property
@@ -147,8 +148,9 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     Raises:
         UserError: anything about the configuration or the inputs is wrong.
     """
-    _require_device(name)
     step = find_step(name)
+    processes = several.wanted(name)
+    _require_device(name, processes)
     settings = parse(step.Config, config)
     inputs = check(name, "input", step.Inputs, inputs)
     check(name, "output", step.Outputs, outputs)
@@ -156,9 +158,9 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
         with _announced(name, settings, inputs, outputs):
             sources = each(inputs, fetched)
-        work = _Work(step, settings, inputs, sources, outputs, targets)
+        work = _Work(name, step, settings, inputs, sources, outputs, targets, processes)
         refuse_overlap(work.sources, targets, inputs, outputs)
-        record = work.describe(name)
+        record = work.describe()
         checkpoints = _checkpoints(record, work)
         if os.environ.get(RESUME_VARIABLE) and (result := _kept(record, outputs)):
             checkpoints.remove()  # which a try that was killed at its very end has left
@@ -189,7 +191,7 @@ def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[st
         raise
 
 
-def _require_device(name: str) -> None:
+def _require_device(name: str, processes: int) -> None:
     """Leave the process, before any data is read, where a GPU was asked for and is not there.
 
     Old backends drop the request silently; hours on a CPU would be the result.
@@ -197,10 +199,12 @@ def _require_device(name: str) -> None:
     if wanted := os.environ.get(DEVICE_VARIABLE):
         import torch
 
-        if not torch.cuda.is_available():
+        if (there := torch.cuda.device_count()) < processes:
+            asked = "a GPU" if processes == 1 else f"{processes} GPUs"
             print(
-                f"scop: error: {name}: it was to have a GPU, and PyTorch sees none; it runs as {wanted}; check that "
-                "the node has one free, that its device plugin runs, and that KFP's backend passes the request on",
+                f"scop: error: {name}: it was to have {asked}, and PyTorch sees {there or 'none'}; it runs as {wanted}"
+                "; check that the node has them free, that its device plugin runs, and that KFP's backend passes the "
+                "request on",
                 file=sys.stderr,
                 flush=True,
             )
@@ -212,18 +216,22 @@ class _Work:
     """What a step is to do, and on what.
 
     Attributes:
+        name: of the step.
         step: its module.
         settings: its validated configuration.
         inputs, outputs: their places by name.
         sources, targets: the local folders that it reads and writes.
+        processes: that share the work.
     """
 
+    name: str
     step: StepModule
     settings: Section
     inputs: Places
     sources: Mapping[str, Any]
     outputs: Mapping[str, str]
     targets: Mapping[str, Path]
+    processes: int
 
     @property
     def places(self) -> Places:
@@ -236,27 +244,49 @@ class _Work:
         """The place of the output that the record lies beside."""
         return next(iter(self.outputs.values()))
 
-    def describe(self, name: str) -> StepRecord:
+    def describe(self) -> StepRecord:
         contents = each(self.sources, content_of)
         places = each(self.inputs, lambda _, place: exchanged(place))
         inputs = {key: RecordedInput(uri=uri, content=contents[key]) for key, uri in places.items()}
-        return StepRecord.starting(name, self.settings.model_dump(mode="json"), inputs, self.outputs)
-
-    def run(self, context: Context) -> StepResult:
-        """Do it, and put what was made where it belongs."""
-        result = self.step.run(
-            self.settings, self.step.Inputs(**self.sources), self.step.Outputs(**self.targets), context
+        return StepRecord.starting(
+            self.name, self.settings.model_dump(mode="json"), inputs, self.outputs, self.processes
         )
+
+    def run(self, tracker: Tracker, checkpoints: Checkpoints) -> StepResult:
+        """Do it, and put what was made where it belongs."""
+        if self.processes > 1:
+            result = self._share(tracker, checkpoints)
+        else:
+            inputs, outputs = self.step.Inputs(**self.sources), self.step.Outputs(**self.targets)
+            result = self.step.run(self.settings, inputs, outputs, Context(tracker, checkpoints, self.places))
         for name, place in self.outputs.items():
             if storage.is_uri(place):
                 storage.send_folder(self.targets[name], place)
         return result
 
+    def _share(self, tracker: Tracker, checkpoints: Checkpoints) -> StepResult:
+        job = several.Job(
+            step=self.name,
+            config=self.settings.model_dump(mode="json"),
+            sources=dict(self.sources),
+            targets=dict(self.targets),
+            places=dict(self.places),
+            checkpoints=(checkpoints.place, checkpoints.fingerprint, checkpoints.keep),
+            tracking_run=tracker.run_id if isinstance(tracker, MlflowTracker) else None,
+            unsent=self.unsent,
+        )
+        return several.work_together(job, self.processes)
+
+    @property
+    def unsent(self) -> Path:
+        """The file for what could not be tracked."""
+        return next(iter(self.targets.values())) / UNSENT
+
 
 def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> StepResult:
     """The work between the record's first line and its last."""
     started, name = time.monotonic(), file.record.step
-    unsent = next(iter(work.targets.values())) / UNSENT
+    unsent = work.unsent
     tracker: Tracker = NoTracker()
     file.write()
     try:
@@ -264,7 +294,7 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         if isinstance(tracker, MlflowTracker):
             file.write(tracking_run=tracker.run_id)
         tracker.log_params(flat(work.settings.model_dump(mode="json")))
-        result = work.run(Context(tracker, checkpoints, work.places))
+        result = work.run(tracker, checkpoints)
         tracker.log_metrics(result.metrics)
         made = {key: read_folder(folder) for key, folder in work.targets.items()}
         seconds = round(time.monotonic() - started, 3)

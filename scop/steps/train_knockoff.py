@@ -6,14 +6,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from scop import distributed
 from scop.artifacts import load_model, save_history
-from scop.batches import Augmentation, Batches
 from scop.checkpoints import termination
 from scop.config import KnockoffSection, Section
 from scop.data import load_dataset
 from scop.knockoff import train_knockoffs
 from scop.manifest import write_manifest
 from scop.plots import score_histograms
+from scop.steps.common import training_batches
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
 
@@ -36,11 +37,10 @@ class Outputs:
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
     section, dataset, model = config.knockoff, load_dataset(inputs.dataset), load_model(inputs.dense)
     device = context.device
-    augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
     with termination() as stopping:
         scores = train_knockoffs(
             model,
-            Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed),
+            training_batches(dataset, section, device, distributed.share()),
             section,
             device=device,
             on_epoch=context.on_epoch,

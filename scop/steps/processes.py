@@ -1,0 +1,177 @@
+"""A training step run by several processes, one on each GPU of its pod, through torchrun.
+
+The process that KFP started has the step's life: record, inputs from S3, tracking run, outputs. Only the work itself,
+the step's ``run``, is done by all of them: the first writes the outputs, what the others write is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from scop.checkpoints import Checkpoints
+from scop.errors import Stopped, UserError
+from scop.mlflow_server import first_line
+from scop.steps import TRAINING_STEPS
+from scop.steps.places import each
+from scop.steps.record import StepResult
+from scop.tracking import MlflowTracker, NoTracker, Tracker
+
+PROCESSES_VARIABLE = "SCOP_PROCESSES"
+"""So many processes train; on a cluster, the number of GPUs that a pod has."""
+
+_JOB, _RESULT = "job.json", "result.json"
+_TERMINATED, _MISTAKE = 143, 2
+
+
+class Job(BaseModel):
+    """The work that the processes share.
+
+    Attributes:
+        step: its name.
+        config: its sections by name.
+        sources, targets: the local folders that it reads and writes, by name.
+        places: of the inputs: absolute paths or URIs, by name.
+        checkpoints: place, fingerprint and number of those kept.
+        tracking_run: MLflow's id of the step's run, which is open.
+        unsent: the file for what could not be sent there.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    step: str
+    config: dict[str, Any]
+    sources: dict[str, Path | list[Path]]
+    targets: dict[str, Path]
+    places: dict[str, str | list[str]]
+    checkpoints: tuple[str, str, int]
+    tracking_run: str | None
+    unsent: Path
+
+
+def wanted(step: str) -> int:
+    """How many processes a step is to have.
+
+    Raises:
+        UserError: they were asked for in a way that cannot be.
+    """
+    text = os.environ.get(PROCESSES_VARIABLE, "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{PROCESSES_VARIABLE} is {text!r}; it must be a number of processes, 1 or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"start the step without torchrun, with {PROCESSES_VARIABLE} set; it starts the processes itself"
+        )
+    if int(text) == 1 or step not in TRAINING_STEPS:
+        return 1
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < int(text):
+        raise UserError(f"{PROCESSES_VARIABLE} is {text}, and there are {torch.cuda.device_count()} GPUs")
+    return int(text)
+
+
+def work_together(job: Job, count: int) -> StepResult:
+    """Do the work by so many processes.
+
+    Raises:
+        UserError: the first that a process raised.
+        Stopped: they were told to stop, and wrote a checkpoint.
+        RuntimeError: a process failed; its traceback is on stderr.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its banners say less than we do
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        run_id=uuid.uuid4().hex,
+        max_restarts=0,
+    )
+    with tempfile.TemporaryDirectory(prefix="scop-") as name:
+        folder = Path(name)
+        (folder / _JOB).write_text(job.model_dump_json())
+        try:
+            elastic_launch(launch, sys.executable)("-m", "scop.steps.processes", name)
+        except (ChildFailedError, SignalException) as error:
+            raise _reason(folder, error) from None
+        return StepResult(**json.loads((folder / _RESULT).read_text()))
+
+
+def _reason(folder: Path, error: Exception) -> Exception:
+    """What a process said that was the first to fail: when one ends, the others only find its connection closed."""
+    said = [json.loads(path.read_text()) for path in folder.glob("failure-*.json")]
+    for kind, raised in (("mistake", UserError), ("stopped", Stopped), ("failure", RuntimeError)):
+        found = sorted((entry for entry in said if entry["kind"] == kind), key=lambda entry: entry["rank"])
+        if found:
+            where = "" if kind != "failure" else f"process {found[0]['rank']}: "
+            return raised(where + found[0]["message"])
+    failures: Mapping[int, Any] = getattr(error, "failures", {})
+    codes = ", ".join(f"{rank} with {failure.exitcode}" for rank, failure in sorted(failures.items()))
+    return RuntimeError(f"the processes ended without a word ({codes})") if codes else Stopped("terminated")
+
+
+def main(name: str) -> int:
+    """One of the processes; its work is described in a folder. Returns the exit code."""
+    folder = Path(name)
+    rank = int(os.environ["RANK"])
+    try:
+        result = _work(Job.model_validate_json((folder / _JOB).read_bytes()), folder, rank)
+        if rank == 0:
+            result.save(str(folder / _RESULT))
+        return 0
+    except UserError as error:
+        kind, message, code = "mistake", str(error), _MISTAKE
+    except Stopped as error:
+        kind, message, code = "stopped", str(error), _TERMINATED
+    except Exception as error:
+        traceback.print_exc()
+        kind, message, code = "failure", first_line(error), 1
+    (folder / f"failure-{rank}.json").write_text(json.dumps({"kind": kind, "message": message, "rank": rank}))
+    return code
+
+
+def _work(job: Job, folder: Path, rank: int) -> StepResult:
+    from scop import distributed
+    from scop.config import parse
+    from scop.steps.runtime import Context, find_step
+
+    step = find_step(job.step)
+    sources = each(job.sources, lambda _, path: Path(path))
+    place, fingerprint, keep = job.checkpoints
+    checkpoints = distributed.SharedCheckpoints(Checkpoints(place, fingerprint, keep))
+    tracker: Tracker = NoTracker()
+    targets = job.targets
+    with ExitStack() as stack:
+        if rank > 0:  # one process writes, and speaks; of the others only failures are heard
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            targets = {key: folder / f"rank-{rank}" / key for key in job.targets}
+            for target in targets.values():
+                target.mkdir(parents=True)
+        elif job.tracking_run is not None:
+            tracker = MlflowTracker.joining(job.tracking_run, job.unsent)
+        stack.enter_context(distributed.process_group())
+        inputs, outputs = step.Inputs(**sources), step.Outputs(**targets)
+        return step.run(parse(step.Config, job.config), inputs, outputs, Context(tracker, checkpoints, job.places))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
