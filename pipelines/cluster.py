@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from pipelines.profile import Affinity, ClusterProfile, StepClass
 from scop.config import RunSection
 from scop.errors import UserError
 from scop.mlflow_server import ARTIFACTS_VARIABLE, EXPERIMENT_VARIABLE
+from scop.steps.processes import PROCESSES_VARIABLE
 from scop.steps.record import IMAGE_VARIABLE
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, DEVICE_VARIABLE, KEEP_VARIABLE
+from scop.steps.train_job import TRAIN_JOB_VARIABLE, TrainJobPlan
 from scop.tracking import KFP_RUN_VARIABLE
 
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 SIZE_LIMIT = 32 * 2**20
 """Of a pipeline file, in bytes: what KFP's server accepts (apiserver/server/pipeline_upload_server.go)."""
 
@@ -52,13 +55,21 @@ def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) ->
 
     def place(task: PipelineTask) -> None:
         name, kind = profile.class_of(task.name.replace("-", "_"))
+        variables = _variables(profile, run, name, kind)
+        if kind.nodes > 1:
+            plan = train_job_plan(profile, kind, variables)
+            # Its pod only makes the TrainJob, and waits; that is done by the job's deadline, or not at all.
+            variables[TRAIN_JOB_VARIABLE] = plan.model_dump_json(exclude_defaults=True)
+            del variables[THREADS_VARIABLE]
+            variables.pop(DEVICE_VARIABLE, None)
+            kind = profile.classes.cpu.model_copy(update={"retries": kind.retries, "timeout": None})
         task.set_container_image(profile.image)
         if not caching:  # here, since KFP's client can change it for no version that is uploaded, nor within loops
             task.set_caching_options(False)
         _give_resources(task, kind)
         _choose_nodes(task, kind)
         _hand_in(task, profile)
-        for variable, value in _variables(profile, run, name, kind).items():
+        for variable, value in variables.items():
             task.set_env_variable(variable, value)
         # The run's id by the downward API: as a parameter it would be part of every cache key.
         kubernetes.use_field_path_as_env(task, KFP_RUN_VARIABLE, "metadata.labels['pipeline/runid']")
@@ -78,12 +89,77 @@ def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepCl
         EXPERIMENT_VARIABLE: run.experiment,
         CHECKPOINTS_VARIABLE: run.checkpoints or profile.checkpoint_root,
         KEEP_VARIABLE: str(run.keep_checkpoints),
+        THREADS_VARIABLE: str(_threads(kind)),
     }
     if run.artifact_root:
         variables[ARTIFACTS_VARIABLE] = run.artifact_root
     if kind.accelerator:
         variables[DEVICE_VARIABLE] = f"class {name}: {kind}"
+        if kind.accelerator.count > 1:
+            variables[PROCESSES_VARIABLE] = str(kind.accelerator.count)
     return variables
+
+
+def _threads(kind: StepClass) -> int:
+    """For each process; PyTorch by itself would take all of the node's cores, whatever the pod may use of them."""
+    cpu = (kind.limits or kind.requests).cpu
+    cores = float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)
+    return max(1, int(cores) // (kind.accelerator.count if kind.accelerator else 1))
+
+
+def train_job_plan(profile: ClusterProfile, kind: StepClass, variables: Mapping[str, str]) -> TrainJobPlan:
+    """What the TrainJob of a training step on several nodes is made of.
+
+    Args:
+        profile: of the cluster.
+        kind: the step's class.
+        variables: of the step's environment.
+    """
+    accelerator = {kind.accelerator.resource: str(kind.accelerator.count)} if kind.accelerator else {}
+    tolerations = [
+        {"tolerationSeconds" if key == "toleration_seconds" else key: value for key, value in entry.items()}
+        for entry in (toleration.model_dump(exclude_none=True) for toleration in kind.tolerations)
+    ]
+    context = profile.security_context
+    user = {"runAsUser": context.run_as_user, "runAsGroup": context.run_as_group}
+    user |= {"runAsNonRoot": context.run_as_non_root}
+    pod = {
+        "node_selector": kind.node_selector,
+        "tolerations": tolerations,
+        "affinity": _node_affinity(kind.affinity),
+        "image_pull_secrets": [{"name": name} for name in profile.image_pull_secrets],
+        "security_context": {key: value for key, value in user.items() if value is not None},
+    }
+    return TrainJobPlan(
+        runtime=profile.training_runtime,
+        image=profile.image,
+        nodes=kind.nodes,
+        processes=kind.accelerator.count if kind.accelerator else 1,
+        resources={**kind.requests.model_dump(), **accelerator},
+        environment=dict(variables),
+        secrets=profile.secrets,
+        config_maps=profile.config_maps,
+        pod={key: value for key, value in pod.items() if value},
+        shared_memory=kind.shared_memory,
+        deadline=kind.timeout,
+    )
+
+
+def _node_affinity(entries: Sequence[Affinity]) -> dict[str, Any]:
+    """In Kubernetes' own form: required expressions hold together, preferred ones have a weight each."""
+    required = [_expression(entry) for entry in entries if entry.weight is None]
+    preferred = [
+        {"weight": entry.weight, "preference": {"matchExpressions": [_expression(entry)]}}
+        for entry in entries
+        if entry.weight is not None
+    ]
+    affinity: dict[str, Any] = {}
+    if required:
+        terms = {"nodeSelectorTerms": [{"matchExpressions": required}]}
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = terms
+    if preferred:
+        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
+    return {"nodeAffinity": affinity} if affinity else {}
 
 
 def _give_resources(task: PipelineTask, kind: StepClass) -> None:

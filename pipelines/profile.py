@@ -113,7 +113,7 @@ class StepClass(Section):
         shared_memory: size of /dev/shm, which processes on several GPUs talk through; Kubernetes' 64 MiB by default.
         timeout: after which a pod is ended, in seconds.
         retries: after failure and preemption.
-        nodes: so many pods train together, as a TrainJob of Kubeflow Trainer.
+        nodes: so many pods train together, as a TrainJob of Kubeflow Trainer; in class gpu.
     """
 
     requests: Resources
@@ -145,6 +145,12 @@ class Classes(Section):
     cpu: StepClass
     gpu: StepClass
 
+    @model_validator(mode="after")
+    def _only_training_has_nodes(self) -> Classes:
+        if self.cpu.nodes > 1:
+            raise ValueError(f"cpu.nodes is {self.cpu.nodes}; only training, class gpu, can have several nodes")
+        return self
+
 
 class SecurityContext(Section):
     """As whom a container runs; the image works with any user id in group 0.
@@ -170,7 +176,8 @@ class ClusterProfile(Section):
         namespace: of KFP's runs, on an installation for several users.
         experiment: of KFP; the configuration's `run.experiment` by default.
         parallelism: so many variants run at once.
-        evaluate_on: the class of the step evaluate, whose latencies are the result's.
+        evaluate_on: the class of the step evaluate, whose latencies are the result's; it has one GPU at most.
+        training_runtime: of Kubeflow Trainer, for `nodes` above 1.
         classes: the classes of steps.
         secrets: which keys of which Secret become which environment variables: NAME: {KEY: VARIABLE}.
         config_maps: likewise of ConfigMaps.
@@ -187,6 +194,7 @@ class ClusterProfile(Section):
     experiment: str | None = None
     parallelism: PositiveInt = 1
     evaluate_on: Literal["cpu", "gpu"] = "cpu"
+    training_runtime: ObjectName = "torch-distributed"
     classes: Classes
     secrets: dict[ObjectName, dict[str, Variable]] = {}
     config_maps: dict[ObjectName, dict[str, Variable]] = {}
@@ -222,8 +230,12 @@ class ClusterProfile(Section):
     def class_of(self, step: str) -> tuple[Literal["cpu", "gpu"], StepClass]:
         """The class of a step, with its name."""
         assert step in STEPS
-        if step in TRAINING_STEPS or (step == "evaluate" and self.evaluate_on == "gpu"):
+        if step in TRAINING_STEPS:
             return "gpu", self.classes.gpu
+        if step == "evaluate" and self.evaluate_on == "gpu":
+            gpu = self.classes.gpu
+            one = gpu.accelerator and gpu.accelerator.model_copy(update={"count": 1})
+            return "gpu", gpu.model_copy(update={"accelerator": one, "nodes": 1})
         return "cpu", self.classes.cpu
 
 

@@ -1,7 +1,8 @@
-"""A training step run by several processes, one on each GPU of its pod, through torchrun.
+"""A training step run by several processes, one on each GPU of its pod or of several nodes, through torchrun.
 
-The process that KFP started has the step's life: record, inputs from S3, tracking run, outputs. Only the work itself,
-the step's ``run``, is done by all of them: the first writes the outputs, what the others write is thrown away.
+The process that KFP or Kubeflow Trainer started has the step's life: record, inputs from S3, tracking run, outputs.
+Only the work itself, the step's ``run``, is done by all of them: the first writes the outputs, what the others write is
+thrown away.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import traceback
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,25 @@ PROCESSES_VARIABLE = "SCOP_PROCESSES"
 
 _JOB, _RESULT = "job.json", "result.json"
 _TERMINATED, _MISTAKE = 143, 2
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who trains together.
+
+    Attributes:
+        here: processes of this pod.
+        nodes: pods, this one included.
+        node: which of them this is, counted from 0.
+    """
+
+    here: int = 1
+    nodes: int = 1
+    node: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.here * self.nodes
 
 
 class Job(BaseModel):
@@ -60,8 +81,8 @@ class Job(BaseModel):
     unsent: Path
 
 
-def wanted(step: str) -> int:
-    """How many processes a step is to have.
+def wanted(step: str) -> Processes:
+    """Who is to train together: as SCOP_PROCESSES says and, in a TrainJob, Kubeflow Trainer's own variables.
 
     Raises:
         UserError: they were asked for in a way that cannot be.
@@ -73,17 +94,19 @@ def wanted(step: str) -> int:
         raise UserError(
             f"start the step without torchrun, with {PROCESSES_VARIABLE} set; it starts the processes itself"
         )
-    if int(text) == 1 or step not in TRAINING_STEPS:
-        return 1
-    import torch
+    if step not in TRAINING_STEPS:
+        return Processes()
+    if int(text) > 1:
+        import torch
 
-    if torch.cuda.is_available() and torch.cuda.device_count() < int(text):
-        raise UserError(f"{PROCESSES_VARIABLE} is {text}, and there are {torch.cuda.device_count()} GPUs")
-    return int(text)
+        if torch.cuda.is_available() and torch.cuda.device_count() < int(text):
+            raise UserError(f"{PROCESSES_VARIABLE} is {text}, and there are {torch.cuda.device_count()} GPUs")
+    # PET: what torchrun itself reads where it is not told on its command line.
+    return Processes(int(text), int(os.environ.get("PET_NNODES", "1")), int(os.environ.get("PET_NODE_RANK", "0")))
 
 
-def work_together(job: Job, count: int) -> StepResult:
-    """Do the work by so many processes.
+def work_together(job: Job, processes: Processes) -> StepResult:
+    """Do the work by several processes; its result where the first of them runs, an empty one on the other nodes.
 
     Raises:
         UserError: the first that a process raised.
@@ -95,16 +118,26 @@ def work_together(job: Job, count: int) -> StepResult:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its banners say less than we do
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes.here)))
+    meeting: dict[str, Any] = {
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "local_addr": "localhost",
+        "run_id": uuid.uuid4().hex,
+    }
+    if processes.nodes > 1:
+        meeting = {
+            "rdzv_backend": "static",
+            "rdzv_endpoint": f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}",
+            "rdzv_configs": {"rank": processes.node},
+            "run_id": "scop",
+        }
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        run_id=uuid.uuid4().hex,
+        min_nodes=processes.nodes,
+        max_nodes=processes.nodes,
+        nproc_per_node=processes.here,
         max_restarts=0,
+        **meeting,
     )
     with tempfile.TemporaryDirectory(prefix="scop-") as name:
         folder = Path(name)
@@ -113,7 +146,7 @@ def work_together(job: Job, count: int) -> StepResult:
             elastic_launch(launch, sys.executable)("-m", "scop.steps.processes", name)
         except (ChildFailedError, SignalException) as error:
             raise _reason(folder, error) from None
-        return StepResult(**json.loads((folder / _RESULT).read_text()))
+        return StepResult(**json.loads((folder / _RESULT).read_text())) if processes.node == 0 else StepResult()
 
 
 def _reason(folder: Path, error: Exception) -> Exception:

@@ -31,8 +31,7 @@ from scop.config import Section, parse
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
-from scop.steps import STEPS
-from scop.steps import processes as several
+from scop.steps import STEPS, train_job
 from scop.steps.places import (
     Places,
     absolute,
@@ -45,6 +44,7 @@ from scop.steps.places import (
     meant,
     refuse_overlap,
 )
+from scop.steps.processes import Job, Processes, wanted, work_together
 from scop.steps.record import (
     RUN_VARIABLE,
     RecordedInput,
@@ -149,11 +149,16 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         UserError: anything about the configuration or the inputs is wrong.
     """
     step = find_step(name)
-    processes = several.wanted(name)
-    _require_device(name, processes)
+    processes = wanted(name)
+    _require_device(name, processes.here)
     settings = parse(step.Config, config)
     inputs = check(name, "input", step.Inputs, inputs)
     check(name, "output", step.Outputs, outputs)
+    if (plan := train_job.planned()) is not None:
+        with _ending_on_sigterm():
+            return train_job.run(plan, name, settings, inputs, outputs)
+    if processes.node > 0:
+        return _assist(name, step, settings, inputs, outputs, processes)
     with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_on_sigterm():
         targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
         with _announced(name, settings, inputs, outputs):
@@ -168,6 +173,20 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         for folder in targets.values():
             make_ready(folder)
         return _run_recorded(work, RecordFile(record, work.first_output), checkpoints)
+
+
+def _assist(
+    name: str, step: StepModule, settings: Section, inputs: Places, outputs: Mapping[str, str], processes: Processes
+) -> StepResult:
+    """A further node's part: its processes work with the first node's, which keeps the record and the outputs."""
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_on_sigterm():
+        targets = {key: Path(scratch) / key for key in outputs}
+        work = _Work(name, step, settings, inputs, each(inputs, fetched), {}, targets, processes)
+        try:
+            return work.run(NoTracker(), Checkpoints("", ""))
+        except Stopped as error:
+            print(f"{name}: {error}", flush=True)
+            raise SystemExit(TERMINATED) from None
 
 
 @contextlib.contextmanager
@@ -196,15 +215,15 @@ def _require_device(name: str, processes: int) -> None:
 
     Old backends drop the request silently; hours on a CPU would be the result.
     """
-    if wanted := os.environ.get(DEVICE_VARIABLE):
+    if promised := os.environ.get(DEVICE_VARIABLE):
         import torch
 
         if (there := torch.cuda.device_count()) < processes:
             asked = "a GPU" if processes == 1 else f"{processes} GPUs"
             print(
-                f"scop: error: {name}: it was to have {asked}, and PyTorch sees {there or 'none'}; it runs as {wanted}"
-                "; check that the node has them free, that its device plugin runs, and that KFP's backend passes the "
-                "request on",
+                f"scop: error: {name}: it was to have {asked}, and PyTorch sees {there or 'none'}; it runs as "
+                f"{promised}; check that the node has them free, that its device plugin runs, and that KFP's backend "
+                "passes the request on",
                 file=sys.stderr,
                 flush=True,
             )
@@ -221,7 +240,7 @@ class _Work:
         settings: its validated configuration.
         inputs, outputs: their places by name.
         sources, targets: the local folders that it reads and writes.
-        processes: that share the work.
+        processes: which share the work.
     """
 
     name: str
@@ -231,7 +250,7 @@ class _Work:
     sources: Mapping[str, Any]
     outputs: Mapping[str, str]
     targets: Mapping[str, Path]
-    processes: int
+    processes: Processes
 
     @property
     def places(self) -> Places:
@@ -249,12 +268,12 @@ class _Work:
         places = each(self.inputs, lambda _, place: exchanged(place))
         inputs = {key: RecordedInput(uri=uri, content=contents[key]) for key, uri in places.items()}
         return StepRecord.starting(
-            self.name, self.settings.model_dump(mode="json"), inputs, self.outputs, self.processes
+            self.name, self.settings.model_dump(mode="json"), inputs, self.outputs, self.processes.total
         )
 
     def run(self, tracker: Tracker, checkpoints: Checkpoints) -> StepResult:
         """Do it, and put what was made where it belongs."""
-        if self.processes > 1:
+        if self.processes.total > 1:
             result = self._share(tracker, checkpoints)
         else:
             inputs, outputs = self.step.Inputs(**self.sources), self.step.Outputs(**self.targets)
@@ -265,7 +284,7 @@ class _Work:
         return result
 
     def _share(self, tracker: Tracker, checkpoints: Checkpoints) -> StepResult:
-        job = several.Job(
+        job = Job(
             step=self.name,
             config=self.settings.model_dump(mode="json"),
             sources=dict(self.sources),
@@ -275,7 +294,7 @@ class _Work:
             tracking_run=tracker.run_id if isinstance(tracker, MlflowTracker) else None,
             unsent=self.unsent,
         )
-        return several.work_together(job, self.processes)
+        return work_together(job, self.processes)
 
     @property
     def unsent(self) -> Path:
