@@ -7,9 +7,11 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from scop.text import human
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _KFP_LINE = re.compile(r"^\d\d:\d\d:\d\d\.\d+ - \w+ - (?P<text>.*)$")
@@ -91,3 +93,30 @@ def console(log: Path) -> Iterator[Console]:
         view = Console(file, sys.stdout)
         with contextlib.redirect_stdout(view):
             yield view
+
+
+def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
+    """The table dense against pruned; variants as `summary.json` has them."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    sizes = list(variants[0]["dense"]["latency_ms"])
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("network")
+    for column in ("top-1", "parameters", "MACs", "file", *(f"ms at batch {size}" for size in sizes)):
+        table.add_column(column, justify="right")
+    rows = [("dense", variants[0]["dense"]), *((v["name"], v["pruned"]) for v in variants)]
+    for name, figures in rows:
+        latencies = [f"{figures['latency_ms'][size]['p50']:.2f}" for size in sizes]
+        cells = [
+            f"{figures['top1']:.2%}",
+            human(figures["params"]),
+            human(figures["macs"]),
+            human(figures["bytes"], "B"),
+        ]
+        table.add_row(name, *cells, *latencies)
+    width = max(80, RichConsole().width) if sys.stdout.isatty() else 120
+    terminal = RichConsole(width=width, highlight=False, markup=False)
+    terminal.print()
+    terminal.print(table)
+    terminal.print()

@@ -23,7 +23,7 @@ import psutil
 import yaml
 
 import scop
-from pipelines.console import console
+from pipelines.console import console, print_variants
 from pipelines.containers import (
     Sandbox,
     certificates,
@@ -54,7 +54,6 @@ from scop.steps.record import (
     git_revision,
 )
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
-from scop.text import human
 from scop.tracking import PARENT_VARIABLE
 
 KFP_FOLDER = ".kfp"
@@ -123,15 +122,6 @@ def run_locally(
             surroundings[IMAGE_ID_VARIABLE] = image_id(image) or ""
         with _environment(_tracking(config, out) | surroundings):
             return _run_tracked(config, place, folder, (image, gpus), started)
-
-
-def find_run(run: str, out: str) -> str:
-    """The place of an earlier run: a path, a URI, or its name in `out`; raises UserError where there is none."""
-    for place in (run.rstrip("/"), storage.join(out, run)):
-        place = place if storage.is_uri(place) else str(Path(place).expanduser().absolute())
-        if storage.read(storage.join(place, "config.yaml"), must_exist=False) is not None:
-            return place
-    raise UserError(f"there is no run {run!r}, neither at this place nor in {out} (a run has a config.yaml)")
 
 
 @contextlib.contextmanager
@@ -255,6 +245,8 @@ def _execute(config: Config, place: str, folder: Path, image: str | None, gpus: 
         try:
             task = make_pipeline()(**sections)
         except RuntimeError as error:
+            if not stopped() and len(config.variants) > 1:
+                print(f"what is whole: scop compare {place}", file=sys.stderr)
             if view.error and not stopped():
                 raise UserError(view.error) from error
             if stopped():
@@ -361,36 +353,14 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def print_result(run: LocalRun) -> None:
     """The table dense against pruned, where things are, and how to open MLflow."""
-    from rich.console import Console
-    from rich.table import Table
-
-    variants = run.summary["variants"]
-    sizes = list(variants[0]["dense"]["latency_ms"])
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column("network")
-    for column in ("top-1", "parameters", "MACs", "file", *(f"ms at batch {size}" for size in sizes)):
-        table.add_column(column, justify="right")
-    rows = [("dense", variants[0]["dense"]), *((v["name"], v["pruned"]) for v in variants)]
-    for name, figures in rows:
-        latencies = [f"{figures['latency_ms'][size]['p50']:.2f}" for size in sizes]
-        cells = [
-            f"{figures['top1']:.2%}",
-            human(figures["params"]),
-            human(figures["macs"]),
-            human(figures["bytes"], "B"),
-        ]
-        table.add_row(name, *cells, *latencies)
-    console = Console(width=max(80, Console().width) if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    console.print()
-    console.print(table)
-    console.print()
-    for variant in variants:
-        console.print(f"{variant['name']}: {variant['model']}", soft_wrap=True)
-    console.print(f"report:  {storage.join(run.place, 'report.html')}", soft_wrap=True)
-    console.print(
-        f"summary: {storage.join(run.place, 'summary.json')} ({run.summary['seconds']:.0f} s)", soft_wrap=True
-    )
-    console.print(f"MLflow:  {mlflow_command(run.tracking_uri)}", soft_wrap=True)
+    print_variants(run.summary["variants"])
+    for line in (
+        *(f"{variant['name']}: {variant['model']}" for variant in run.summary["variants"]),
+        f"report:  {storage.join(run.place, 'report.html')}",
+        f"summary: {storage.join(run.place, 'summary.json')} ({run.summary['seconds']:.0f} s)",
+        f"MLflow:  {mlflow_command(run.tracking_uri)}",
+    ):
+        print(line)
 
 
 def mlflow_command(uri: str) -> str:

@@ -28,53 +28,11 @@ from pipelines.containers import (
 from scop import storage
 from scop.config import Config, override, parse
 from scop.errors import UserError
-from scop.manifest import RECORD, TIMINGS, read_folder
+from scop.manifest import TIMINGS, read_folder
 from scop.steps import STEPS
 from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord, git_revision
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, PLACES_VARIABLE
 from scop.tracking import PARENT_VARIABLE
-
-
-def find_record(target: str, root: str) -> StepRecord:
-    """The record that a target means.
-
-    Args:
-        target: of a record's file or of a step's output folder the path or URI; or RUN/STEP or RUN/VARIANT/STEP.
-        root: where runs are, for a RUN that is neither a path nor a URI.
-
-    Raises:
-        UserError: there is none, or there are several.
-    """
-    direct = target if target.endswith(".json") else storage.join(target, RECORD)
-    if (content := storage.read(direct, must_exist=False)) is not None:
-        return StepRecord.parse(content, direct)
-    for place in (target, storage.join(root, target)):
-        run, _, step = place.rstrip("/").rpartition("/")
-        for folder, variant in ((run, None), tuple(run.rpartition("/")[::2])):
-            records = _records_of(folder) if folder and storage.exists_at(folder, "config.yaml") else []
-            if records:
-                return _choose(records, step.replace("-", "_"), variant, folder)
-    raise UserError(
-        f"{target!r} is neither a step's record nor RUN/STEP or RUN/VARIANT/STEP of a run in {root}; name the run's "
-        "folder or URI, or give --runs"
-    )
-
-
-def _records_of(run: str) -> list[StepRecord]:
-    files = [name for name in storage.names(run) if name.endswith(f"/{RECORD}") or name == RECORD]
-    return [StepRecord.parse(storage.read(storage.join(run, file)) or b"", storage.join(run, file)) for file in files]
-
-
-def _choose(records: Sequence[StepRecord], step: str, variant: str | None, run: str) -> StepRecord:
-    fitting = [r for r in records if r.step == step and variant in (None, r.variant)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if not fitting:
-        wanted = step if variant is None else f"{variant}/{step}"
-        raise UserError(f"{run} has no step {wanted!r} (it has: {', '.join(r.title for r in records)})")
-    raise UserError(
-        f"{run} has several steps {step!r}; say which: {', '.join(storage.join(run, r.title) for r in fitting)}"
-    )
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("--gpus", action="store_true", help="give the container the GPUs")
     rerun.add_argument("--track", action="store_true", help="track where MLFLOW_TRACKING_URI says")
     rerun.add_argument("--out", default="reruns", metavar="DIR", help="where results go (default: reruns)")
-    rerun.add_argument("--runs", default="runs", metavar="DIR", help="where runs are, a folder or URI (default: runs)")
+    where_runs = "where runs are, a folder or URI (default: runs)"
+    rerun.add_argument("--runs", default="runs", metavar="DIR", help=where_runs)
     rerun.set_defaults(command=_rerun)
+
+    compare = commands.add_parser(
+        "compare",
+        help="put the variants of runs side by side",
+        description="Put the variants of one run, or of several, side by side, from the artifacts that their steps "
+        "left, here, in S3, or where a cluster keeps them. Variants that failed are named, with the reason; exit code "
+        "1 then.",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a name, a folder or an s3:// URI; later ones count")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write the page, one file with everything")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    compare.add_argument("--runs", dest="root", default="runs", metavar="DIR", help=where_runs)
+    compare.set_defaults(command=_compare)
 
     doctor = commands.add_parser(
         "doctor",
@@ -181,8 +195,9 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines.containers import DEFAULT_IMAGE
-    from pipelines.local import StepError, find_run, print_result, run_locally
+    from pipelines.local import StepError, print_result, run_locally
     from pipelines.presets import find_config
+    from pipelines.runs import find_run
     from scop.config import load_config
     from scop.errors import Stopped, UserError
 
@@ -229,12 +244,13 @@ def _step(options: argparse.Namespace) -> None:
 
 def _rerun(options: argparse.Namespace) -> int:
     from pipelines import rerun
+    from pipelines.runs import find_record
     from scop.errors import UserError
 
     image: str | None = options.docker
     if image is None and (options.shell or options.gpus):
         raise UserError(f"--{'shell' if options.shell else 'gpus'} is for containers; add --docker")
-    record = rerun.find_record(options.target, options.runs)
+    record = find_record(options.target, options.runs)
     if "://" in str(options.out) or str(options.out).startswith("s3:"):
         raise UserError(f"--out {options.out} is no folder; nothing of a rerun is uploaded: give a folder")
     if options.shell and options.verify:
@@ -251,6 +267,30 @@ def _rerun(options: argparse.Namespace) -> int:
         return code
     rerun.print_result(ready)
     return 0 if not options.verify or rerun.verify(ready) else 1
+
+
+def _compare(options: argparse.Namespace) -> int:
+    import json
+
+    from pipelines.compare import compare
+    from pipelines.console import print_variants
+    from scop.errors import UserError
+    from scop.manifest import write_atomically
+
+    found = compare(options.runs, options.root)
+    print_variants(found.summary["variants"])
+    if options.html:
+        found.write_page(options.html)
+        print(f"report:  {options.html}")
+    if options.json:
+        try:
+            write_atomically(options.json, json.dumps(found.summary, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {options.json} cannot be written: {error.strerror}") from error
+        print(f"summary: {options.json}")
+    for name, why in found.missing.items():
+        print(f"missing: {name}: {why}", file=sys.stderr)
+    return int(bool(found.missing))
 
 
 def _doctor(options: argparse.Namespace) -> int:

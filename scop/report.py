@@ -51,24 +51,28 @@ def write_report(
     scores: Mapping[str, Mapping[str, Sequence[float]]],
     path: Path,
     title: str,
+    missing: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page.
 
     Args:
         results: of the variants, in the configuration's order.
-        scores: layer -> {"gate": [...], "score": [...]}, as scores.json has them.
+        scores: layer -> {"gate": [...], "score": [...]}, as scores.json has them; empty for none.
         path: the HTML file.
         title: the page's heading.
+        missing: why there is no result, by variant.
     """
     colours = {result.name: _COLOURS[place % len(_COLOURS)] for place, result in enumerate(results)}
     first = results[0].evaluation
     sections = [
-        ("Results", _table(results)),
+        ("Results", _table(results) + _list_of(missing or {})),
         ("Accuracy against cost", _plot(_accuracy_against_macs(results, colours), "accuracy-macs", 420)),
         ("Kept channels per layer", _plot(_kept_channels(results, colours), "kept-channels", None)),
-        ("Score histograms", _score_text() + _plot(_score_histograms(scores), "scores", None)),
         ("Learning curves", _plot(_learning_curves(results, colours), "learning-curves", 420)),
     ]
+    if scores:
+        histograms = _score_text() + _plot(_score_histograms(scores), "scores", None)
+        sections.insert(-1, ("Score histograms", histograms))
     body = "".join(f"<section><h2>{html.escape(name)}</h2>{content}</section>" for name, content in sections)
     facts = (
         f"{first['dataset']['source']}, {first['dataset']['test']:,} test images. "
@@ -96,6 +100,11 @@ def _table(results: Sequence[VariantResult]) -> str:
         "<p class=note>Latency is the median of one forward pass (95th percentile in brackets), dense and pruned "
         "taking turns in one process. Below each figure: the change against the dense network.</p>"
     )
+
+
+def _list_of(missing: Mapping[str, str]) -> str:
+    entries = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(why)}</li>" for name, why in missing.items())
+    return f"<p>There is no result of:</p><ul>{entries}</ul>" if missing else ""
 
 
 def _row(name: str, figures: Mapping[str, Any], dense: Mapping[str, Any] | None, batch_sizes: Sequence[str]) -> str:

@@ -154,6 +154,14 @@ def _remote_manifest(source: Location, must_exist: bool = True) -> Manifest | No
 # -- single files, and trees of files ----------------------------------------------------------------------------------
 
 
+def local_folder(place: str, kind: str) -> Path:
+    """An artifact's folder, here or in S3, on this machine and whole; raises UserError where it is not."""
+    if is_uri(place):
+        return fetch_folder(place, kind)
+    read_folder(Path(place), kind)
+    return Path(place)
+
+
 def fetch_file(uri: str) -> Path:
     """One object, in the local cache, by its place and version; raises UserError where it cannot be had."""
     source = Location.parse(uri)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.containers import Sandbox, variables_of_steps
-from pipelines.rerun import find_record
+from pipelines.runs import find_record
 from scop import UserError, load_model, s3, storage
 from scop.manifest import read_folder
 from tests import services

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,8 @@ class Outputs:
 
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
-    evaluations = [_evaluation(folder) for folder in inputs.evaluations]
-    exports = {}
-    for folder, place in zip(inputs.exports, context.places["exports"], strict=True):
-        report = json.loads((folder / "export.json").read_text())
-        exports[report["variant"]] = report | {"model": place, "onnx": join(place, "model.onnx")}
-    for evaluation in evaluations:
-        if evaluation["variant"] not in exports:
-            raise UserError(f"variant {evaluation['variant']!r} was evaluated but not exported; give its export too")
-    results = [VariantResult(evaluation, exports[evaluation["variant"]]) for evaluation in evaluations]
+    exports = list(zip(inputs.exports, context.places["exports"], strict=True))
+    results = read_results(inputs.evaluations, exports)
     run_id = os.environ.get(RUN_VARIABLE, "run")
     summary = {"run_id": run_id, "variants": [result.summary() for result in results]}
     (outputs.report / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -52,6 +46,27 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     for name in ("summary.json", "report.html"):
         context.tracker.log_file(outputs.report / name)
     return StepResult(headline(summary))
+
+
+def read_results(evaluations: Sequence[Path], exports: Sequence[tuple[Path, str]]) -> list[VariantResult]:
+    """What the artifacts say of each variant.
+
+    Args:
+        evaluations: folders of step evaluate.
+        exports: folders of step export, each with the place by which others know it.
+
+    Raises:
+        UserError: a variant was evaluated but not exported.
+    """
+    exported = {}
+    for folder, place in exports:
+        report = json.loads((folder / "export.json").read_text())
+        exported[report["variant"]] = report | {"model": place, "onnx": join(place, "model.onnx")}
+    measured = [_evaluation(folder) for folder in evaluations]
+    for evaluation in measured:
+        if evaluation["variant"] not in exported:
+            raise UserError(f"variant {evaluation['variant']!r} was evaluated but not exported; give its export too")
+    return [VariantResult(evaluation, exported[evaluation["variant"]]) for evaluation in measured]
 
 
 def headline(summary: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,110 @@
+"""`scop compare`: the page of a sweep, from the artifacts that its steps left in S3, also where a variant failed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.compare import compare
+from pipelines.runs import find_record
+from scop import UserError, cli, storage
+from scop.steps.runtime import run_step
+
+DENSE = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64, "lr": 0.05}
+FINETUNE = {"epochs": 1, "batch_size": 64, "recalibration_batches": 0}
+ROOT_PIPELINE = "scop"
+
+
+class Run:
+    """A run as KFP lays it out: ROOT/PIPELINE/RUN_ID/TASK/POD/NAME."""
+
+    def __init__(self, root: str, name: str, dataset: Path) -> None:
+        self.place = storage.join(root, ROOT_PIPELINE, name)
+        self.dataset = str(dataset)
+
+    def at(self, task: str, variant: str, output: str) -> str:
+        return storage.join(self.place, task.replace("_", "-"), f"pod-of-{variant}", output)
+
+    def step(
+        self, task: str, config: dict[str, Any], inputs: dict[str, Any], output: str, variant: str = "all"
+    ) -> None:
+        run_step(task, config, inputs, {output: self.at(task, variant, output)})
+
+    def prune(self, variant: dict[str, Any], dense: str, scores: str, batch_size: int = 64) -> None:
+        name = variant["name"]
+        self.step("select_channels", {"variant": variant}, {"dense": dense, "scores": scores}, "plan", name)
+        config = {"finetune": FINETUNE | {"batch_size": batch_size}, "variant": variant}
+        inputs = {"dataset": self.dataset, "dense": dense, "plan": self.at("select_channels", name, "plan")}
+        self.step("finetune", config, inputs, "model", name)
+        inputs = {"dataset": self.dataset, "dense": dense, "pruned": self.at("finetune", name, "model")}
+        config = {"evaluate": {"batch_sizes": [1], "repeats": 2}, "variant": variant}
+        self.step("evaluate", config, inputs, "evaluation", name)
+        inputs = {"dataset": self.dataset, "pruned": inputs["pruned"]}
+        inputs["evaluation"] = self.at("evaluate", name, "evaluation")
+        self.step("export", {"export": {}, "variant": variant}, inputs, "exported", name)
+
+
+def test_a_sweep_with_a_failed_variant_and_its_resubmission(
+    digits_folder: Path, bucket: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    first = Run(bucket, "first", digits_folder)
+    first.step("train_dense", {"dense": DENSE}, {"dataset": first.dataset}, "model")
+    dense = first.at("train_dense", "all", "model")
+    knockoff = {"epochs": 1, "batch_size": 64}
+    first.step("train_knockoff", {"knockoff": knockoff}, {"dataset": first.dataset, "dense": dense}, "scores")
+    scores = first.at("train_knockoff", "all", "scores")
+    half, failing = ({"name": name, "prune_rate": 0.5} for name in ("half", "failing"))
+    first.prune(half, dense, scores)
+    with pytest.raises(UserError):
+        first.prune(failing, dense, scores, batch_size=100_000)
+
+    assert cli.main(["compare", first.place, "--html", str(tmp_path / "page.html")]) == 1
+    said = capsys.readouterr()
+    assert "half" in said.out
+    why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
+    assert said.err == f"missing: failing: {why}\n"
+    page = (tmp_path / "page.html").read_text()
+    assert f"<b>failing</b>: {why}" in page
+    assert "Score histograms" in page
+
+    # What the run was to have is told by its configuration, which scop submit leaves there.
+    never = {"variants": [half, failing, {"name": "never"}]}
+    storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump(never).encode())
+    assert compare([first.place], "runs").missing == {"failing": why, "never": "it was not begun"}
+
+    # A step of it at the desk, by the run's place.
+    assert find_record(f"{first.place}/failing/finetune", "runs").error == why.removeprefix("finetune failed: ")
+
+    # Submitted again, KFP's cache gives the rest: only what was missing has run, and has records.
+    second = Run(bucket, "second", digits_folder)
+    second.prune(failing, dense, scores)
+    alone = compare([second.place], "runs")
+    assert ([result.name for result in alone.results], alone.missing) == (["failing"], {})
+    both = compare([first.place, second.place], "runs")
+    assert [result.name for result in both.results] == ["half", "failing"]
+    assert both.missing == {"never": "it was not begun"}
+    assert both.title == "first, second"
+
+    # Its last step had all of them as inputs.
+    inputs = {"scores": scores, "evaluations": [], "exports": []}
+    for run, name in ((first, "half"), (second, "failing")):
+        inputs["evaluations"].append(run.at("evaluate", name, "evaluation"))
+        inputs["exports"].append(run.at("export", name, "exported"))
+    second.step("compare", {}, inputs, "report")
+    assert cli.main(["compare", second.place, "--json", str(tmp_path / "summary.json")]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [variant["name"] for variant in summary["variants"]] == ["half", "failing"]
+
+
+def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:
+    assert cli.main(["compare", f"{bucket}/scop/none"]) == 2
+    assert "there is no run" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("variants: [{name: half}]")
+    assert cli.main(["compare", str(tmp_path / "run")]) == 2
+    assert (
+        "no variant of run is whole, so there is nothing to compare (half: it was not begun)" in capsys.readouterr().err
+    )
