@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipelines.pipeline import compile_pipeline, make_pipeline
 from pipelines.profile import Affinity, ClusterProfile, StepClass
 from scop.config import RunSection
 from scop.errors import UserError
+from scop.manifest import write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, EXPERIMENT_VARIABLE
 from scop.steps.processes import PROCESSES_VARIABLE
 from scop.steps.record import IMAGE_VARIABLE
@@ -45,9 +47,16 @@ def compile_for(
     Raises:
         UserError: the file is larger than KFP accepts.
     """
-    compile_pipeline(str(path), make_pipeline(placed_by(profile, run, caching), profile.parallelism, defaults))
-    if (size := path.stat().st_size) > SIZE_LIMIT:
-        raise UserError(f"{path} has {size / 2**20:.0f} MiB; KFP takes pipelines up to {SIZE_LIMIT // 2**20} MiB")
+    pipeline = make_pipeline(placed_by(profile, run, caching), profile.parallelism, defaults)
+    with tempfile.TemporaryDirectory(prefix="scop-") as folder:
+        file = Path(folder) / "pipeline.yaml"
+        compile_pipeline(str(file), pipeline)
+        if (size := file.stat().st_size) > SIZE_LIMIT:
+            raise UserError(
+                f"the pipeline would have {size / 2**20:.1f} MiB, and KFP takes pipelines up to "
+                f"{SIZE_LIMIT / 2**20:.0f} MiB; compile it without -f, and give the configuration when it is run"
+            )
+        write_atomically(path, file.read_text(encoding="utf-8"))
 
 
 def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) -> Callable[[PipelineTask], None]:

@@ -95,8 +95,19 @@ def console(log: Path) -> Iterator[Console]:
             yield view
 
 
+def _speed(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, size: str) -> str:
+    """By how much a variant is faster than the dense network, where it is one."""
+    if dense is None:
+        return " " * 8
+    return f" ({dense['latency_ms'][size]['p50'] / figures['latency_ms'][size]['p50']:4.2f}x)"
+
+
 def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
-    """The table dense against pruned; variants as `summary.json` has them."""
+    """The table dense against pruned; variants as `summary.json` has them.
+
+    Each variant's latency was taken in turn with the dense network's, whose own row is the first variant's: what can be
+    compared is by how much a variant was faster at its time, so that is what stands beside.
+    """
     from rich.console import Console as RichConsole
     from rich.table import Table
 
@@ -105,9 +116,9 @@ def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
     table.add_column("network")
     for column in ("top-1", "parameters", "MACs", "file", *(f"ms at batch {size}" for size in sizes)):
         table.add_column(column, justify="right")
-    rows = [("dense", variants[0]["dense"]), *((v["name"], v["pruned"]) for v in variants)]
-    for name, figures in rows:
-        latencies = [f"{figures['latency_ms'][size]['p50']:.2f}" for size in sizes]
+    rows = [("dense", variants[0]["dense"], None), *((v["name"], v["pruned"], v["dense"]) for v in variants)]
+    for name, figures, dense in rows:
+        latencies = [f"{figures['latency_ms'][size]['p50']:.2f}{_speed(figures, dense, size)}" for size in sizes]
         cells = [
             f"{figures['top1']:.2%}",
             human(figures["params"]),

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from pipelines.containers import image_label, require_image
+from pipelines.profile import ClusterProfile
 from scop import storage
 from scop.config import Config
 from scop.errors import UserError
@@ -41,7 +42,9 @@ class Finding:
         return f"{mark}  {self.subject:10}  {self.text}"
 
 
-def examine(config: Config, out: str, image: str | None, host: str | None) -> Iterator[Finding]:
+def examine(
+    config: Config, out: str, image: str | None, host: str | None, profile: ClusterProfile | None = None
+) -> Iterator[Finding]:
     """Look at everything that a configuration needs.
 
     Args:
@@ -49,14 +52,17 @@ def examine(config: Config, out: str, image: str | None, host: str | None) -> It
         out: where runs are to be kept.
         image: the image, where steps are to run in containers.
         host: of Kubeflow Pipelines, where runs are to be submitted.
+        profile: of the cluster on which they are to run.
     """
     yield _python()
     yield from _files(config)
-    yield from _storage(config, out)
+    yield from _storage(config, [out] if profile is None else [profile.pipeline_root, profile.checkpoint_root])
     yield _finding("MLflow", partial(_mlflow, config, out))
     yield _finding("docker", partial(_image, image)) if image is not None else _docker()
     yield _gpu(in_containers=image is not None)
-    if host:
+    if profile is not None:
+        yield _finding("KFP", partial(_cluster, profile, host))
+    elif host:
         yield _finding("KFP", partial(_kfp, host))
 
 
@@ -88,8 +94,8 @@ def _file(key: str, place: str) -> str:
     return f"{key} {place}"
 
 
-def _storage(config: Config, out: str) -> Iterator[Finding]:
-    written = [place for place in (out, config.run.checkpoints, config.run.artifact_root) if place]
+def _storage(config: Config, roots: list[str]) -> Iterator[Finding]:
+    written = [place for place in (*roots, config.run.checkpoints, config.run.artifact_root) if place]
     folders = sorted({str(Path(place).expanduser().absolute()) for place in written if not storage.is_uri(place)})
     uris = sorted({place for place in written if storage.is_uri(place)})
     if not uris:
@@ -178,6 +184,13 @@ def _docker_info(what: str) -> str:
     if shutil.which("docker") is None:
         return ""
     return subprocess.run(["docker", "info", "--format", what], capture_output=True, text=True).stdout.strip()
+
+
+def _cluster(profile: ClusterProfile, host: str | None) -> str:
+    from pipelines.submit import Cluster
+
+    server = Cluster(profile if profile.host or not host else profile.model_copy(update={"host": host}))
+    return f"{server.check()} answers, and lets these credentials list experiments"
 
 
 def _kfp(host: str) -> str:

@@ -35,7 +35,8 @@ from pipelines.containers import (
     variables_of_steps,
 )
 from scop import storage
-from scop.config import Config, parse
+from scop.checkpoints import STOP_SIGNALS
+from scop.config import CIFAR_RESNETS, Config, parse
 from scop.errors import Stopped, UserError
 from scop.manifest import RECORD, write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, shown
@@ -43,7 +44,14 @@ from scop.parents import end_parent, start_parent
 from scop.progress import TERMINAL_VARIABLE
 from scop.steps import STEPS
 from scop.steps.compare import headline
-from scop.steps.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE, absolute, meant
+from scop.steps.places import (
+    KFP_ROOT_VARIABLE,
+    RUN_ROOT_VARIABLE,
+    STOPPED,
+    VARIANTS_VARIABLE,
+    absolute,
+    meant,
+)
 from scop.steps.record import (
     ATTEMPT_VARIABLE,
     EXTERNAL_FILES,
@@ -104,7 +112,7 @@ def run_locally(
     """
     started = time.monotonic()
     config = _with_absolute_paths(config)
-    _refuse_missing_files(config)
+    _refuse_what_is_missing(config)
     if image is not None:
         os.environ[IMAGE_VARIABLE] = image  # what the components are compiled with
         require_image(image)
@@ -182,11 +190,15 @@ def _send(files: list[Path], place: str) -> None:
             storage.write(storage.join(place, file.name), file.read_bytes())
 
 
-def _refuse_missing_files(config: Config) -> None:
+def _refuse_what_is_missing(config: Config) -> None:
     """What the steps would find missing minutes later is said at once."""
     for key, value in (("data.path", config.data.path), ("dense.weights", config.dense.weights)):
-        if value is not None and not storage.is_uri(value) and not Path(value).expanduser().exists():
-            raise UserError(f"{key} {value} does not exist")
+        if value is not None and not storage.is_uri(value) and not Path(value).exists():
+            raise UserError(f"{key} {value} does not exist; give another: --set {key}=...")
+    if config.dense.model not in CIFAR_RESNETS:
+        from scop.models import find_factory
+
+        find_factory(config.dense.model)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -200,13 +212,13 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | None, bool], started: float) -> LocalRun:
     run_id = os.environ[RUN_VARIABLE]
+    _forget_results(place)
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    _send([folder / "config.yaml"], place)
     tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
     parent = start_parent(config.run.experiment, run_id, tags, resumed=bool(os.environ[RESUME_VARIABLE]))
     succeeded = False
     try:
-        _forget_results(place)
-        write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        _send([folder / "config.yaml"], place)
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):
             report = _execute(config, place, folder, *docker)
         succeeded = True
@@ -245,13 +257,15 @@ def _execute(config: Config, place: str, folder: Path, image: str | None, gpus: 
         try:
             task = make_pipeline()(**sections)
         except RuntimeError as error:
-            if not stopped() and len(config.variants) > 1:
-                print(f"what is whole: scop compare {place}", file=sys.stderr)
-            if view.error and not stopped():
-                raise UserError(view.error) from error
             if stopped():
-                raise Stopped(f"stopped; {again}") from error
-            raise StepError(f"step {view.task} failed; all that it said is in {log}; {again}") from error
+                raise Stopped(f"stopped; {again}", code=128 + stopped()) from error
+            failure: Exception = StepError(f"step {view.task} failed; all that it said is in {log}; {again}")
+            if view.error:
+                failure = UserError(view.error)
+                failure.add_note(again)
+            if len(config.variants) > 1:
+                failure.add_note(f"what is whole, side by side: scop compare {place}")
+            raise failure from error
     if vanished := _unfinished(place):
         raise StepError(f"step {vanished} vanished without a word; all that was said is in {log}; {again}")
     report = meant(task.output.path)
@@ -275,13 +289,17 @@ def _unfinished(place: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM is handed to the step that runs, which ends, with a checkpoint; gives whether that came."""
-    came = False
+def _stopping_steps(image: str | None) -> Iterator[Callable[[], int]]:
+    """Within, a signal to stop is handed to the step that runs, which ends, with a checkpoint; gives which one came.
 
-    def stop(*_: object) -> None:
+    No further step begins then: KFP would go on with the next variant.
+    """
+    came = 0
+
+    def stop(number: int, _: object) -> None:
         nonlocal came
-        came = True
+        came = number
+        (Path(os.environ[KFP_ROOT_VARIABLE]) / STOPPED).touch()
         found = stop_containers(os.environ[RUN_VARIABLE]) if image is not None else 0
         children = psutil.Process().children(recursive=True)
         for child in children:
@@ -290,13 +308,10 @@ def _stopping_steps(image: str | None) -> Iterator[Callable[[], bool]]:
         if not children and not found:  # between two steps
             raise RuntimeError("stopped between two steps")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    (Path(os.environ[KFP_ROOT_VARIABLE]) / STOPPED).unlink(missing_ok=True)
+    before = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, signal.SIGHUP)}
     try:
         yield lambda: came
-    except KeyboardInterrupt:  # which reaches this process's children by itself, but no container
-        if image is not None:
-            stop_containers(os.environ[RUN_VARIABLE])
-        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -243,7 +243,7 @@ def print_result(ready: Rerun) -> None:
         "plan": "see {}/plan.png",
         "scores": "see {}/scores.png",
         "evaluation": "see {}/evaluation.json and {}/confusion.png",
-        "report": "open {}/report.html",
+        "report": "see {}/report.html",
         "dataset": "see {}/dataset.json",
     }
     for name, path in ready.outputs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,9 +61,13 @@ def find_record(target: str, root: str) -> StepRecord:
             records = records_of(folder) if folder and _is_run(folder) else []
             if records:
                 return _choose(records, step.replace("-", "_"), variant, folder)
+    for place in (target, storage.join(root, target)):
+        if _is_run(place):
+            raise UserError(f"{target} is a run; say which step: {', '.join(r.title for r in records_of(place))}")
+    where = "at this place" if storage.is_uri(target) else f"neither at this place nor in {root}"
     raise UserError(
-        f"{target!r} is neither a step's record nor RUN/STEP or RUN/VARIANT/STEP of a run in {root}; name the run's "
-        "folder or URI, or give --runs"
+        f"there is no step {target!r}, {where}; name a step's record, or RUN/STEP or RUN/VARIANT/STEP, RUN a run's "
+        "folder or URI, or its name in --runs"
     )
 
 
@@ -72,7 +77,9 @@ def _choose(records: Sequence[StepRecord], step: str, variant: str | None, run: 
         return fitting[0]
     if not fitting:
         wanted = step if variant is None else f"{variant}/{step}"
-        raise UserError(f"{run} has no step {wanted!r} (it has: {', '.join(r.title for r in records)})")
+        meant = difflib.get_close_matches(wanted, [r.title for r in records], n=1)
+        hint = f"did you mean {meant[0]!r}?" if meant else f"it has: {', '.join(r.title for r in records)}"
+        raise UserError(f"{run} has no step {wanted!r} ({hint})")
     raise UserError(
         f"{run} has several steps {step!r}; say which: {', '.join(storage.join(run, r.title) for r in fitting)}"
     )

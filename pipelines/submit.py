@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 import kfp
 import kfp_server_api
 import urllib3
+import yaml
 
 from pipelines.cluster import compile_for
 from pipelines.pipeline import NAME
 from pipelines.profile import ClusterProfile
+from pipelines.runs import CONFIG
 from scop import storage
 from scop.config import Config, parse
 from scop.errors import UserError
@@ -46,11 +48,13 @@ class Submission:
         id: KFP's.
         address: of its page.
         experiment: MLflow's.
+        place: where KFP keeps its artifacts; a recurring run has none.
     """
 
     id: str
     address: str
     experiment: str
+    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,15 @@ class Cluster:
         else:
             with self._errors("start a run"), _quiet():
                 identity, page = self._client.run_pipeline(**arguments).run_id, "runs"
-        return Submission(identity, f"{self._host}/#/{page}/details/{identity}", config.run.experiment)
+        # Where KFP's driver puts a run's outputs (backend/src/v2/driver, GenerateOutputURI).
+        place = None if cron else storage.join(profile.pipeline_root.rstrip("/"), NAME, identity)
+        return Submission(identity, f"{self._host}/#/{page}/details/{identity}", config.run.experiment, place)
+
+    def check(self) -> str:
+        """Ask for something that needs credentials; raises UserError where it is refused. Returns the address."""
+        with self._errors("list experiments"), _quiet():
+            self._client.list_experiments(page_size=1, namespace=self._profile.namespace)
+        return self._host
 
     def _experiment(self, config: Config) -> str:
         return self._profile.experiment or config.run.experiment
@@ -338,6 +350,18 @@ def pin_places(config: Config) -> Config:
             )
         values[section][key] = storage.pinned(place)
     return parse(Config, values)
+
+
+def keep_configuration(run: Submission, config: Config) -> None:
+    """Put the configuration beside the run's artifacts, where `scop compare` looks for what a run was to have."""
+    if run.place is None:
+        return
+    try:
+        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        storage.write(storage.join(run.place, CONFIG), content.encode())
+        print(f"artifacts: {run.place}", flush=True)
+    except UserError as error:  # the run has begun, and needs nothing of this
+        print(f"artifacts: {run.place} (the configuration could not be put there: {error})", flush=True)
 
 
 def mend_tracking(run: Submission, outcome: Outcome) -> None:

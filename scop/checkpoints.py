@@ -97,22 +97,27 @@ class Checkpoints:
         return [name.removesuffix(".json") for name in storage.names(self.place) if name.endswith(".json")]
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""A scheduler's, and Ctrl-C."""
+
+
 @contextlib.contextmanager
 def termination() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM does not end the process; the given function tells whether it came."""
+    """Within, `STOP_SIGNALS` do not end the process; the given function tells whether one came."""
     if threading.current_thread() is not threading.main_thread():  # only it may have handlers
         yield lambda: False
         return
-    came = False
+    came = 0
 
-    def note(*_: object) -> None:
+    def note(number: int, _: object) -> None:
         nonlocal came
-        came = True
+        came = number
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
-        yield lambda: came
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if came:  # too late for a checkpoint, but not forgotten
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(came)

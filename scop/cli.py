@@ -25,11 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except UserError as error:
-        print(f"scop: error: {error}", file=sys.stderr)
+        print(f"scop: error: {error}", *_notes(error), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("scop: interrupted", file=sys.stderr)
         return 130
+
+
+def _notes(error: Exception) -> list[str]:
+    """What is said beside an error: how to go on."""
+    return [f"scop: {note}" for note in getattr(error, "__notes__", ())]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(doctor)
     doctor.add_argument("--out", default="runs", metavar="DIR", help="where runs will be kept (default: runs)")
     _add_docker(doctor, "steps will run in containers of IMAGE")
+    doctor.add_argument("--cluster", metavar="PROFILE", help="check what a cluster profile names, too")
     doctor.add_argument("--host", metavar="URL", help="of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
     doctor.set_defaults(command=_doctor)
 
@@ -212,8 +218,8 @@ def _run(options: argparse.Namespace) -> int:
             raise UserError("--gpus is for containers; add --docker")
         run = run_locally(config, out, path.stem, image, place, options.gpus)
     except (StepError, Stopped) as failure:
-        print(f"scop: {failure}", file=sys.stderr)
-        return 1 if isinstance(failure, StepError) else 143
+        print(f"scop: {failure}", *_notes(failure), sep="\n", file=sys.stderr)
+        return failure.code if isinstance(failure, Stopped) else 1
     print_result(run)
     return 0
 
@@ -302,7 +308,9 @@ def _doctor(options: argparse.Namespace) -> int:
     config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
     image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
     missing = False
-    for finding in examine(config, options.out, image, options.host or os.environ.get("KF_PIPELINES_ENDPOINT")):
+    host = options.host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    profile = _profile(options.cluster) if options.cluster else None
+    for finding in examine(config, options.out, image, host, profile):
         print(finding, flush=True)
         missing |= finding.state == "missing"
     return int(missing)
@@ -359,7 +367,7 @@ def _profile(name: str) -> ClusterProfile:
 
 def _submit(options: argparse.Namespace) -> int:
     from pipelines.presets import find_config
-    from pipelines.submit import Cluster, mend_tracking, pin_places, run_name
+    from pipelines.submit import Cluster, keep_configuration, mend_tracking, pin_places, run_name
     from scop.config import load_config
     from scop.errors import UserError
 
@@ -371,6 +379,7 @@ def _submit(options: argparse.Namespace) -> int:
     name = options.name or run_name(config, path.stem)
     run = cluster.submit(config, name, caching=not options.no_cache, cron=options.recurring)
     print(f"{'recurring run' if options.recurring else 'run'} {name}: {run.address}", flush=True)
+    keep_configuration(run, config)
     if not options.wait:
         return 0
     outcome = cluster.follow(run, lambda line: print(line, flush=True), options.every)

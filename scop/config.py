@@ -29,6 +29,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+"""The built-in networks and their depths (He et al., 2016, section 4.2), known here without importing PyTorch."""
+
+
 def _below_one(value: float) -> float:
     if not 0 <= value < 1:
         raise ValueError("must lie in [0, 1): 0 or more, and below 1")
@@ -262,7 +266,8 @@ class ExportSection(Section):
     """The deliverables.
 
     Attributes:
-        tolerance: largest difference allowed between the PyTorch model and what is loaded again, in logits.
+        tolerance: largest difference allowed between the PyTorch model and what is loaded again, in logits; as a share
+            of the largest logit where that is above 1.
         register_model: enter the ONNX model into MLflow's registry with the alias `candidate`.
     """
 

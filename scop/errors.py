@@ -6,7 +6,15 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """Training stopped because it was asked to, with a checkpoint written where there is a place for one."""
+    """Training stopped because it was asked to, with a checkpoint written where there is a place for one.
+
+    Attributes:
+        code: that the process exits with, by custom 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, code: int = 143) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class DamagedError(UserError):

@@ -25,7 +25,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
         path: the file, which holds the weights too.
 
     Returns:
-        The largest absolute difference between the logits of PyTorch and of onnxruntime.
+        The largest difference between the logits of PyTorch and of onnxruntime, see `logit_difference`.
     """
     import onnxruntime
 
@@ -70,11 +70,19 @@ def _argument(model: nn.Module) -> str:
     return next(iter(inspect.signature(model.forward).parameters))
 
 
+def logit_difference(one: Tensor, other: Tensor) -> Tensor:
+    """The largest difference of two networks' logits: a scalar, NaN if there is one among them.
+
+    As a share of the largest logit where that is above 1, since rounding errors grow with what is rounded.
+    """
+    # torch's maximum, unlike Python's, lets a NaN through.
+    return (one - other).abs().max() / one.abs().max().clamp(min=1)
+
+
 @torch.inference_mode()
 def _largest_difference(model: nn.Module, images: Tensor, other) -> float:  # type: ignore[no-untyped-def]
     """Over the whole batch, and over its first image alone: the batch must really be dynamic."""
-    # torch's maximum, unlike Python's, lets a NaN through.
-    return float(torch.stack([(model(part) - other(part)).abs().max() for part in (images, images[:1])]).max())
+    return float(torch.stack([logit_difference(model(part), other(part)) for part in (images, images[:1])]).max())
 
 
 @contextlib.contextmanager

@@ -53,6 +53,16 @@ def shown(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; no user and password in it."""
+    """The first line of an error's message, or its type where it has none; no user and password in it.
+
+    What the HTTP client says of a connection that failed is cut down to its cause.
+    """
     lines = shown(str(error)).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if "Max retries exceeded" in lines[0]:
+        if found := re.search(r"\[Errno -?\d+\] ([^'\")]+)", lines[0]):
+            return found[1].lower()
+        if "timed out" in lines[0]:
+            return "no answer in time"
+    return lines[0][:300]

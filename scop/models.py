@@ -20,10 +20,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from scop.config import CIFAR_RESNETS
 from scop.errors import UserError
 from scop.spec import ModelSpec, attach_spec
-
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
@@ -126,15 +125,13 @@ def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
 
 def find_factory(name: str) -> Callable[..., nn.Module]:
     """The callable that a factory's name stands for; raises UserError where there is none."""
-    cifar = {f"resnet{depth}": depth for depth in CIFAR_DEPTHS}
-    if name in cifar:
-        return _cifar_resnet(cifar[name])
+    if name in CIFAR_RESNETS:
+        return _cifar_resnet(CIFAR_RESNETS[name])
     module, colon, attribute = name.partition(":")
     if not colon:
-        hint = difflib.get_close_matches(name, cifar, n=1)
-        meant = f"did you mean {hint[0]!r}?" if hint else f"known: {', '.join(cifar)}"
         raise UserError(
-            f"model {name!r} is unknown ({meant}); others are 'torchvision:NAME' or 'package.module:function'"
+            f"model {name!r} is unknown (known: {', '.join(CIFAR_RESNETS)}; others are 'torchvision:NAME' or "
+            "'package.module:function')"
         )
     if module == "torchvision":
         return _torchvision_factory(attribute)

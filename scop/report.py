@@ -97,8 +97,9 @@ def _table(results: Sequence[VariantResult]) -> str:
     rows += [_row(r.name, r.evaluation["pruned"], r.evaluation["dense"], batch_sizes) for r in results]
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>' + (
-        "<p class=note>Latency is the median of one forward pass (95th percentile in brackets), dense and pruned "
-        "taking turns in one process. Below each figure: the change against the dense network.</p>"
+        "<p class=note>Latency is the median of one forward pass (95th percentile in brackets). Each variant took "
+        "turns with the dense network in one process; what that took then stands below it, so compare the ratios: a "
+        "machine is not equally fast all the time. Below the other figures: the change against the dense network.</p>"
     )
 
 
@@ -118,7 +119,7 @@ def _row(name: str, figures: Mapping[str, Any], dense: Mapping[str, Any] | None,
     for batch_size in batch_sizes:
         latency = figures["latency_ms"][batch_size]
         before = dense and dense["latency_ms"][batch_size]["p50"]
-        change = f"{before / latency['p50']:.2f}x as fast" if before else ""
+        change = f"{before / latency['p50']:.2f}x as fast as {before:.2f} ms" if before else ""
         cells.append(_cell(f"{latency['p50']:.2f} ms ({latency['p95']:.2f})", change))
     return f'<tr><th scope="row">{html.escape(name)}</th>{"".join(cells)}</tr>'
 
@@ -155,7 +156,7 @@ def _accuracy_against_macs(results: Sequence[VariantResult], colours: Mapping[st
             "%{customdata[0]} parameters<extra></extra>",
         )
     figure.update_xaxes(title="multiply-accumulates per image", rangemode="tozero")
-    figure.update_yaxes(title="top-1 on the test split", tickformat=".1%")
+    figure.update_yaxes(title="top-1 on the test split", tickformat=".1%", **_span([p[1]["top1"] for p in points]))
     return figure
 
 
@@ -177,7 +178,7 @@ def _kept_channels(results: Sequence[VariantResult], colours: Mapping[str, str])
             marker={"color": colours[result.name]},
             hovertemplate="%{y}: %{customdata[0]} of %{customdata[1]} channels<extra>%{fullData.name}</extra>",
         )
-    figure.update_yaxes(autorange="reversed", tickfont={"size": 10}, automargin=True)
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, automargin=True)
     figure.update_xaxes(title="share of channels kept", tickformat=".0%", range=[0, 1.04], dtick=0.25)
     figure.update_layout(barmode="group", height=140 + len(layers) * max(18, 9 * len(results)))
     return figure
@@ -234,10 +235,18 @@ def _learning_curves(results: Sequence[VariantResult], colours: Mapping[str, str
                 hovertemplate=f"epoch %{{x}}: {kind} top-1 %{{y:.2%}}<extra>{html.escape(name)}</extra>",
             )
     longest = max((len(history) for _, history, _ in curves), default=1)
-    figure.update_xaxes(title="epoch", dtick=max(1, round(longest / 10)), tick0=0)
+    figure.update_xaxes(title="epoch", dtick=max(1, round(longest / 10)), tick0=0, range=[0.5, longest + 0.5])
     kinds = {"validation" if h[0].get("validation_top1") is not None else "training" for _, h, _ in curves if h}
-    figure.update_yaxes(title=f"top-1, {' or '.join(sorted(kinds))} split", tickformat=".0%")
+    shown = [value for trace in figure.data for value in trace.y]
+    figure.update_yaxes(title=f"top-1, {' or '.join(sorted(kinds))} split", tickformat=".0%", **_span(shown))
     return figure
+
+
+def _span(shares: Sequence[float]) -> dict[str, Any]:
+    """An axis for shares, within 0 to 1 and at least two points wide, which Plotly's own choice may not be."""
+    low, high = min(shares, default=0.0), max(shares, default=1.0)
+    space = max(0.01, 0.08 * (high - low))
+    return {"range": [max(-0.002, low - space), min(1.002, high + space)]}
 
 
 def _plot(figure: go.Figure, name: str, height: int | None) -> str:
@@ -283,6 +292,10 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .45rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top;
   white-space: nowrap; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
+@media (max-width: 600px) {
+  .scroll::before { content: "\2194  more to the right"; color: var(--soft); font-size: .8rem; }
+  th, td { padding: .4rem .45rem; }
+}
 thead th { color: var(--soft); font-weight: 500; border-bottom-width: 2px; }
 td small { display: block; color: var(--soft); min-height: 1.2em; }
 .plot { width: 100%; }
@@ -308,7 +321,7 @@ function paint() {
       bgcolor: style.getPropertyValue("--band").trim() };
     for (const axis of ["xaxis", "yaxis"]) {
       layout[axis] = { ...layout[axis], gridcolor: line, zerolinecolor: line, linecolor: line };
-      if (narrow && layout[axis].tickfont) layout[axis].tickfont.size = 8;
+      if (narrow && layout[axis].tickfont) layout[axis].tickfont.size = 9;
     }
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text };
     if (narrow) layout.margin = { ...layout.margin, r: 4 };

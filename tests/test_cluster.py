@@ -98,6 +98,13 @@ def test_training_gets_gpus_and_the_rest_does_not(documents, step: str) -> None:
         assert not {"nodeSelector", "tolerations", "emptyDirMounts"} & platform.keys()
 
 
+def test_a_file_that_kfp_would_not_take_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipelines.cluster.SIZE_LIMIT", 2**14)
+    with pytest.raises(UserError, match="KFP takes pipelines up to"):
+        compile_for(load_profile(EXAMPLE), RunSection(), tmp_path / "pipeline.yaml")
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
 def test_retries_and_parallelism(documents) -> None:
     pipeline = documents[0]
     tasks = dict(pipeline["root"]["dag"]["tasks"])

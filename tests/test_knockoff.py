@@ -37,7 +37,7 @@ def test_only_gates_train_within_bounds_and_the_dense_model_stays_bit_for_bit(mo
 
     graph = ChannelGraph(model, (1, 8, 8))
     competition = Competition(model, graph, shuffle, CPU)
-    trainable = [p for p in competition._network.parameters() if p.requires_grad]
+    trainable = [p for p in competition._streams.network.parameters() if p.requires_grad]
     assert trainable == []
     assert {p.shape for p in competition.gates.parameters()} == {(16,), (24,), (32,)}
 

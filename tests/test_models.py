@@ -39,7 +39,7 @@ def test_grey_images() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet65", "did you mean 'resnet56'"),
+        ("resnet65", "known: resnet20, resnet32, resnet44, resnet56, resnet110; others are"),
         ("torchvision:resnet5O", "did you mean 'torchvision:resnet50'"),
         ("no.such.package:make", "cannot import 'no.such.package'"),
         ("tests.helpers:Nothing", "has no 'Nothing'"),

@@ -215,9 +215,9 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     command = [sys.executable, "-m", "scop.cli", "run", "--out", str(tmp_path), "--set", "dense.batch_size=5000"]
     result = run(command)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(
-        "scop: error: train_dense: 1295 training images are fewer than a batch"
-    )
+    error, remedy = result.stderr.splitlines()
+    assert error.startswith("scop: error: train_dense: 1295 training images are fewer than a batch")
+    assert remedy.startswith(f"scop: go on with: scop run --resume {tmp_path}/digits-resnet20-")
     assert "Traceback" not in result.stdout + result.stderr
     from mlflow.tracking import MlflowClient
 
@@ -261,3 +261,31 @@ def test_the_console_shows_steps_and_logs_everything() -> None:
     assert shown[2].startswith("  FAILED in ")
     assert console.error == "train_dense: no such thing"
     assert '"inputs": {}' in log.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_told_to_stop_begins_no_further_variant(
+    tmp_path: Path, sign: signal.Signals, code: int
+) -> None:
+    """The signal reaches the command alone, as from a scheduler; KFP by itself would go on with the next variant."""
+    small = {"dense.epochs": 1, "knockoff.epochs": 1, "finetune.epochs": 500}
+    variants = "variants=[{name: a}, {name: b, method: l1}, {name: c, method: none}]"
+    command = [sys.executable, "-m", "scop.cli", "run", "--set", variants]
+    command += [f"--set={key}={value}" for key, value in small.items()]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_"))}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as run:
+        while not list(tmp_path.glob("runs/checkpoints/finetune-*/*.json")):
+            assert run.poll() is None
+        run.send_signal(sign)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == code
+    (place,) = (path.parent for path in tmp_path.glob("runs/*/config.yaml"))
+    assert said.splitlines()[-1] == f"scop: stopped; go on with: scop run --resume {place}"
+    records = [json.loads(path.read_text()) for path in place.glob("*/*/*/step.json")]
+    assert {(r["config"]["variant"]["name"], r["step"], r["status"]) for r in records} == {
+        ("a", "select_channels", "done"),
+        ("a", "finetune", "stopped"),
+    }

@@ -113,9 +113,11 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}/train"], "has no step 'train' (it has: "),
+        (["{run}/train"], "has no step 'train' (did you mean 'train_dense'?)"),
         (["{run}/l1/finetune"], "has no step 'l1/finetune'"),
-        (["nowhere/finetune"], "is neither a step's record nor RUN/STEP"),
+        (["nowhere/finetune"], "there is no step 'nowhere/finetune', neither at this place nor in runs"),
+        (["{run}"], "is a run; say which step: prepare_data, train_dense"),
+        (["{run}-gone/finetune"], "-gone/finetune', at this place; name a step's record"),
         (
             ["{run}/train_dense", "--set", "finetune.lr=1"],
             "step 'train_dense' has no section 'finetune' (it has: dense)",
@@ -172,7 +174,7 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has several steps 'finetune'; say which: .*run/a/finetune, .*run/b/finetune"):
         find_record("run/finetune", str(tmp_path))
     assert find_record("run/b/finetune", str(tmp_path)).variant == "b"
-    with pytest.raises(UserError, match="'rnu/finetune' is neither"):  # no search through all runs
+    with pytest.raises(UserError, match="there is no step 'rnu/finetune'"):  # no search through all runs
         find_record("rnu/finetune", str(tmp_path))
 
 

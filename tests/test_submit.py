@@ -28,8 +28,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KfpServe
 
 
 @pytest.fixture
-def profile(server: KfpServer, tmp_path: Path) -> Path:
-    values = yaml.safe_load(EXAMPLE.read_text()) | {"host": server.address}
+def profile(server: KfpServer, tmp_path: Path, bucket: str) -> Path:
+    values = yaml.safe_load(EXAMPLE.read_text()) | {"host": server.address, "pipeline_root": f"{bucket}/root"}
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -42,13 +42,18 @@ def run(profile: Path, *more: str) -> int:
         return int(end.code or 0)
 
 
-def test_a_pipeline_is_uploaded_once_and_run_with_the_sections_as_parameters(server, profile, capsys) -> None:
+def test_a_pipeline_is_uploaded_once_and_run_with_the_sections_as_parameters(server, profile, bucket, capsys) -> None:
     assert run(profile, "--name", "first", "--set", "finetune.epochs=3") == 0
     (first,) = server.runs
-    assert capsys.readouterr().out == f"run first: {server.address}/#/runs/details/{first.run_id}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"run first: {server.address}/#/runs/details/{first.run_id}",
+        f"artifacts: {bucket}/root/scop/{first.run_id}",
+    ]
+    kept = yaml.safe_load(storage.read(f"{bucket}/root/scop/{first.run_id}/config.yaml") or b"")
+    assert kept["finetune"]["epochs"] == 3
     assert first.display_name == "first"
     assert first.runtime_config.parameters["finetune"]["epochs"] == 3
-    assert first.runtime_config.pipeline_root == "s3://ml-artifacts/scop"
+    assert first.runtime_config.pipeline_root == f"{bucket}/root"
     assert run(profile, "--set", "finetune.epochs=4") == 0  # other parameters, the same pipeline
     assert (len(server.pipelines), len(server.versions), len(server.experiments), len(server.runs)) == (1, 1, 1, 2)
     assert server.experiments[0].display_name == "digits-resnet20"
@@ -71,6 +76,26 @@ def test_without_the_cache_every_step_runs_those_in_the_loop_too(server, profile
 
     assert {"train-dense", "finetune", "compare"} <= cached(with_cache)
     assert cached(without) <= {"for-loop-1"}
+
+
+def test_a_configuration_that_cannot_be_kept_costs_no_run(server, profile, bucket, capsys) -> None:
+    values = yaml.safe_load(profile.read_text()) | {"pipeline_root": f"{bucket}-gone/root"}
+    profile.write_text(yaml.safe_dump(values))
+    assert run(profile) == 0
+    assert "the configuration could not be put there: bucket" in capsys.readouterr().out
+    assert len(server.runs) == 1
+
+
+def test_doctor_looks_at_the_cluster_too(server, profile, bucket, capsys) -> None:
+    server.token = "of-the-user"
+    assert cli.main(["doctor", "--cluster", str(profile)]) == 1
+    lines = {line[9:19].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert lines["KFP"].startswith("MISSING")
+    assert "set KF_PIPELINES_TOKEN" in lines["KFP"]
+    assert f"{bucket}/root/checkpoints: put, got, listed and deleted a probe" in lines["S3"]
+    server.token = None
+    assert cli.main(["doctor", "--cluster", str(profile)]) == 0
+    assert f"{server.address} answers, and lets these credentials list experiments" in capsys.readouterr().out
 
 
 def test_a_recurring_run(server, profile, capsys) -> None:
@@ -102,7 +127,7 @@ def test_waiting_tells_each_task_and_state_once_and_the_outcome(server, profile,
     stumbles = iter([None, 503, None, None, 500])
     server.plan = lambda method, path: next(stumbles, None) if "/runs/" in path else None
     assert run(profile, "--wait", "--name", "it") == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    assert capsys.readouterr().out.splitlines()[2:] == [
         "train-dense: running",
         "train-dense: succeeded",
         "variant 1 finetune: running",

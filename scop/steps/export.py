@@ -59,7 +59,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         if not difference <= config.export.tolerance:
             raise UserError(
                 f"{label}: {what.replace('_', ' and ')} differ by {difference:.3g} in their logits, more than "
-                f"export.tolerance {config.export.tolerance:g}"
+                f"export.tolerance {config.export.tolerance:g}; if that is good enough, raise it: "
+                "--set export.tolerance=..."
             )
     evaluation = json.loads((inputs.evaluation / "evaluation.json").read_text())
     if config.export.register_model:

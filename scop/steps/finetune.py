@@ -15,6 +15,7 @@ from scop.config import FinetuneSection, Section, VariantSection, finetune_for
 from scop.data import load_dataset
 from scop.device import autocast_dtype
 from scop.evaluation import count_macs, count_parameters
+from scop.export import logit_difference
 from scop.plan import ChannelPlan
 from scop.spec import spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
@@ -89,14 +90,14 @@ def _describe(metrics: dict[str, float]) -> str:
 
 @torch.inference_mode()
 def _reload_difference(model: nn.Module) -> float:
-    """By how much the network's logits on random images change when it is saved and loaded."""
+    """By how much the network's logits on random images change when it is saved and loaded; see `logit_difference`."""
     spec = spec_of(model)
     assert spec is not None and spec.input_shape is not None
     images = torch.randn(4, *spec.input_shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
         again = load_model(folder)
-    return float((model.eval()(images) - again(images)).abs().max())
+    return float(logit_difference(model.eval()(images), again(images)))
 
 
 def _teacher(dense: nn.Module, section: FinetuneSection, context: Context) -> nn.Module | None:

@@ -15,6 +15,9 @@ from scop.manifest import CHECKPOINTS, MANIFEST, RECORD, read_folder
 KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE = "SCOP_KFP_ROOT", "SCOP_RUN_ROOT", "SCOP_VARIANTS"
 """Set by `scop run`: what a component's path below KFP's root means as a place of the run; see `meant`."""
 
+STOPPED = "stopped"
+"""A file below KFP's root: the run was told to stop, so no step is begun any more."""
+
 Places = Mapping[str, str | list[str]]
 """Paths or ``s3://`` URIs by name; a list where a step takes several."""
 

@@ -26,13 +26,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import scop
 from scop import storage
-from scop.checkpoints import Checkpoints
+from scop.checkpoints import STOP_SIGNALS, Checkpoints
 from scop.config import Section, parse
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
 from scop.steps import STEPS, train_job
 from scop.steps.places import (
+    KFP_ROOT_VARIABLE,
+    STOPPED,
     Places,
     absolute,
     check,
@@ -130,6 +132,8 @@ def execute(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mappi
         inputs: input folders by name; a list of folders where the step takes several.
         outputs: output folders by name.
     """
+    if (root := os.environ.get(KFP_ROOT_VARIABLE)) and (Path(root) / STOPPED).exists():
+        raise SystemExit(TERMINATED)  # KFP begins the next variant though one was stopped
     try:
         return run_step(
             name,
@@ -155,11 +159,11 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     inputs = check(name, "input", step.Inputs, inputs)
     check(name, "output", step.Outputs, outputs)
     if (plan := train_job.planned()) is not None:
-        with _ending_on_sigterm():
+        with _ending_when_told():
             return train_job.run(plan, name, settings, inputs, outputs)
     if processes.node > 0:
         return _assist(name, step, settings, inputs, outputs, processes)
-    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_when_told():
         targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
         with _announced(name, settings, inputs, outputs):
             sources = each(inputs, fetched)
@@ -179,7 +183,7 @@ def _assist(
     name: str, step: StepModule, settings: Section, inputs: Places, outputs: Mapping[str, str], processes: Processes
 ) -> StepResult:
     """A further node's part: its processes work with the first node's, which keeps the record and the outputs."""
-    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_when_told():
         targets = {key: Path(scratch) / key for key in outputs}
         work = _Work(name, step, settings, inputs, each(inputs, fetched), {}, targets, processes)
         try:
@@ -204,9 +208,8 @@ def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[st
     try:
         yield
     except BaseException as error:
-        reason = first_line(error) if isinstance(error, Exception) else type(error).__name__
         with contextlib.suppress(UserError):
-            file.write(status="stopped" if isinstance(error, _Terminated) else "failed", error=reason)
+            file.write(status="stopped" if isinstance(error, _Terminated) else "failed", error=_reason(error))
         raise
 
 
@@ -319,7 +322,7 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         seconds = round(time.monotonic() - started, 3)
         file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made))
     except BaseException as error:
-        reason = first_line(error) if isinstance(error, Exception) else type(error).__name__
+        reason = _reason(error)
         status = "stopped" if isinstance(error, Stopped | _Terminated) else "failed"
         with contextlib.suppress(UserError):  # S3 itself may be what failed; the first error is the one to tell
             file.write(status=status, error=reason, seconds=round(time.monotonic() - started, 3))
@@ -362,16 +365,20 @@ def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
     return None
 
 
+def _reason(error: BaseException) -> str:
+    return first_line(error) if isinstance(error, Exception | _Terminated) else type(error).__name__
+
+
 class _Terminated(SystemExit):
-    """SIGTERM came at a time when there was nothing to save."""
+    """SIGTERM or Ctrl-C came at a time when there was nothing to save."""
 
     def __str__(self) -> str:
-        return "terminated"
+        return "told to stop"
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Within, SIGTERM unwinds the stack, so that the record says how the step ended."""
+def _ending_when_told() -> Iterator[None]:
+    """Within, the signals to stop unwind the stack, so that the record says how the step ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -379,11 +386,12 @@ def _ending_on_sigterm() -> Iterator[None]:
     def end(*_: object) -> None:
         raise _Terminated(TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _checkpoints(record: StepRecord, work: _Work) -> Checkpoints:
