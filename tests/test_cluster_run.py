@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.compare import compare
 from pipelines.presets import find_config
+from pipelines.runs import records_of
 from scop import s3
 from scop.config import load_config
+from scop.steps import STEPS
 from tests import services
 from tests.test_cluster import EXAMPLE
 
@@ -36,14 +39,22 @@ components.load_component_from_file(file)(**json.loads(sections))
 """
 
 
+FAILING = "variants=[{prune_rate: 0.45}, {name: other, method: l1, finetune: {batch_size: 100000}}]"
+MENDED = "variants=[{prune_rate: 0.45}, {name: other, method: l1}]"
+
+
 @dataclass
 class Submitted:
-    """Two runs of one file, with caching: the second with another section `finetune`."""
+    """Four runs of one file, with caching, and the steps that each of them executed.
+
+    The second has another section `finetune`; the third, of the first one's, a second variant, which fails; the fourth
+    has that mended.
+    """
 
     folder: Path
     store: Path
-    first: set[str]
-    second: set[str]
+    codes: list[int]
+    executed: list[set[str]]
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +68,50 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
         surroundings |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_TRACKING_USERNAME": "me"}
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_", "KF"))}
         (folder / "store" / "cluster").mkdir()
-        executed = []
-        for number, change in enumerate(([], ["finetune.epochs=1"])):
+        codes, executed = [], []
+        for number, change in enumerate(([], ["finetune.epochs=1"], [FAILING], [MENDED])):
             environment = clean | surroundings | {"KFP_RUN_ID": f"kfp-run-{number}", "PYTHONPATH": str(ROOT)}
             compile_ = [sys.executable, "-m", "scop.cli", "compile", "--cluster", str(folder / "cluster.yaml")]
             subprocess.run([*compile_, "-o", str(folder / "pipeline.yaml")], env=environment, check=True, cwd=folder)
             config = load_config(find_config("digits-resnet20"), [*SMALL, *change])
             sections = json.dumps(config.model_dump(mode="json", exclude={"run"}, exclude_none=True))
+            (folder / f"root{number}").mkdir()
+            (folder / f"root{number}" / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
             places = [str(folder / "pipeline.yaml"), str(folder / f"root{number}"), str(folder / "cache"), sections]
             with (folder / f"log{number}.txt").open("w") as log:
                 command = [sys.executable, "-c", RUN, *places]
                 result = subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, timeout=500)
-            assert result.returncode == 0, (folder / f"log{number}.txt").read_text()[-3000:]
+            codes.append(result.returncode)
             records = (folder / f"root{number}").rglob("step.json")
             executed.append({json.loads(path.read_text())["step"] for path in records})
-        yield Submitted(folder, folder / "store" / "cluster", *executed)
+        yield Submitted(folder, folder / "store" / "cluster", codes, executed)
     s3.forget_client()
 
 
 def test_only_what_depends_on_the_changed_section_runs_again(submitted: Submitted) -> None:
-    assert submitted.first == {
-        "prepare_data", "train_dense", "train_knockoff", "select_channels", "finetune", "evaluate", "export", "compare"
-    }  # fmt: skip
-    assert submitted.second == {"finetune", "evaluate", "export", "compare"}
+    assert submitted.codes[:2] == [0, 0], (submitted.folder / "log0.txt").read_text()[-3000:]
+    assert submitted.executed[0] == set(STEPS)
+    assert submitted.executed[1] == {"finetune", "evaluate", "export", "compare"}
+
+
+def test_a_sweep_with_a_failed_variant_leaves_the_others_whole_and_says_why(submitted: Submitted) -> None:
+    assert submitted.codes[2] != 0
+    assert submitted.executed[2] == {"select_channels", "finetune"}  # the first variant came from the cache
+    found = compare([str(submitted.folder / "root0"), str(submitted.folder / "root2")], "runs")
+    assert [result.name for result in found.results] == ["scop-0.45"]
+    why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
+    assert found.missing == {"other": why}
+
+
+def test_a_resubmission_runs_only_what_is_missing(submitted: Submitted) -> None:
+    assert submitted.codes[3] == 0, (submitted.folder / "log3.txt").read_text()[-3000:]
+    records = records_of(str(submitted.folder / "root3"))
+    executed = {record.title for record in records}
+    assert executed == {*(f"other/{step}" for step in ("select_channels", "finetune", "evaluate", "export")), "compare"}
+    # Its own page has both, since the cache gave the first one's results to the last step.
+    found = compare([str(submitted.folder / "root3")], "runs")
+    assert [result.name for result in found.results] == ["scop-0.45", "other"]
+    assert found.missing == {}
 
 
 def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submitted) -> None:
@@ -88,7 +120,8 @@ def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submit
     client = MlflowClient(f"sqlite:///{submitted.folder}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
     parents = {run.data.tags["kfp.run_id"]: run for run in found if "kfp.run_id" in run.data.tags}
-    assert {run.info.status for run in parents.values()} == {"FINISHED"}
+    assert [parents[f"kfp-run-{n}"].info.status for n in range(4)] == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
+    assert "fewer than a batch" in parents["kfp-run-2"].data.tags["scop.error"]
     assert parents["kfp-run-0"].data.metrics["scop-0.45/top1"] > 0.3
     steps = {
         key: sorted(

@@ -1,0 +1,59 @@
+"""What the README and docs/ tell people to type is taken by the command line as it is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipelines.presets import find_config, preset_names
+from pipelines.submit import pin_places
+from scop import cli, storage
+from scop.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "components").glob("*/README.md"))]
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """(page, arguments) of each command of a program that a page shows behind a prompt."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True) if line.startswith("$ ") else []
+                words = [word for word in words if not re.match(r"^[A-Z_0-9]+=", word)]  # variables in front
+                if words[:1] == [program]:
+                    found.append((page.name, words[1:]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "words"), commands("scop"))
+def test_commands_are_taken(page: str, words: list[str], monkeypatch) -> None:
+    options = cli._parser().parse_args(words)
+    config = getattr(options, "config", None) or cli.DEFAULT_CONFIG
+    if config not in preset_names() or not hasattr(options, "set") or words[0] == "rerun":
+        return
+    values = load_config(find_config(config), options.set)
+    if words[0] == "submit":  # nothing in them is a path of this machine
+        monkeypatch.setattr(storage, "pinned", lambda place: place)
+        pin_places(values)
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    assert {words[0] for _, words in commands("scop")} >= {
+        "run",
+        "step",
+        "rerun",
+        "compare",
+        "doctor",
+        "compile",
+        "submit",
+    }
+
+
+def test_make_targets_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    wanted = {word for _, words in commands("make") for word in words if re.fullmatch(r"[a-z-]+", word)}
+    assert wanted
+    assert wanted <= targets
