@@ -22,7 +22,6 @@ from pipelines.containers import (
     certificates,
     image_id,
     image_label,
-    require_image,
     variables_of_steps,
 )
 from scop import storage
@@ -179,7 +178,6 @@ def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: 
         shown += [*(f"{key}={value}" for key, value in ready.environment.items()), *command]
         environment |= ready.environment
     else:
-        require_image(image)
         sandbox = ready.sandbox(image, gpus)
         sandbox.open_to_user([ready.folder / "config.yaml"])
         environment |= sandbox.handed_on

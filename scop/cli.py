@@ -250,6 +250,7 @@ def _step(options: argparse.Namespace) -> None:
 
 def _rerun(options: argparse.Namespace) -> int:
     from pipelines import rerun
+    from pipelines.containers import require_image
     from pipelines.runs import find_record
     from scop.errors import UserError
 
@@ -267,6 +268,7 @@ def _rerun(options: argparse.Namespace) -> int:
         )
     if image is not None:
         image = image or rerun.default_image(record)
+        require_image(image)
     ready = rerun.make_ready(record, Path(options.out), options.set, options.track)
     code = rerun.rerun(ready, image=image, gpus=options.gpus, dry_run=options.dry_run, shell=options.shell)
     if code or options.dry_run or options.shell:

@@ -250,7 +250,7 @@ def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
 def _explain_refusal(error: Any, code: str, location: Location) -> str:
     said = error.response.get("Error", {})
     if code == "NoSuchBucket":
-        return f"bucket {location.bucket!r} does not exist at {endpoint()}; make it, or mend {location}"
+        return f"bucket {location.bucket!r} does not exist at {endpoint()}; make it, or name another in place of s3://{location.bucket}"
     if code in ("NoSuchKey", "404"):
         return f"{location} does not exist"
     if code in _REFUSED:

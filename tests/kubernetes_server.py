@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,7 @@ class KubernetesServer:
                 stdout=self.logs[name].open("w") if node == 0 else subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,
             )
             for node in range(trainer["numNodes"])
         ]
@@ -186,7 +188,8 @@ def kubernetes_server(folder: Path) -> Iterator[KubernetesServer]:
         yield state
     finally:
         for process in (process for group in state.processes.values() for process in group):
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         server.shutdown()
         server.server_close()
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -184,3 +185,39 @@ def test_a_preempted_pod_goes_on_when_it_is_started_again(
     runs = client.search_runs([client.get_experiment_by_name("scop").experiment_id], "tags.`scop.step` = 'train_dense'")
     steps = [metric.step for run in runs for metric in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(steps) == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_pruned_network_is_fine_tuned_with_a_teacher_as_by_one_process(
+    dense: dict[int, Path], digits_folder: Path, tmp_path: Path
+) -> None:
+    variant = {"method": "l1", "prune_rate": 0.5}
+    section = STEADY | {"recalibration_batches": 5, "distillation": {"weight": 0.5}}
+    scores = tmp_path / "scores"
+    knockoff = {"epochs": 1, "batch_size": 64}
+    run("train_knockoff", {"knockoff": knockoff}, {"dataset": digits_folder, "dense": dense[1]}, {"scores": scores}, 1)
+    given = {"dense": dense[1], "scores": scores}
+    run("select_channels", {"variant": variant}, given, {"plan": tmp_path / "plan"}, 1)
+    models = {}
+    for processes in (1, 2):
+        inputs = {"dataset": digits_folder, "dense": dense[1], "plan": tmp_path / "plan"}
+        output = {"model": tmp_path / str(processes)}
+        run("finetune", {"finetune": section, "variant": variant}, inputs, output, processes)
+        models[processes] = load_file(output["model"] / "model.safetensors")
+    for name, tensor in models[1].items():
+        torch.testing.assert_close(models[2][name], tensor, **CLOSE)
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_step_that_is_killed_outright(digits_folder: Path, tmp_path: Path) -> None:
+    settings = [f"--set=dense={json.dumps(DENSE | {'epochs': 500})}"]
+    places = ["--input", f"dataset={digits_folder}", "--output", f"model={tmp_path}/model"]
+    command = [sys.executable, "-m", "scop.cli", "step", "train_dense", *settings, *places]
+    environment = os.environ | {"SCOP_PROCESSES": "2"}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL) as step:
+        while not list((tmp_path / "model").glob("checkpoints/*/*.json")):
+            assert step.poll() is None
+        workers = psutil.Process(step.pid).children(recursive=True)
+        step.kill()
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=30)[1] == []

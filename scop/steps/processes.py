@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import uuid
 from collections.abc import Mapping
@@ -35,6 +37,7 @@ PROCESSES_VARIABLE = "SCOP_PROCESSES"
 
 _JOB, _RESULT = "job.json", "result.json"
 _TERMINATED, _MISTAKE = 143, 2
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def main(name: str) -> int:
     """One of the processes; its work is described in a folder. Returns the exit code."""
     folder = Path(name)
     rank = int(os.environ["RANK"])
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         result = _work(Job.model_validate_json((folder / _JOB).read_bytes()), folder, rank)
         if rank == 0:
@@ -180,6 +184,13 @@ def main(name: str) -> int:
         kind, message, code = "failure", first_line(error), 1
     (folder / f"failure-{rank}.json").write_text(json.dumps({"kind": kind, "message": message, "rank": rank}))
     return code
+
+
+def _end_with_parent(parent: int) -> None:
+    """A step that was killed outright could not stop its processes, which would wait for each other for ever."""
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _work(job: Job, folder: Path, rank: int) -> StepResult:
