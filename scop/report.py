@@ -293,7 +293,7 @@ th, td { text-align: right; padding: .45rem .7rem; border-bottom: 1px solid var(
   white-space: nowrap; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 @media (max-width: 600px) {
-  .scroll::before { content: "\2194  more to the right"; color: var(--soft); font-size: .8rem; }
+  .scroll::before { content: "more to the right →"; color: var(--soft); font-size: .8rem; }
   th, td { padding: .4rem .45rem; }
 }
 thead th { color: var(--soft); font-weight: 500; border-bottom-width: 2px; }

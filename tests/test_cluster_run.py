@@ -39,8 +39,11 @@ components.load_component_from_file(file)(**json.loads(sections))
 """
 
 
-FAILING = "variants=[{prune_rate: 0.45}, {name: other, method: l1, finetune: {batch_size: 100000}}]"
-MENDED = "variants=[{prune_rate: 0.45}, {name: other, method: l1}]"
+FIRST = load_config(find_config("digits-resnet20")).variants[0].model_dump(mode="json", exclude_none=True)
+FAILING, MENDED = (
+    f"variants={json.dumps([FIRST, {'name': 'other', 'method': 'l1', 'finetune': changes}])}"
+    for changes in ({"batch_size": 100_000}, {})
+)
 
 
 @dataclass
@@ -61,7 +64,8 @@ class Submitted:
 def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
     folder = tmp_path_factory.mktemp("cluster")
     values = yaml.safe_load(EXAMPLE.read_text()) | {"pipeline_root": "s3://cluster/scop"}
-    values["classes"]["gpu"] = {"requests": {"cpu": 2, "memory": "4Gi"}}  # there is none here
+    retries = {"count": 1, "backoff": "1s"}
+    values["classes"]["gpu"] = {"requests": {"cpu": 2, "memory": "4Gi"}, "retries": retries}  # there is no GPU here
     (folder / "cluster.yaml").write_text(yaml.safe_dump(values))
     with services.s3_server(folder) as address:
         surroundings = services.environment(address) | PLANTED
