@@ -12,8 +12,9 @@ import yaml
 
 from pipelines.runs import CONFIG, find_run, records_of
 from scop import storage
-from scop.config import Config, parse
+from scop.config import Config
 from scop.errors import UserError
+from scop.parsing import parse
 from scop.report import VariantResult, write_report
 from scop.steps.compare import read_results
 from scop.steps.record import StepRecord

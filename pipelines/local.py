@@ -36,11 +36,12 @@ from pipelines.containers import (
 )
 from scop import storage
 from scop.checkpoints import STOP_SIGNALS
-from scop.config import CIFAR_RESNETS, Config, parse
+from scop.config import CIFAR_RESNETS, Config
 from scop.errors import Stopped, UserError
 from scop.manifest import RECORD, write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, shown
 from scop.parents import end_parent, start_parent
+from scop.parsing import parse
 from scop.progress import TERMINAL_VARIABLE
 from scop.steps import STEPS
 from scop.steps.compare import headline

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from scop.config import PositiveInt, Section, override, parse, read_yaml
+from scop.config import PositiveInt
+from scop.parsing import Section, override, parse, read_yaml
 from scop.steps import STEPS, TRAINING_STEPS
 
 FOLDER = Path(__file__).parent / "clusters"

@@ -25,9 +25,10 @@ from pipelines.containers import (
     variables_of_steps,
 )
 from scop import storage
-from scop.config import Config, override, parse
+from scop.config import Config
 from scop.errors import UserError
 from scop.manifest import TIMINGS, read_folder
+from scop.parsing import override, parse
 from scop.steps import STEPS
 from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord, git_revision
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, PLACES_VARIABLE

@@ -26,10 +26,11 @@ from pipelines.pipeline import NAME
 from pipelines.profile import ClusterProfile
 from pipelines.runs import CONFIG
 from scop import storage
-from scop.config import Config, parse
+from scop.config import Config
 from scop.errors import UserError
 from scop.mlflow_server import first_line
 from scop.parents import close_parent
+from scop.parsing import parse
 from scop.steps.record import EXTERNAL_FILES
 
 HOST_VARIABLE, TOKEN_VARIABLE = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN"

@@ -7,15 +7,13 @@ here wherever an integer is meant.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from scop.errors import UserError
+from scop.parsing import Section, override, parse, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 """What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
@@ -40,12 +38,6 @@ def _below_one(value: float) -> float:
 
 
 Fraction = Annotated[float, AfterValidator(_below_one)]
-
-
-class Section(BaseModel):
-    """A part of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunSection(Section):
@@ -312,71 +304,6 @@ def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneS
     return parse(FinetuneSection, section.model_dump() | variant.finetune, f"variants ({variant.label}).finetune")
 
 
-S = TypeVar("S", bound=BaseModel)
-
-
-def parse(kind: type[S], values: Mapping[str, Any], where: str = "", what: str = "configuration") -> S:
-    """Validate a section.
-
-    Args:
-        kind: of section.
-        values: its entries.
-        where: the path of the section, for the message.
-        what: what holds it, for the message.
-
-    Raises:
-        UserError: names the first bad entry, its value and what would be right.
-    """
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise UserError(_explain(error, kind, where, what)) from error
-
-
-def _explain(error: ValidationError, kind: type[BaseModel], where: str, what: str) -> str:
-    first = error.errors()[0]
-    path = [*filter(None, [where]), *map(str, first["loc"])]
-    field = ".".join(path) or what
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(kind, first["loc"][:-1])
-        hint = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        meant = f"did you mean {hint[0]!r}?" if hint else f"known here: {', '.join(sorted(known))}"
-        return f"{what} key {field!r} is unknown ({meant})"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        if not first["loc"]:
-            return f"{what}: {message}"
-        given = f" is {first['input']!r}" if isinstance(first["input"], str | int | float) else ""
-        return f"{what} {field!r}{given}: {message}"
-    if first["type"] == "missing":
-        return f"{what} {field!r} is missing"
-    return f"{what} {field!r} is {first['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys that a section knows at a path within it."""
-    current: Any = kind
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = current.model_fields[part].annotation
-        current = next((a for a in (annotation, *_arguments(annotation)) if _is_model(a)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)
-
-
-def _arguments(annotation: Any) -> list[Any]:
-    found: list[Any] = []
-    for argument in getattr(annotation, "__args__", ()):
-        found += [argument, *_arguments(argument)]
-    return found
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a configuration file and put ``section.key=value`` entries in; values are YAML.
 
@@ -387,35 +314,3 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     for change in overrides or []:
         override(values, change)
     return parse(Config, values)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; raises UserError where it does not."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of sections, not {type(values).__name__}")
-    return values
-
-
-def override(values: dict[str, Any], change: str) -> None:
-    """Put a ``section.key=value`` entry into a configuration's values; raises UserError where there is no place."""
-    key, equals, text = change.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {change!r} must have the form section.key=value")
-    *parents, last = key.split(".")
-    target: Any = values
-    try:
-        for part in parents:
-            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
-        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"--set {key!r}: there is no such entry in the configuration") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {key!r}: {text!r} is not valid YAML") from error

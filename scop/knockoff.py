@@ -34,12 +34,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scop import distributed
-from scop.config import KnockoffSection, Precision, parse
-from scop.device import autocast, autocast_dtype, pick_device
+from scop.config import KnockoffSection, Precision
+from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
 from scop.graph import ChannelGraph
 from scop.models import import_user_module
-from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit, to_device
+from scop.parsing import parse
+from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit
 
 KnockoffSource = Callable[[Tensor, Tensor], Tensor]
 """Makes knockoff images (B, C, H, W) of real ones (B, C, H, W) and their labels (B,)."""

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from scop.config import VariantSection, parse
+from scop.config import VariantSection
 from scop.errors import UserError
 from scop.graph import ChannelGraph, Prunable
 from scop.knockoff import Scores
+from scop.parsing import parse
 from scop.plan import ChannelPlan
 
 LayerScore = Callable[[str], Tensor | None]

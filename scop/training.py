@@ -9,22 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scop import distributed
-from scop.config import DistillationSection, TrainingSection
-from scop.device import autocast, autocast_dtype
 from scop.errors import Stopped, UserError
-from scop.narrow import NarrowBatchNorms
+from scop.learning_rate import LearningRate
 from scop.progress import progress
-from scop.sync_batch_norm import SynchronisedBatchNorms
 
 # Looking at the loss makes a GPU wait, so not at every step.
 _STEPS_BETWEEN_CHECKS = 20
@@ -83,110 +78,6 @@ class EpochRecord:
         return {key: value for key, value in asdict(self).items() if value is not None and key != "epoch"}
 
 
-class Supervised:
-    """Cross-entropy of a network on its labels, with distillation from a teacher as an option.
-
-    The distillation loss is ``T^2 KL(teacher / T || student / T)`` (Hinton et al., 2015).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        section: TrainingSection,
-        teacher: nn.Module | None = None,
-        distillation: DistillationSection | None = None,
-    ) -> None:
-        self.model, self.device = model, device
-        self.dtype = autocast_dtype(device, section.precision)
-        self.smoothing = section.label_smoothing
-        self.teacher, self.distillation = teacher, distillation or DistillationSection()
-        synchronised = distributed.several() and section.sync_batch_norm
-        if synchronised and section.compile:
-            raise UserError("compile cannot synchronise batch norms; set sync_batch_norm: false, or compile: false")
-        self._batch_norms: AbstractContextManager[Any] = nullcontext()
-        if synchronised:
-            self._batch_norms = SynchronisedBatchNorms()
-        elif device.type == "cpu" and not section.compile:  # a compiler makes kernels of its own for every width
-            self._batch_norms = NarrowBatchNorms()
-        network = distributed.parallel(model, device)
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if section.compile else network
-
-    @property
-    def state(self) -> nn.Module:
-        return self.model
-
-    def start_epoch(self) -> None:
-        self.model.train()
-
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = to_device(images, labels, self.device)
-        with autocast(self.device, self.dtype), self._batch_norms:
-            logits = self._forward(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
-        if self.teacher is not None and self.distillation.weight:
-            share, temperature = self.distillation.weight, self.distillation.temperature
-            with torch.no_grad(), autocast(self.device, self.dtype):
-                target = self.teacher(images)
-            divergence = F.kl_div(
-                F.log_softmax(logits / temperature, dim=1),
-                F.log_softmax(target.float() / temperature, dim=1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            loss = (1 - share) * loss + share * temperature**2 * divergence
-        return loss, logits
-
-    def after_step(self) -> None:
-        pass
-
-
-def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch on the device, channels last; nothing is copied where it is that already."""
-    return images.to(device, memory_format=torch.channels_last, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; weight decay on weights of two and more dimensions only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if section.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=section.lr)
-    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.momentum > 0)
-
-
-def lr_factor(schedule: str, done: float, warmup: float) -> float:
-    """The learning rate as a fraction of its peak.
-
-    Args:
-        schedule: cosine, poly (power 0.9), step (a tenth from 1/2, a hundredth from 3/4), one_cycle or constant.
-        done: how much of the training is done, in [0, 1].
-        warmup: how much of it is warm-up, in [0, 1); for one_cycle 0 means 0.3, as in Smith and Topin, 2018.
-    """
-    if schedule == "one_cycle":
-        warmup = warmup or 0.3
-        if done < warmup:
-            return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * done / warmup)) / 2
-        return 1e-4 + (1 - 1e-4) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
-    if done < warmup:
-        return 0.01 + 0.99 * done / warmup
-    rest = (done - warmup) / (1 - warmup)
-    match schedule:
-        case "cosine":
-            return (1 + math.cos(math.pi * rest)) / 2
-        case "poly":
-            return (1 - rest) ** 0.9
-        case "step":
-            return 1.0 if rest < 0.5 else 0.1 if rest < 0.75 else 0.01
-        case "constant":
-            return 1.0
-    raise ValueError(f"unknown schedule {schedule!r}")
-
-
 class CheckpointStore(Protocol):
     """Where a training run keeps its states; see `scop.checkpoints.Checkpoints`."""
 
@@ -240,7 +131,7 @@ def fit(
     """
     if keep == "best" and validate is None:
         raise UserError("keep: best needs a validation split; set data.validation above 0 or keep: last")
-    rate = _LearningRate(optimizer, schedule, total_steps=epochs * len(batches), warmup=warmup_epochs / max(1, epochs))
+    rate = LearningRate(optimizer, schedule, total_steps=epochs * len(batches), warmup=warmup_epochs / max(1, epochs))
     history: list[EpochRecord] = []
     best: dict[str, Tensor] | None = None
     begun: dict[str, Any] | None = None
@@ -313,7 +204,7 @@ class _Epoch:
         objective: Objective,
         batches: TrainingBatches,
         optimizer: torch.optim.Optimizer,
-        rate: _LearningRate,
+        rate: LearningRate,
         stopping: Callable[[], bool],
     ) -> bool:
         """Go through the batches that are left; False if stopped. Raises UserError at a loss that is not finite."""
@@ -381,21 +272,6 @@ def _on_gpu() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-class _LearningRate:
-    """Sets the rate of every parameter group to its peak times the schedule's factor."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: str, total_steps: int, warmup: float) -> None:
-        self.optimizer, self.schedule, self.total_steps, self.warmup = optimizer, schedule, total_steps, warmup
-        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-
-    def set(self, step: int) -> float:
-        """Set it for a step, counted from 0; returns the first group's rate."""
-        factor = lr_factor(self.schedule, step / max(1, self.total_steps), self.warmup)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        return self.peaks[0] * factor
-
-
 def _line(label: str, record: EpochRecord, epochs: int) -> str:
     line = f"{label}: epoch {record.epoch}/{epochs}, loss {record.loss:.4f}, top-1 {record.top1:.2%}"
     if record.validation_top1 is not None:
@@ -449,19 +325,3 @@ class _Tally:
     @property
     def top1(self) -> float:
         return float(self.hits) / max(1, self.seen)
-
-
-@torch.no_grad()
-def recalibrate(
-    model: nn.Module, batches: TrainingBatches, count: int, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Take the batch norms' running statistics anew, as plain means over `count` batches."""
-    with autocast(device, dtype):
-        torch.optim.swa_utils.update_bn(_first(batches, count), model)
-
-
-def _first(batches: TrainingBatches, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if hasattr(batches, "set_epoch"):
-        batches.set_epoch(0)
-    for batch, _ in zip(batches, range(count), strict=False):
-        yield batch

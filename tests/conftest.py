@@ -25,7 +25,8 @@ from scop.data import Dataset, load_dataset, save_dataset
 from scop.models import make_model
 from scop.sources import load_source
 from scop.spec import attach_spec, spec_of
-from scop.training import Supervised, fit, make_optimizer
+from scop.supervised import Supervised, make_optimizer
+from scop.training import fit
 from tests import services
 
 CPU = torch.device("cpu")

@@ -4,7 +4,8 @@ import pytest
 
 from pipelines.presets import FOLDER, find_config
 from scop import UserError
-from scop.config import Config, FinetuneSection, VariantSection, finetune_for, load_config, parse
+from scop.config import Config, FinetuneSection, VariantSection, finetune_for, load_config
+from scop.parsing import parse
 
 
 def refusal(values: dict[str, object]) -> str:

@@ -12,7 +12,8 @@ from scop.batches import Batches
 from scop.config import DenseSection
 from scop.graph import ChannelGraph
 from scop.knockoff import Competition, Scores, folded_copy, gated_layers, shuffle
-from scop.training import Supervised, fit, make_optimizer
+from scop.supervised import Supervised, make_optimizer
+from scop.training import fit
 from tests.helpers import randomise_batch_norms
 
 CPU = torch.device("cpu")

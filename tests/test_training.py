@@ -11,7 +11,9 @@ from scop.checkpoints import Checkpoints
 from scop.config import DenseSection, DistillationSection, FinetuneSection
 from scop.data import Dataset
 from scop.evaluation import measure_accuracy
-from scop.training import Supervised, fit, lr_factor, make_optimizer, recalibrate
+from scop.learning_rate import lr_factor
+from scop.supervised import Supervised, make_optimizer, recalibrate
+from scop.training import fit
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ from scop.device import autocast_dtype
 from scop.distributed import WHOLE, Share
 from scop.evaluation import Accuracy, measure_accuracy
 from scop.steps.runtime import Context
-from scop.training import EpochRecord, Supervised, fit, make_optimizer
+from scop.supervised import Supervised, make_optimizer
+from scop.training import EpochRecord, fit
 
 _EVALUATION_BATCH = 500
 

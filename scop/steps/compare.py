@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop.config import Section
 from scop.errors import UserError
 from scop.manifest import TIMINGS, write_manifest
+from scop.parsing import Section
 from scop.report import VariantResult, write_report
 from scop.steps.record import RUN_VARIABLE, StepResult
 from scop.steps.runtime import Context

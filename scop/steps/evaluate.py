@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from scop.artifacts import WEIGHTS, load_history, load_model, load_surgery
-from scop.config import EvaluateSection, Section, VariantSection
+from scop.config import EvaluateSection, VariantSection
 from scop.data import load_dataset
 from scop.device import describe_device
 from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
 from scop.manifest import TIMINGS, write_manifest
+from scop.parsing import Section
 from scop.plots import confusion_matrix
 from scop.spec import spec_of
 from scop.steps.common import evaluation_batches

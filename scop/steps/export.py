@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from scop.artifacts import DESCRIPTION, WEIGHTS, load_model, load_surgery
-from scop.config import ExportSection, Section, VariantSection
+from scop.config import ExportSection, VariantSection
 from scop.data import load_dataset
 from scop.errors import UserError
 from scop.export import export_onnx, export_pt2
 from scop.manifest import write_manifest
+from scop.parsing import Section
 from scop.steps.common import evaluation_batches
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context

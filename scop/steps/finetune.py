@@ -11,19 +11,20 @@ import torch
 from torch import nn
 
 from scop.artifacts import SURGERY, load_model, save_model
-from scop.config import FinetuneSection, Section, VariantSection, finetune_for
+from scop.config import FinetuneSection, VariantSection, finetune_for
 from scop.data import load_dataset
 from scop.device import autocast_dtype
 from scop.evaluation import count_macs, count_parameters
 from scop.export import logit_difference
+from scop.parsing import Section
 from scop.plan import ChannelPlan
 from scop.spec import spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
+from scop.supervised import recalibrate
 from scop.surgery import prune_exactly
 from scop.text import human
-from scop.training import recalibrate
 
 
 class Config(Section):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from scop.config import DataSection, Section
+from scop.config import DataSection
 from scop.data import save_dataset
+from scop.parsing import Section
 from scop.sources import load_source
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context

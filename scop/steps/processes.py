@@ -195,7 +195,7 @@ def _end_with_parent(parent: int) -> None:
 
 def _work(job: Job, folder: Path, rank: int) -> StepResult:
     from scop import distributed
-    from scop.config import parse
+    from scop.parsing import parse
     from scop.steps.runtime import Context, find_step
 
     step = find_step(job.step)

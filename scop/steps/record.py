@@ -24,9 +24,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import scop
 from scop import storage
-from scop.config import VariantSection, parse
+from scop.config import VariantSection
 from scop.errors import UserError
 from scop.manifest import RECORD, Manifest, read_folder
+from scop.parsing import parse
 from scop.steps.places import absolute, exchanged
 
 RUN_VARIABLE = "SCOP_RUN_ID"

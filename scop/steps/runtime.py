@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import scop
 from scop import storage
 from scop.checkpoints import STOP_SIGNALS, Checkpoints
-from scop.config import Section, parse
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
+from scop.parsing import Section, parse
 from scop.steps import STEPS, train_job
 from scop.steps.places import (
     KFP_ROOT_VARIABLE,

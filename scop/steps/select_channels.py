@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scop.artifacts import load_model
-from scop.config import Section, VariantSection
+from scop.config import VariantSection
 from scop.knockoff import Scores
 from scop.manifest import write_manifest
+from scop.parsing import Section
 from scop.plots import kept_channels
 from scop.selection import select_channels
 from scop.spec import spec_of

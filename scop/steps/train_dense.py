@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from scop.artifacts import load_weights, save_model
-from scop.config import DenseSection, Section
+from scop.config import DenseSection
 from scop.data import Dataset, load_dataset
 from scop.errors import UserError
 from scop.evaluation import count_macs, count_parameters
 from scop.graph import ChannelGraph
 from scop.models import accepts_channels, make_model
+from scop.parsing import Section
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
 from scop.steps.record import StepResult

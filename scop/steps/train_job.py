@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from scop import storage
-from scop.config import Section
 from scop.errors import UserError
 from scop.mlflow_server import first_line
+from scop.parsing import Section
 from scop.steps.places import Places, each, exchanged
 from scop.steps.record import StepResult, earlier_record
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from scop import distributed
 from scop.artifacts import load_model, save_history
 from scop.checkpoints import termination
-from scop.config import KnockoffSection, Section
+from scop.config import KnockoffSection
 from scop.data import load_dataset
 from scop.knockoff import train_knockoffs
 from scop.manifest import write_manifest
+from scop.parsing import Section
 from scop.plots import score_histograms
 from scop.steps.common import training_batches
 from scop.steps.record import StepResult

@@ -33,9 +33,9 @@ from scop.parents import start_parent
 from scop.s3 import client, forget_client
 from scop.selection import select_channels
 from scop.steps.runtime import run_step
+from scop.supervised import Supervised, make_optimizer
 from scop.surgery import prune
 from scop.tracking import PARENT_VARIABLE
-from scop.training import Supervised, make_optimizer
 from tests import services
 from tests.benchmarks.measure import take_turns
 
