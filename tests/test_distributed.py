@@ -74,6 +74,7 @@ def test_the_outputs_are_written_once_and_whole(dense: dict[int, Path]) -> None:
     assert sorted(path.name for path in dense[2].iterdir()) == sorted(path.name for path in dense[1].iterdir())
 
 
+@pytest.mark.slow
 def test_gates_are_those_that_one_process_would_find(
     dense: dict[int, Path], digits_folder: Path, tmp_path: Path
 ) -> None:
