@@ -131,9 +131,15 @@ class SharedCheckpoints:
         return self._store.place
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
-        """See `scop.checkpoints.Checkpoints.save`."""
-        if rank() == 0:
-            self._store.save(state, epochs, steps)
+        """See `scop.checkpoints.Checkpoints.save`; raises in the first process alone.
+
+        All wait for it: one that went on to end would have the launcher end the one that writes.
+        """
+        try:
+            if rank() == 0:
+                self._store.save(state, epochs, steps)
+        finally:
+            dist.all_reduce(torch.zeros(1))
 
     def load(self) -> dict[str, Any] | None:
         """The newest whole state, the same in all processes; others need not see the place that it comes from."""

@@ -228,6 +228,7 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     assert "fewer than a batch" in parent.data.tags["scop.error"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scop.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}

@@ -90,6 +90,7 @@ def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundin
     assert storage.names(run) == before
 
 
+@pytest.mark.slow
 def test_changes_and_what_differs_are_named(run: str, surroundings, tmp_path: Path) -> None:
     change = ["--set", "variant.finetune.lr=0.001"]
     result = scop("rerun", f"{run}/scop-0.45/finetune", *change, "--verify", cwd=tmp_path, env=surroundings)
@@ -189,6 +190,7 @@ def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, 
     assert services.SECRET not in shown
 
 
+@pytest.mark.slow
 def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digits_folder: Path) -> None:
     shutil.copytree(digits_folder, tmp_path / "data")
     step = ["step", "train_dense", "--input", "dataset=data", "--output", "model=runs/one/model"]
@@ -207,6 +209,7 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digi
     assert "has changed since the step ran" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_step_that_died_can_be_run_again_but_not_verified(digits_folder: Path, surroundings, tmp_path: Path) -> None:
     environment = {k: v for k, v in surroundings.items() if k != "MLFLOW_TRACKING_URI"}
     step = ["step", "train_dense", "--input", f"dataset={digits_folder}", "--output", "model=model"]
