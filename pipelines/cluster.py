@@ -12,12 +12,13 @@ from kfp.dsl import PipelineTask
 
 from pipelines.pipeline import compile_pipeline, make_pipeline
 from pipelines.profile import Affinity, ClusterProfile, StepClass
-from scop.config import RunSection
+from scop import storage
+from scop.config import Config, RunSection
 from scop.errors import UserError
 from scop.manifest import write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, EXPERIMENT_VARIABLE
 from scop.steps.processes import PROCESSES_VARIABLE
-from scop.steps.record import IMAGE_VARIABLE
+from scop.steps.record import EXTERNAL_FILES, IMAGE_VARIABLE
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, DEVICE_VARIABLE, KEEP_VARIABLE
 from scop.steps.train_job import TRAIN_JOB_VARIABLE, TrainJobPlan
 from scop.tracking import KFP_RUN_VARIABLE
@@ -59,6 +60,16 @@ def compile_for(
         write_atomically(path, file.read_text(encoding="utf-8"))
 
 
+def refuse_paths(config: Config) -> None:
+    """Raise UserError where data or weights are named by a path of this machine, which no pod has."""
+    for section, key in EXTERNAL_FILES:
+        place = getattr(getattr(config, section), key)
+        if place is not None and not storage.is_uri(place):
+            raise UserError(
+                f"{section}.{key} {place} is a path of this machine; put it into S3, and name its s3:// URI"
+            )
+
+
 def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) -> Callable[[PipelineTask], None]:
     """What gives a task its place on the cluster."""
 
@@ -92,7 +103,14 @@ def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) ->
 
 
 def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepClass) -> dict[str, str]:
-    """What a step is told by its environment; nothing secret, for all of it is in the pipeline's file."""
+    """What a step is told by its environment; nothing secret, for all of it is in the pipeline's file.
+
+    Raises:
+        UserError: the configuration names a folder, which a pod would lose.
+    """
+    for key, place in (("checkpoints", run.checkpoints), ("artifact_root", run.artifact_root)):
+        if place is not None and ":/" not in place:
+            raise UserError(f"run.{key} {place} is a folder, which a pod does not keep; name an s3:// URI")
     variables = {
         IMAGE_VARIABLE: profile.image,
         EXPERIMENT_VARIABLE: run.experiment,

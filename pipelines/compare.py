@@ -92,14 +92,18 @@ def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, V
         evaluations, exports = (_made(records, step) for step in ("evaluate", "export"))
         both = evaluations.keys() & exports.keys()
         evaluations, exports = ({k: v for k, v in found.items() if k in both} for found in (evaluations, exports))
-    found = read_results(
-        [storage.local_folder(uri, "evaluation") for uri in evaluations.values()],
-        [(storage.local_folder(uri, "model"), uri) for uri in exports.values()],
-    )
-    whole = {result.name: result for result in found}
+    whole: dict[str, VariantResult] = {}
+    broken: dict[str, str] = {}
+    for name, evaluation in evaluations.items():
+        try:
+            folders = storage.local_folder(evaluation, "evaluation"), storage.local_folder(exports[name], "model")
+            (result,) = read_results([folders[0]], [(folders[1], exports[name])])
+            whole[result.name] = result
+        except UserError as error:  # a pod that was killed while its artifact was uploaded
+            broken[name] = str(error)
     begun = dict.fromkeys(record.variant for record in records if record.variant is not None)
     wanted = dict.fromkeys([*_configured(place), *begun])
-    return whole, {name: _reason(name, records) for name in wanted if name not in whole}
+    return whole, {name: broken.get(name) or _reason(name, records) for name in wanted if name not in whole}
 
 
 def _places(record: StepRecord, name: str) -> dict[str, str]:
@@ -128,7 +132,7 @@ def _reason(variant: str, records: Sequence[StepRecord]) -> str:
         if record.status == "done":
             return f"nothing came after {step}"
         return f"{step} {record.status}" + (f": {record.error}" if record.error else "")
-    return "it was not begun"
+    return "this run has no record of it: it was not begun, or an earlier run's result was taken, which then name too"
 
 
 def _scores(records: Sequence[StepRecord]) -> Mapping[str, Any]:

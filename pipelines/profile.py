@@ -14,10 +14,9 @@ from scop.steps import STEPS, TRAINING_STEPS
 
 FOLDER = Path(__file__).parent / "clusters"
 
-# Kubernetes' quantities: 500m, 2, 1.5, 8Gi; see k8s.io/apimachinery, resource.Quantity.
-Quantity = Annotated[
-    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", coerce_numbers_to_str=True)
-]
+# Kubernetes' quantities, see k8s.io/apimachinery, resource.Quantity, as far as KFP takes them: 500m, 2, 1.5; 8Gi.
+Cores = Annotated[str, Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$", coerce_numbers_to_str=True)]
+Bytes = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(K|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", coerce_numbers_to_str=True)]
 Duration = Annotated[str, Field(pattern=r"^[0-9]+(s|m|h)$")]
 # Names of Kubernetes objects, and of environment variables.
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
@@ -32,8 +31,8 @@ class Resources(Section):
         memory: such as 8Gi.
     """
 
-    cpu: Quantity
-    memory: Quantity
+    cpu: Cores
+    memory: Bytes
 
 
 class Accelerator(Section):
@@ -84,6 +83,12 @@ class Affinity(Section):
     values: list[str] = []
     weight: Annotated[int, Field(ge=1, le=100)] | None = None
 
+    @model_validator(mode="after")
+    def _has_values(self) -> Affinity:
+        if (self.operator in ("Exists", "DoesNotExist")) == bool(self.values):
+            raise ValueError(f"operator {self.operator} {'takes no' if self.values else 'needs'} values")
+        return self
+
 
 class Retries(Section):
     """What happens when a pod fails or is preempted: it is started again, and a training goes on from its checkpoint.
@@ -123,7 +128,7 @@ class StepClass(Section):
     node_selector: dict[str, str] = {}
     tolerations: list[Toleration] = []
     affinity: list[Affinity] = []
-    shared_memory: Quantity | None = None
+    shared_memory: Bytes | None = None
     timeout: PositiveInt | None = None
     retries: Retries = Retries()
     nodes: PositiveInt = 1

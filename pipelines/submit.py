@@ -21,19 +21,21 @@ import kfp_server_api
 import urllib3
 import yaml
 
-from pipelines.cluster import compile_for
+from pipelines.cluster import compile_for, refuse_paths
 from pipelines.pipeline import NAME
 from pipelines.profile import ClusterProfile
-from pipelines.runs import CONFIG
+from pipelines.runs import CONFIG, records_of
 from scop import storage
 from scop.config import Config
 from scop.errors import UserError
 from scop.mlflow_server import first_line
 from scop.parents import close_parent
 from scop.parsing import parse
+from scop.steps import STEPS
 from scop.steps.record import EXTERNAL_FILES
 
 HOST_VARIABLE, TOKEN_VARIABLE = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN"
+NAMESPACE_VARIABLE = "KF_PIPELINES_NAMESPACE"
 ENDED = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED"}
 # To connect and to answer; a pair, since the generated client heeds no float.
 _SECONDS = (10.0, 30.0)
@@ -116,7 +118,7 @@ class Cluster:
             with self._errors("find the server"), warnings.catch_warnings(), contextlib.redirect_stdout(said):
                 warnings.simplefilter("ignore")
                 token = os.environ.get(TOKEN_VARIABLE)
-                self._client = _Client(host=host, namespace=profile.namespace or "kubeflow", existing_token=token)
+                self._client = _Client(host=host, existing_token=token)
         finally:
             if "Failed to load kube config" in said.getvalue():  # it says so, and goes on to localhost
                 raise UserError(
@@ -124,6 +126,9 @@ class Cluster:
                     "point kubectl to the cluster"
                 )
         self._host = host or self._client._existing_config.host
+        # Of the runs; KFP's own context is what `kfp` commands were told last.
+        told = profile.namespace or os.environ.get(NAMESPACE_VARIABLE) or self._client.get_user_namespace()
+        self._namespace: str | None = told or None
 
     def submit(self, config: Config, name: str, *, caching: bool = True, cron: str | None = None) -> Submission:
         """Start a run, or a recurring one.
@@ -140,7 +145,7 @@ class Cluster:
         profile = self._profile
         pipeline_id, version_id = self._version(config, caching)
         with self._errors(f"use experiment {self._experiment(config)!r}"), _quiet():
-            experiment = self._client.create_experiment(self._experiment(config), namespace=profile.namespace)
+            experiment = self._client.create_experiment(self._experiment(config), namespace=self._namespace)
         sections = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         arguments = {
             "experiment_id": experiment.experiment_id,
@@ -166,7 +171,7 @@ class Cluster:
     def check(self) -> str:
         """Ask for something that needs credentials; raises UserError where it is refused. Returns the address."""
         with self._errors("list experiments"), _quiet():
-            self._client.list_experiments(page_size=1, namespace=self._profile.namespace)
+            self._client.list_experiments(page_size=1, namespace=self._namespace)
         return self._host
 
     def _experiment(self, config: Config) -> str:
@@ -195,22 +200,31 @@ class Cluster:
                 return pipeline_id, known
 
     def _pipeline(self) -> str:
-        with self._errors(f"find the pipeline {NAME!r}"):
-            try:
-                found = self._client.get_pipeline_id(NAME)
-            except ValueError as error:
-                raise UserError(f"KFP at {self._host}: {error}") from error
-        if found is not None:
+        if (found := self._find_pipeline()) is not None:
             return found
         pipeline = kfp_server_api.V2beta1Pipeline(
-            name=NAME, display_name=NAME, namespace=self._profile.namespace, description="SCOP channel pruning"
+            name=NAME, display_name=NAME, namespace=self._namespace, description="SCOP channel pruning"
         )
         try:
             with self._errors("make the pipeline", let_pass=409):
-                return str(self._client.pipelines.pipeline_service_create_pipeline(pipeline=pipeline).pipeline_id)
+                made = self._client.pipelines.pipeline_service_create_pipeline(pipeline=pipeline).pipeline_id
         except kfp_server_api.ApiException:  # somebody else was quicker
-            with self._errors(f"find the pipeline {NAME!r}"):
-                return str(self._client.get_pipeline_id(NAME))
+            made = self._find_pipeline()
+        if made is None:
+            raise UserError(
+                f"KFP at {self._host} answers, but not as KFP does (with a page to log in?); set {TOKEN_VARIABLE}, or "
+                "mend `host` in the cluster profile"
+            )
+        return str(made)
+
+    def _find_pipeline(self) -> str | None:
+        predicate = {"operation": "EQUALS", "key": "name", "stringValue": NAME}
+        with self._errors(f"find the pipeline {NAME!r}"):
+            listed = self._client.list_pipelines(
+                filter=json.dumps({"predicates": [predicate]}), namespace=self._namespace
+            )
+        found = [entry for entry in listed.pipelines or [] if NAME in (entry.name, entry.display_name)]
+        return str(found[0].pipeline_id) if found else None
 
     def _find_version(self, pipeline_id: str, version: str) -> str | None:
         predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": version}
@@ -276,7 +290,7 @@ class Cluster:
             case 401:
                 return f"{where} refuses the credentials (401 {message}); set {TOKEN_VARIABLE}, or log in again"
             case 403:
-                namespace = self._profile.namespace
+                namespace = self._namespace
                 remedy = f"in namespace {namespace!r}" if namespace else "set `namespace` in the cluster profile"
                 return f"{where} refuses to {doing} (403 {message}); ask for the right to it, {remedy}"
             case 404:
@@ -295,13 +309,9 @@ def _message(error: kfp_server_api.ApiException) -> str:
 
 
 def _worth_telling(tasks: list[Any]) -> list[Any]:
-    """The steps: not the drivers that prepare them, nor the groups that hold them."""
-    groups = {task.parent_task_id for task in tasks if task.parent_task_id}
-    return [
-        task
-        for task in tasks
-        if task.state and task.display_name and task.task_id not in groups and not task.display_name.endswith("driver")
-    ]
+    """The steps: not the drivers, executors, loops and iterations around them, which KFP lists as well."""
+    steps = {step.replace("_", "-") for step in STEPS}
+    return [task for task in tasks if task.state and task.display_name in steps]
 
 
 def _title(task: Any, tasks: list[Any]) -> str:
@@ -340,16 +350,11 @@ def pin_places(config: Config) -> Config:
     Raises:
         UserError: a place is not there, or is none that a cluster reaches.
     """
+    refuse_paths(config)
     values = config.model_dump()
     for section, key in EXTERNAL_FILES:
-        place = values[section][key]
-        if place is None:
-            continue
-        if not storage.is_uri(place):
-            raise UserError(
-                f"{section}.{key} {place} is a path of this machine; put it into S3, and name its s3:// URI"
-            )
-        values[section][key] = storage.pinned(place)
+        if (place := values[section][key]) is not None:
+            values[section][key] = storage.pinned(place)
     return parse(Config, values)
 
 
@@ -363,6 +368,15 @@ def keep_configuration(run: Submission, config: Config) -> None:
         print(f"artifacts: {run.place}", flush=True)
     except UserError as error:  # the run has begun, and needs nothing of this
         print(f"artifacts: {run.place} (the configuration could not be put there: {error})", flush=True)
+
+
+def failed_steps(run: Submission) -> list[str]:
+    """A line for each step that failed, in its own words, which KFP's answers do not have; from the steps' records."""
+    try:
+        records = records_of(run.place) if run.place else []
+    except UserError:
+        return []
+    return [f"scop: {record.title} failed: {record.error}" for record in records if record.status == "failed"]
 
 
 def mend_tracking(run: Submission, outcome: Outcome) -> None:

@@ -332,6 +332,7 @@ def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:
 
 
 def _compile(options: argparse.Namespace) -> None:
+    from pipelines.cluster import refuse_paths
     from pipelines.pipeline import compile_pipeline, make_pipeline
     from pipelines.presets import find_config
     from scop.config import load_config
@@ -341,6 +342,8 @@ def _compile(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output} must end in .yaml")
     config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
     defaults = config.model_dump(mode="json", exclude_none=True) if options.config or options.set else None
+    if options.cluster and defaults:
+        refuse_paths(config)
     try:
         if options.cluster is None:
             compile_pipeline(str(options.output), make_pipeline(defaults=defaults))
@@ -369,12 +372,14 @@ def _profile(name: str) -> ClusterProfile:
 
 def _submit(options: argparse.Namespace) -> int:
     from pipelines.presets import find_config
-    from pipelines.submit import Cluster, keep_configuration, mend_tracking, pin_places, run_name
+    from pipelines.submit import Cluster, failed_steps, keep_configuration, mend_tracking, pin_places, run_name
     from scop.config import load_config
     from scop.errors import UserError
 
     path = find_config(options.config or DEFAULT_CONFIG)
     config = pin_places(load_config(path, options.set))
+    if not options.every > 0:
+        raise UserError(f"--every {options.every:g} must be above 0 seconds")
     if options.wait and options.recurring:
         raise UserError("--wait follows one run, and --recurring starts them again and again; leave one of them out")
     cluster = Cluster(_profile(options.cluster))
@@ -387,7 +392,7 @@ def _submit(options: argparse.Namespace) -> int:
     outcome = cluster.follow(run, lambda line: print(line, flush=True), options.every)
     mend_tracking(run, outcome)
     if not outcome.succeeded:
-        print(f"scop: {outcome.error}", file=sys.stderr)
+        print(f"scop: {outcome.error}", *failed_steps(run), sep="\n", file=sys.stderr)
     else:
         print("the run succeeded")
     return 0 if outcome.succeeded else 1

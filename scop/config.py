@@ -113,7 +113,7 @@ class TrainingSection(Section):
         precision: bf16 autocast, fp32, or auto: bf16 where the device has it natively.
         compile: run through torch.compile.
         sync_batch_norm: where several processes train, batch norms see the whole batch and not each its share; then the
-            result does not depend on how many there are.
+            network does not depend on how many there are, but for rounding and dropout.
         keep: the weights of the last epoch, or of the best one on the validation split.
         seed: of initial weights, order and augmentation.
     """

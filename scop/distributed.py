@@ -152,7 +152,9 @@ class SharedCheckpoints:
         dist.broadcast(size, 0)
         if not size:
             return None
-        packed = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(int(size)).byte()
+        packed = torch.empty(int(size), dtype=torch.uint8)
+        if content:
+            packed = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         dist.broadcast(packed, 0)
         loaded: dict[str, Any] = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
         return loaded

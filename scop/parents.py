@@ -57,20 +57,28 @@ def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files
             client.log_metric(run_id, key, value)
         for path in files:
             client.log_artifact(run_id, str(path))
+        if succeeded and "scop.error" in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, "scop.error")  # of a try that was made good
         client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
 
 
-def join_parent(client: Any, experiment_id: str, kfp_run: str, tags: Mapping[str, str]) -> str:
-    """The run of a KFP run, found or created, and running; for a step that begins."""
+def join_parent(client: Any, experiment_id: str, kfp_run: str, tags: Mapping[str, str], name: str) -> str:
+    """The run of a KFP run, found or created, for a step of this name that begins.
+
+    It is running then, unless another step's last try has failed: some variants go on, but the run has failed.
+    """
     found = _parents(client, experiment_id, kfp_run)
     if not found:
         client.create_run(experiment_id, run_name=kfp_run, tags={**tags, KFP_TAG: kfp_run})
         found = _parents(client, experiment_id, kfp_run)
     parent = _merged(client, experiment_id, found)
     if parent.info.status != "RUNNING":  # an earlier try failed
-        client.update_run(parent.info.run_id, status="RUNNING")
+        tries = sorted(_children(client, experiment_id, parent.info.run_id), key=lambda run: run.info.start_time)
+        last = {run.info.run_name: run.info.status for run in tries}
+        if "FAILED" not in [status for other, status in last.items() if other != name]:
+            client.update_run(parent.info.run_id, status="RUNNING")
     return str(parent.info.run_id)
 
 
@@ -100,7 +108,7 @@ def close_parent(experiment: str, kfp_run: str, succeeded: bool, error: str | No
     parent = _merged(client, known.experiment_id, found)
     for child in _children(client, known.experiment_id, parent.info.run_id):
         if child.info.status == "RUNNING":
-            client.set_terminated(child.info.run_id, status)
+            client.set_terminated(child.info.run_id, "KILLED")
     if error:
         client.set_tag(parent.info.run_id, "scop.error", error)
     if parent.info.status != status:

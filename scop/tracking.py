@@ -94,7 +94,9 @@ class MlflowTracker:
                 name = os.environ.get(EXPERIMENT_VARIABLE, "scop")
                 self._experiment = find_experiment(self._client, name, artifact_root())
                 if self._kfp_run:
-                    self._parent = join_parent(self._client, self._experiment, self._kfp_run, _of_the_run(tags))
+                    self._parent = join_parent(
+                        self._client, self._experiment, self._kfp_run, _of_the_run(tags), run_name
+                    )
             parent = {PARENT_TAG: self._parent} if self._parent else {}
             run = self._client.create_run(self._experiment, run_name=run_name, tags={**tags, **parent})
             return str(run.info.run_id)

@@ -158,7 +158,10 @@ def fit(
         work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{epochs}", begun)
         begun = None
         if not work.train(objective, batches, optimizer, rate, stopping):
-            save(work.state())
+            try:
+                save(work.state())
+            except UserError as error:
+                raise Stopped(f"{label}: stopped as asked, and no checkpoint could be written: {error}") from error
             raise Stopped(f"{label}: stopped as asked in epoch {epoch + 1} of {epochs}")
         record = work.record()
         if validate is not None:

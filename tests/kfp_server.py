@@ -58,7 +58,8 @@ class KfpServer:
             case "GET", ["healthz"]:
                 return api.V2beta1GetHealthzResponse(multi_user=False)
             case "GET", ["pipelines"]:
-                return api.V2beta1ListPipelinesResponse(pipelines=self._filtered(self.pipelines, query) or None)
+                own = [entry for entry in self.pipelines if (entry.namespace or "") == query.get("namespace", "")]
+                return api.V2beta1ListPipelinesResponse(pipelines=self._filtered(own, query) or None)
             case "POST", ["pipelines"]:
                 pipeline = self._read(body, "V2beta1Pipeline")
                 pipeline.pipeline_id = str(uuid.uuid4())
@@ -175,6 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             self.state.released.wait()
             return
+        if fault == "page":
+            self._send(200, b"<!doctype html><title>Log in</title>", "text/html")
+            return
         if isinstance(fault, int):
             self._reply(fault, {"code": fault, "message": f"as the test wants it: {fault}"})
             return
@@ -186,9 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, api.ApiClient().sanitize_for_serialization(answer))
 
     def _reply(self, status: int, content: Any) -> None:
-        data = json.dumps(content).encode()
+        self._send(status, json.dumps(content).encode(), "application/json")
+
+    def _send(self, status: int, data: bytes, kind: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -1,5 +1,6 @@
 """Cluster profiles, and what they make of the compiled pipeline."""
 
+import json
 import os
 import re
 import subprocess
@@ -139,6 +140,10 @@ def test_evaluation_can_have_the_gpu(tmp_path: Path) -> None:
         ("classes.cpu.requests.memory=8 GB", "'classes.cpu.requests.memory' is '8 GB'"),
         ("image=registry.example.com/scop-python:0.1.0", "is named by a tag, which may move, and require_digest is on"),
         ("image=NOT AN IMAGE", "is no image's name"),
+        ("classes.cpu.requests.cpu=8Gi", "'classes.cpu.requests.cpu' is '8Gi'"),
+        ("classes.cpu.requests.memory=500m", "'classes.cpu.requests.memory' is '500m'"),
+        ("classes.gpu.affinity=[{key: a, operator: In}]", "operator In needs values"),
+        ("classes.cpu.nodes=2", "only training, class gpu, can have several nodes"),
         ("pipeline_root=/home/me", "'pipeline_root' is '/home/me'"),
         ("secrets.scop-s3.key=not a variable", "'secrets.scop-s3.key' is 'not a variable'"),
         ("classes.gpu.tolerations=[{operator: Equal, value: x}]", "a toleration without a key needs operator: Exists"),
@@ -188,7 +193,10 @@ def test_a_step_that_was_promised_a_gpu_and_sees_none_ends_with_code_3(tmp_path:
     assert result.returncode == 3
     assert result.stderr.count("\n") == 1
     assert wanted in result.stderr
-    assert not (tmp_path / "out").exists()
+    record = json.loads((tmp_path / "out" / "step.json").read_text())
+    assert (record["status"], record["code"]) == ("failed", 3)
+    assert wanted in record["error"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step.json"]
 
 
 def test_the_manifests_in_the_docs_are_valid() -> None:

@@ -15,6 +15,7 @@ from scop.steps.runtime import run_step
 DENSE = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64, "lr": 0.05}
 FINETUNE = {"epochs": 1, "batch_size": 64, "recalibration_batches": 0}
 ROOT_PIPELINE = "scop"
+NOT_BEGUN = "this run has no record of it: it was not begun, or an earlier run's result was taken, which then name too"
 
 
 class Run:
@@ -73,7 +74,7 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
     # What the run was to have is told by its configuration, which scop submit leaves there.
     never = {"variants": [half, failing, {"name": "never"}]}
     storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump(never).encode())
-    assert compare([first.place], "runs").missing == {"failing": why, "never": "it was not begun"}
+    assert compare([first.place], "runs").missing == {"failing": why, "never": NOT_BEGUN}
 
     # A step of it at the desk, by the run's place.
     assert find_record(f"{first.place}/failing/finetune", "runs").error == why.removeprefix("finetune failed: ")
@@ -85,7 +86,7 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
     assert ([result.name for result in alone.results], alone.missing) == (["failing"], {})
     both = compare([first.place, second.place], "runs")
     assert [result.name for result in both.results] == ["half", "failing"]
-    assert both.missing == {"never": "it was not begun"}
+    assert both.missing == {"never": NOT_BEGUN}
     assert both.title == "first, second"
 
     # Its last step had all of them as inputs.

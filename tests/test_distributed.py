@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from scop.batches import Augmentation, Batches
 from scop.data import Dataset
 from scop.knockoff import Scores
 from scop.manifest import read_folder
+from scop.steps.processes import _reason
 from scop.steps.runtime import run_step
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +128,17 @@ def test_what_cannot_be_is_said_in_one_line(
         run_step("train_dense", config, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
     assert str(error.value) == message
     assert count == "two" or json.loads((tmp_path / "model" / "step.json").read_text())["error"] == message
+
+
+def test_the_cause_is_told_and_not_what_the_others_saw_of_it(tmp_path: Path) -> None:
+    said = [(0, "failure", "connection closed by peer", 2.0), (1, "failure", "CUDA out of memory", 1.0)]
+    for rank, kind, message, when in said:
+        failure = {"rank": rank, "kind": kind, "message": message, "time": when}
+        (tmp_path / f"failure-{rank}.json").write_text(json.dumps(failure))
+    assert str(_reason(tmp_path, RuntimeError())) == "process 1: CUDA out of memory"
+    killed = RuntimeError()
+    killed.failures = {1: SimpleNamespace(exitcode=-signal.SIGKILL), 0: SimpleNamespace(exitcode=1)}
+    assert str(_reason(tmp_path, killed)) == "process 1 was ended by SIGKILL, perhaps for want of memory"
 
 
 @pytest.mark.slow

@@ -114,7 +114,9 @@ def task(name: str, state: str, parent: str | None = None, **more: object) -> ap
 
 
 def test_waiting_tells_each_task_and_state_once_and_the_outcome(server, profile, capsys) -> None:
-    loop = [task("for-loop-1", "RUNNING"), task("for-loop-1-iteration-1", "RUNNING", "for-loop-1")]
+    # What KFP lists besides: the root, and a driver and an executor for each step.
+    around = [task("root", "RUNNING"), task("executor", "RUNNING"), task("iteration(0:0)", "RUNNING")]
+    loop = [*around, task("for-loop-1", "RUNNING"), task("for-loop-1-iteration-1", "RUNNING", "for-loop-1")]
     inside = "for-loop-1/for-loop-1-iteration-1"
     server.progress = [
         ("PENDING", []),
@@ -190,6 +192,20 @@ def test_a_version_that_another_one_has_just_uploaded_is_taken(server, profile) 
     assert run(profile) == 0
     assert uploads == 1
     assert server.runs[1].pipeline_version_reference.pipeline_version_id == "theirs"
+
+
+def test_a_page_to_log_in_is_not_taken_for_kfp(server, profile, capsys) -> None:
+    server.plan = lambda method, path: "page"
+    assert run(profile) == 2
+    assert "answers, but not as KFP does (with a page to log in?)" in capsys.readouterr().err
+
+
+def test_a_pipeline_of_ones_own_namespace_is_found_again(server, profile, monkeypatch) -> None:
+    monkeypatch.setenv("KF_PIPELINES_NAMESPACE", "team")
+    assert run(profile) == 0
+    assert run(profile) == 0
+    assert [pipeline.namespace for pipeline in server.pipelines] == ["team"]
+    assert len(server.runs) == 2
 
 
 def test_a_token_is_handed_on(server, profile, monkeypatch, capsys) -> None:

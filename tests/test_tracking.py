@@ -150,13 +150,25 @@ def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_clust
     MlflowTracker("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
     (parent,), _ = runs_of("cluster")
     assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"scop/top1": 0.9})
+    assert "scop.error" not in parent.data.tags
+
+
+def test_a_run_of_which_one_variant_failed_stays_failed_while_the_others_go_on(
+    on_a_cluster: str, tmp_path: Path
+) -> None:
+    MlflowTracker("a finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
+    for name in ("b finetune", "b evaluate"):
+        MlflowTracker(name, {}, tmp_path / name).close(succeeded=True)
+    assert runs_of("cluster")[0][0].info.status == "FAILED"
+    MlflowTracker("a finetune", {}, tmp_path / "retry").close(succeeded=True)
+    assert runs_of("cluster")[0][0].info.status == "RUNNING"
 
 
 def test_the_command_line_closes_what_a_killed_pod_left_open(on_a_cluster: str, tmp_path: Path) -> None:
     MlflowTracker("finetune", {}, tmp_path / "a")  # and is never heard of again
     close_parent("cluster", on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
     (parent,), (child,) = runs_of("cluster")
-    assert (parent.info.status, child.info.status) == ("FAILED", "FAILED")
+    assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
     assert parent.data.tags["scop.error"] == "step finetune failed: OOMKilled"
     assert close_parent("cluster", "another", succeeded=True) is None
 

@@ -86,7 +86,7 @@ def test_two_nodes_train_the_network_that_one_process_would(
 @pytest.mark.slow
 def test_a_failed_job_says_why_and_the_next_try_replaces_it(cluster: KubernetesServer, places) -> None:
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="failed: batch_size 63 cannot be shared by 2 processes"):
+        with pytest.raises(UserError, match="^batch_size 63 cannot be shared by 2 processes"):
             run_step("train_dense", {"dense": DENSE | {"batch_size": 63}}, *places)
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST", "POST"]
 
@@ -174,7 +174,7 @@ def test_the_job_is_what_kubeflow_trainer_and_kubernetes_take(
     variables = {entry["name"]: entry["value"] for entry in container(documents, "finetune")["env"]}
     made = TrainJobPlan.model_validate_json(variables["SCOP_TRAIN_JOB"])
     cluster.objects = {name: dict.fromkeys(keys, "x") for name, keys in (made.secrets | made.config_maps).items()}
-    train_job._start(train_job._client(), made, "a-job", ["scop", "--version"], {})
+    train_job._create(train_job._client(), made, "a-job", ["scop", "--version"], {})
     job = cluster.jobs["a-job"]
     assert job["spec"]["runtimeRef"] == {"kind": "ClusterTrainingRuntime", "name": "torch-distributed"}
     trainer = job["spec"]["trainer"]

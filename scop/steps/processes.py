@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -38,6 +39,7 @@ PROCESSES_VARIABLE = "SCOP_PROCESSES"
 _JOB, _RESULT = "job.json", "result.json"
 _TERMINATED, _MISTAKE = 143, 2
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torchrun's launcher handles
 
 
 @dataclass(frozen=True)
@@ -145,22 +147,32 @@ def work_together(job: Job, processes: Processes) -> StepResult:
     with tempfile.TemporaryDirectory(prefix="scop-") as name:
         folder = Path(name)
         (folder / _JOB).write_text(job.model_dump_json())
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         try:
             elastic_launch(launch, sys.executable)("-m", "scop.steps.processes", name)
         except (ChildFailedError, SignalException) as error:
             raise _reason(folder, error) from None
+        finally:  # the launcher keeps its own
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         return StepResult(**json.loads((folder / _RESULT).read_text())) if processes.node == 0 else StepResult()
 
 
 def _reason(folder: Path, error: Exception) -> Exception:
     """What a process said that was the first to fail: when one ends, the others only find its connection closed."""
+    failures: Mapping[int, Any] = getattr(error, "failures", {})
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # it could not say anything
+            name = signal.Signals(-failure.exitcode).name
+            hint = ", perhaps for want of memory" if failure.exitcode == -signal.SIGKILL else ""
+            return RuntimeError(f"process {rank} was ended by {name}{hint}")
     said = [json.loads(path.read_text()) for path in folder.glob("failure-*.json")]
     for kind, raised in (("mistake", UserError), ("stopped", Stopped), ("failure", RuntimeError)):
-        found = sorted((entry for entry in said if entry["kind"] == kind), key=lambda entry: entry["rank"])
+        found = sorted((entry for entry in said if entry["kind"] == kind), key=lambda entry: entry["time"])
         if found:
             where = "" if kind != "failure" else f"process {found[0]['rank']}: "
             return raised(where + found[0]["message"])
-    failures: Mapping[int, Any] = getattr(error, "failures", {})
     codes = ", ".join(f"{rank} with {failure.exitcode}" for rank, failure in sorted(failures.items()))
     return RuntimeError(f"the processes ended without a word ({codes})") if codes else Stopped("terminated")
 
@@ -182,7 +194,8 @@ def main(name: str) -> int:
     except Exception as error:
         traceback.print_exc()
         kind, message, code = "failure", first_line(error), 1
-    (folder / f"failure-{rank}.json").write_text(json.dumps({"kind": kind, "message": message, "rank": rank}))
+    failure = {"kind": kind, "message": message, "rank": rank, "time": time.time()}
+    (folder / f"failure-{rank}.json").write_text(json.dumps(failure))
     return code
 
 

@@ -111,6 +111,8 @@ class StepRecord(BaseModel):
         inputs, outputs: by name.
         seconds: that it took.
         error: why it ended early.
+        code: that the process ended with: 0, 1 for an error, 2 for a mistake of the user's, 3 for want of a device, 143
+            for one that was told to stop.
         result: what it told its caller.
     """
 
@@ -139,6 +141,7 @@ class StepRecord(BaseModel):
     outputs: dict[str, RecordedOutput]
     seconds: float | None = None
     error: str | None = None
+    code: int | None = None
     result: StepResult | None = None
 
     @classmethod

@@ -154,10 +154,11 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     """
     step = find_step(name)
     processes = wanted(name)
-    _require_device(name, processes.here)
     settings = parse(step.Config, config)
     inputs = check(name, "input", step.Inputs, inputs)
     check(name, "output", step.Outputs, outputs)
+    if (lacking := _lacking_device(processes.here)) is not None:
+        _refuse(name, settings, inputs, outputs, lacking)
     if (plan := train_job.planned()) is not None:
         with _ending_when_told():
             return train_job.run(plan, name, settings, inputs, outputs)
@@ -209,28 +210,39 @@ def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[st
         yield
     except BaseException as error:
         with contextlib.suppress(UserError):
-            file.write(status="stopped" if isinstance(error, _Terminated) else "failed", error=_reason(error))
+            file.write(status=_status(error), error=_reason(error), code=_code(error))
         raise
 
 
-def _require_device(name: str, processes: int) -> None:
-    """Leave the process, before any data is read, where a GPU was asked for and is not there.
+def _refuse(name: str, settings: Section, inputs: Places, outputs: Mapping[str, str], reason: str) -> None:
+    """Leave the process before any data is read, but not without a record, and a word to the run in MLflow."""
+    print(f"scop: error: {name}: {reason}", file=sys.stderr, flush=True)
+    places = {key: RecordedInput(uri=uri) for key, uri in each(inputs, lambda _, place: exchanged(place)).items()}
+    record = StepRecord.starting(name, settings.model_dump(mode="json"), places, outputs)
+    with contextlib.suppress(UserError):
+        RecordFile(record, next(iter(outputs.values()))).write(status="failed", error=reason, code=NO_DEVICE)
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, contextlib.suppress(UserError):
+        _open_tracker(name, settings, Path(scratch) / UNSENT).close(succeeded=False, error=f"{name}: {reason}")
+    raise SystemExit(NO_DEVICE)
+
+
+def _lacking_device(processes: int) -> str | None:
+    """What is wrong where a GPU was asked for and is not there, or None.
 
     Old backends drop the request silently; hours on a CPU would be the result.
     """
     if promised := os.environ.get(DEVICE_VARIABLE):
         import torch
 
-        if (there := torch.cuda.device_count()) < processes:
+        # Counted alone they may be there for a driver that is too old to be used.
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if there < processes:
             asked = "a GPU" if processes == 1 else f"{processes} GPUs"
-            print(
-                f"scop: error: {name}: it was to have {asked}, and PyTorch sees {there or 'none'}; it runs as "
-                f"{promised}; check that the node has them free, that its device plugin runs, and that KFP's backend "
-                "passes the request on",
-                file=sys.stderr,
-                flush=True,
+            return (
+                f"it was to have {asked}, and PyTorch sees {there or 'none'}; it runs as {promised}; check that the "
+                "node has them free, that its device plugin runs, and that KFP's backend passes the request on"
             )
-            raise SystemExit(NO_DEVICE)
+    return None
 
 
 @dataclass(frozen=True)
@@ -320,12 +332,13 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         tracker.log_metrics(result.metrics)
         made = {key: read_folder(folder) for key, folder in work.targets.items()}
         seconds = round(time.monotonic() - started, 3)
-        file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made))
+        file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made), code=0)
     except BaseException as error:
         reason = _reason(error)
-        status = "stopped" if isinstance(error, Stopped | _Terminated) else "failed"
+        status = _status(error)
         with contextlib.suppress(UserError):  # S3 itself may be what failed; the first error is the one to tell
-            file.write(status=status, error=reason, seconds=round(time.monotonic() - started, 3))
+            seconds = round(time.monotonic() - started, 3)
+            file.write(status=status, error=reason, seconds=seconds, code=_code(error))
         tracker.close(succeeded=False, error=f"{name}: {reason}")
         if status == "stopped":
             print(f"{name}: {reason}; run it again, and it goes on from there", flush=True)
@@ -363,6 +376,14 @@ def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
         return before.result
     print(f"runs again: {reason}", flush=True)
     return None
+
+
+def _status(error: BaseException) -> str:
+    return "stopped" if isinstance(error, Stopped | _Terminated) else "failed"
+
+
+def _code(error: BaseException) -> int:
+    return 2 if isinstance(error, UserError) else TERMINATED if _status(error) == "stopped" else 1
 
 
 def _reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -20,10 +21,12 @@ from pydantic import BaseModel, ConfigDict
 
 from scop import storage
 from scop.errors import UserError
+from scop.manifest import RECORD
 from scop.mlflow_server import first_line
 from scop.parsing import Section
 from scop.steps.places import Places, each, exchanged
 from scop.steps.record import StepResult, earlier_record
+from scop.tracking import KFP_RUN_VARIABLE
 
 if TYPE_CHECKING:
     from kubeflow.trainer import TrainerClient
@@ -32,10 +35,17 @@ TRAIN_JOB_VARIABLE = "SCOP_TRAIN_JOB"
 """Set on a cluster for a step that several nodes share: a `TrainJobPlan` in JSON."""
 
 # What the nodes are told of the environment of the step's own pod. All of it is readable in the TrainJob: no secret.
-_HANDED_ON = ("KFP_RUN_ID", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+_HANDED_ON = (
+    KFP_RUN_VARIABLE,
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+)
 _CONTAINER = "node"  # by Kubeflow Trainer's convention
 _SECONDS_BETWEEN_LOOKS = 5.0
 _FAILURES_BORNE = 24
+_LOOKS_FOR_REMOVAL = 60
 
 
 class TrainJobPlan(BaseModel):
@@ -82,7 +92,8 @@ def run(plan: TrainJobPlan, step: str, settings: Section, inputs: Places, output
     end, the job is removed: its pods then write a checkpoint, and nothing goes on unseen.
 
     Raises:
-        UserError: an input or output is not in S3, or Kubernetes refuses.
+        UserError: an input or output is not in S3, Kubernetes refuses, or the step does.
+        SystemExit: with the step's own code, where it lacked a device or was told to stop.
         RuntimeError: the job failed.
     """
     sources = each(inputs, lambda _, place: exchanged(place))
@@ -91,11 +102,14 @@ def run(plan: TrainJobPlan, step: str, settings: Section, inputs: Places, output
         if not storage.is_uri(place):
             raise UserError(f"{place} is a path of this pod; several nodes need inputs and outputs in S3")
     command = _command(step, settings, sources, targets)
-    told = {key: os.environ[key] for key in _HANDED_ON if key in os.environ}
-    name = _name(step, [*command, *told.values()])
+    told = {key: os.environ[key] for key in _HANDED_ON if key in os.environ and "@" not in os.environ[key]}
+    name = _name(step, [*command, told.get(KFP_RUN_VARIABLE, "")])
     client = _client()
     try:
-        _start(client, plan, name, command, told)
+        if not _runs_already(client, name):
+            # An earlier try's record would pass for this one's.
+            storage.delete(next(iter(targets.values())), [RECORD])
+            _create(client, plan, name, command, told)
         succeeded = _follow(client, name)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -104,8 +118,14 @@ def run(plan: TrainJobPlan, step: str, settings: Section, inputs: Places, output
     record = earlier_record(next(iter(targets.values())))
     if succeeded and record is not None and record.result is not None:
         return record.result
-    reason = record.error if record is not None and record.error else "its pods' logs may tell why"
-    raise RuntimeError(f"TrainJob {name} failed: {reason}")
+    if record is None or not record.error:
+        raise RuntimeError(f"TrainJob {name} failed; its pods' logs may tell why")
+    if record.code == 2:
+        raise UserError(record.error)
+    if record.code not in (None, 1):  # no device, or told to stop
+        print(f"scop: error: {step}: {record.error}", file=sys.stderr, flush=True)
+        raise SystemExit(record.code)
+    raise RuntimeError(f"TrainJob {name} failed: {record.error}")
 
 
 def _command(step: str, settings: Section, sources: Places, targets: Mapping[str, str]) -> list[str]:
@@ -141,20 +161,24 @@ def _client() -> TrainerClient:
         raise UserError(f"Kubernetes cannot be reached from here ({first_line(error)}); see docs/cluster.md") from error
 
 
-def _start(client: TrainerClient, plan: TrainJobPlan, name: str, command: list[str], told: dict[str, str]) -> None:
-    """Create the job, unless it runs already; one that ended is replaced."""
-    from kubeflow.trainer import CustomTrainerContainer
-    from kubeflow.trainer.options import ActiveDeadlineSeconds, Name, TrainerCommand
-
+def _runs_already(client: TrainerClient, name: str) -> bool:
+    """Whether an earlier try's job still runs; one that ended is removed."""
     status = _status(client, name)
     if status not in (None, "Complete", "Failed"):
         print(f"TrainJob {name} runs already; going on with it", flush=True)
-        return
+        return True
     if status is not None:
         client.delete_job(name)
-        for _ in _looks():
+        for _ in islice(_looks(), _LOOKS_FOR_REMOVAL):
             if _status(client, name) is None:
                 break
+    return False
+
+
+def _create(client: TrainerClient, plan: TrainJobPlan, name: str, command: list[str], told: dict[str, str]) -> None:
+    from kubeflow.trainer import CustomTrainerContainer
+    from kubeflow.trainer.options import ActiveDeadlineSeconds, Name, TrainerCommand
+
     environment = {**plan.environment, **told, "SCOP_PROCESSES": str(plan.processes)}
     trainer = CustomTrainerContainer(
         image=plan.image, num_nodes=plan.nodes, resources_per_node=dict(plan.resources), env=environment
