@@ -106,6 +106,4 @@ def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("variants: [{name: half}]")
     assert cli.main(["compare", str(tmp_path / "run")]) == 2
-    assert (
-        "no variant of run is whole, so there is nothing to compare (half: it was not begun)" in capsys.readouterr().err
-    )
+    assert f"no variant of run is whole, so there is nothing to compare (half: {NOT_BEGUN})" in capsys.readouterr().err
