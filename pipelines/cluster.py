@@ -11,9 +11,9 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 from pipelines.pipeline import compile_pipeline, make_pipeline
-from pipelines.profile import Affinity, ClusterProfile, StepClass
+from pipelines.profile import Affinity, ClusterProfile, Resources, StepClass, quantity
 from scop import storage
-from scop.config import Config, RunSection
+from scop.config import Config, RunSection, TrainingSection, finetune_for
 from scop.errors import UserError
 from scop.manifest import write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, EXPERIMENT_VARIABLE
@@ -24,6 +24,7 @@ from scop.steps.train_job import TRAIN_JOB_VARIABLE, TrainJobPlan
 from scop.tracking import KFP_RUN_VARIABLE
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
+_WAITING = Resources(cpu="1", memory="2Gi")  # of a pod that makes a TrainJob and shows its log
 SIZE_LIMIT = 32 * 2**20
 """Of a pipeline file, in bytes: what KFP's server accepts (apiserver/server/pipeline_upload_server.go)."""
 
@@ -70,6 +71,31 @@ def refuse_paths(config: Config) -> None:
             )
 
 
+def refuse_uneven_shares(config: Config, profile: ClusterProfile) -> None:
+    """Raise UserError where the profile's GPUs cannot share a training as configured; a pod would find it out late."""
+    kind = profile.classes.gpu
+    count = kind.accelerator.count if kind.accelerator else 1
+    if (processes := count * kind.nodes) == 1:
+        return
+    shared = f"classes.gpu of the cluster profile has {kind.nodes} x {count} processes"
+    trainings: dict[str, TrainingSection] = {"dense": config.dense}
+    for variant in config.variants:
+        name = f"variants ({variant.label}).finetune" if variant.finetune else "finetune"
+        trainings[name] = finetune_for(config.finetune, variant)
+    sizes = {name: section.batch_size for name, section in trainings.items()} | {"knockoff": config.knockoff.batch_size}
+    for name, size in sizes.items():
+        if size % processes:
+            raise UserError(
+                f"{name}.batch_size {size} cannot be shared evenly: {shared}; take a multiple of {processes}"
+            )
+    for name, section in trainings.items():
+        if section.compile and section.sync_batch_norm:
+            raise UserError(
+                f"{name}.compile cannot synchronise batch norms, and {shared}; set {name}.sync_batch_norm: false, or "
+                "compile: false"
+            )
+
+
 def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) -> Callable[[PipelineTask], None]:
     """What gives a task its place on the cluster."""
 
@@ -82,7 +108,16 @@ def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) ->
             variables[TRAIN_JOB_VARIABLE] = plan.model_dump_json(exclude_defaults=True)
             del variables[THREADS_VARIABLE]
             variables.pop(DEVICE_VARIABLE, None)
-            kind = profile.classes.cpu.model_copy(update={"retries": kind.retries, "timeout": None})
+            kind = profile.classes.cpu.model_copy(
+                update={
+                    "requests": _WAITING,
+                    "limits": None,
+                    "accelerator": None,
+                    "shared_memory": None,
+                    "timeout": None,
+                    "retries": kind.retries,
+                }
+            )
         task.set_container_image(profile.image)
         if not caching:  # here, since KFP's client can change it for no version that is uploaded, nor within loops
             task.set_caching_options(False)
@@ -129,8 +164,7 @@ def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepCl
 
 def _threads(kind: StepClass) -> int:
     """For each process; PyTorch by itself would take all of the node's cores, whatever the pod may use of them."""
-    cpu = (kind.limits or kind.requests).cpu
-    cores = float(cpu.removesuffix("m")) / (1000 if cpu.endswith("m") else 1)
+    cores = quantity((kind.limits or kind.requests).cpu)
     return max(1, int(cores) // (kind.accelerator.count if kind.accelerator else 1))
 
 

@@ -23,6 +23,16 @@ ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", m
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
+_FACTORS = {"m": 1e-3} | {prefix: 1000.0**n for n, prefix in enumerate("KMGTP", 1)}
+_FACTORS |= {f"{prefix}i": 1024.0**n for n, prefix in enumerate("KMGTP", 1)}
+
+
+def quantity(text: str) -> float:
+    """What `Cores` or `Bytes` say, in cores or bytes."""
+    number = text.rstrip("mKMGTPi")
+    return float(number) * _FACTORS.get(text[len(number) :], 1.0)
+
+
 class Resources(Section):
     """An amount of processors and memory.
 
@@ -133,6 +143,16 @@ class StepClass(Section):
     retries: Retries = Retries()
     nodes: PositiveInt = 1
 
+    @model_validator(mode="after")
+    def _limits_fit(self) -> StepClass:
+        if self.limits is None:
+            return self
+        for key in ("cpu", "memory"):
+            request, limit = getattr(self.requests, key), getattr(self.limits, key)
+            if quantity(limit) < quantity(request):
+                raise ValueError(f"limits.{key} {limit} is below requests.{key} {request}")
+        return self
+
     def __str__(self) -> str:
         """The wish for a device, as a step that sees none tells it."""
         wanted = f"{self.accelerator.resource} x{self.accelerator.count}" if self.accelerator else "no accelerator"
@@ -155,6 +175,8 @@ class Classes(Section):
     def _only_training_has_nodes(self) -> Classes:
         if self.cpu.nodes > 1:
             raise ValueError(f"cpu.nodes is {self.cpu.nodes}; only training, class gpu, can have several nodes")
+        if self.gpu.nodes > 1 and self.gpu.limits:
+            raise ValueError("gpu.limits are not for several nodes: a TrainJob's are its requests; leave them out")
         return self
 
 
@@ -185,7 +207,8 @@ class ClusterProfile(Section):
         evaluate_on: the class of the step evaluate, whose latencies are the result's; it has one GPU at most.
         training_runtime: of Kubeflow Trainer, for `nodes` above 1.
         classes: the classes of steps.
-        secrets: which keys of which Secret become which environment variables: NAME: {KEY: VARIABLE}.
+        secrets: which keys of which Secret become which environment variables: NAME: {KEY: VARIABLE}; those that begin
+            with SCOP_ or KFP_ are the pipeline's own.
         config_maps: likewise of ConfigMaps.
         image_pull_secrets: names of Secrets by which the image is pulled.
         security_context: as whom containers run.
@@ -221,6 +244,22 @@ class ClusterProfile(Section):
                 f"image {self.image!r} is named by a tag, which may move, and require_digest is on; write "
                 "NAME@sha256:DIGEST (docker inspect --format '{{index .RepoDigests 0}}' IMAGE)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _variables_are_free(self) -> ClusterProfile:
+        given: dict[str, str] = {}
+        for kind, objects in (("secrets", self.secrets), ("config_maps", self.config_maps)):
+            for name, keys in objects.items():
+                for variable in keys.values():
+                    where = f"{kind}.{name}"
+                    if variable.startswith(("SCOP_", "KFP_")):
+                        raise ValueError(f"{where} sets {variable}, which is the pipeline's own; take another name")
+                    if variable in given:
+                        raise ValueError(
+                            f"{where} sets {variable}, and so does {given[variable]}; leave one of them out"
+                        )
+                    given[variable] = where
         return self
 
     @property

@@ -7,12 +7,14 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ from pipelines.pipeline import NAME
 from pipelines.profile import ClusterProfile
 from pipelines.runs import CONFIG, records_of
 from scop import storage
-from scop.config import Config
+from scop.config import Config, RunSection
 from scop.errors import UserError
 from scop.mlflow_server import first_line
 from scop.parents import close_parent
@@ -144,8 +146,7 @@ class Cluster:
         """
         profile = self._profile
         pipeline_id, version_id = self._version(config, caching)
-        with self._errors(f"use experiment {self._experiment(config)!r}"), _quiet():
-            experiment = self._client.create_experiment(self._experiment(config), namespace=self._namespace)
+        experiment = self._find_or_create_experiment(profile.experiment or config.run.experiment)
         sections = config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         arguments = {
             "experiment_id": experiment.experiment_id,
@@ -165,8 +166,27 @@ class Cluster:
             with self._errors("start a run"), _quiet():
                 identity, page = self._client.run_pipeline(**arguments).run_id, "runs"
         # Where KFP's driver puts a run's outputs (backend/src/v2/driver, GenerateOutputURI).
-        place = None if cron else storage.join(profile.pipeline_root.rstrip("/"), NAME, identity)
+        place = None if cron else self._place(identity)
         return Submission(identity, f"{self._host}/#/{page}/details/{identity}", config.run.experiment, place)
+
+    def find(self, identity: str) -> Submission:
+        """A run that was submitted before, by KFP's id of it; its experiment as the configuration beside it says.
+
+        Raises:
+            UserError: the server is unreachable, refuses, or knows no such run.
+        """
+        with self._errors(f"find run {identity}"):
+            self._client.get_run(identity)
+        place, experiment = self._place(identity), RunSection().experiment
+        try:
+            if (content := storage.read(storage.join(place, CONFIG))) is not None:
+                experiment = parse(RunSection, (yaml.safe_load(content) or {}).get("run", {})).experiment
+        except (UserError, yaml.YAMLError) as error:
+            print(f"note: the run's configuration cannot be read ({first_line(error)})", file=sys.stderr)
+        return Submission(identity, f"{self._host}/#/runs/details/{identity}", experiment, place)
+
+    def _place(self, identity: str) -> str:
+        return storage.join(self._profile.pipeline_root.rstrip("/"), NAME, identity)
 
     def check(self) -> str:
         """Ask for something that needs credentials; raises UserError where it is refused. Returns the address."""
@@ -174,8 +194,15 @@ class Cluster:
             self._client.list_experiments(page_size=1, namespace=self._namespace)
         return self._host
 
-    def _experiment(self, config: Config) -> str:
-        return self._profile.experiment or config.run.experiment
+    def _find_or_create_experiment(self, name: str) -> Any:
+        create = partial(self._client.create_experiment, name, namespace=self._namespace)  # or find
+        with self._errors(f"use experiment {name!r}"), _quiet():
+            try:
+                return create()
+            except kfp_server_api.ApiException as error:
+                if error.status != 409:
+                    raise
+                return create()  # somebody else was quicker: now it is found
 
     def _version(self, config: Config, caching: bool) -> tuple[str, str]:
         """The pipeline and its version for this source and profile: found by the hash of its file, or uploaded."""

@@ -12,6 +12,7 @@ import scop
 
 if TYPE_CHECKING:
     from pipelines.profile import ClusterProfile
+    from pipelines.submit import Cluster, Submission
 
 DEFAULT_CONFIG = "digits-resnet20"
 
@@ -163,9 +164,20 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--recurring", metavar="CRON", help='a run again and again, such as "0 0 3 * * *": seconds come first'
     )
-    submit.add_argument("--wait", action="store_true", help="follow the run to its end")
-    submit.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="look so often (default: 10)")
+    submit.add_argument("--wait", action="store_true", help="follow the run to its end, as `scop watch` does")
+    _add_every(submit)
     submit.set_defaults(command=_submit)
+
+    watch = commands.add_parser(
+        "watch",
+        help="follow a run on a cluster",
+        description="Follow a run on Kubeflow Pipelines to its end, a line for each task and state, or tell how it "
+        "ended. In MLflow it is closed where a pod that was killed could not. Exit code 1 if it does not succeed.",
+    )
+    watch.add_argument("run", metavar="RUN", help="KFP's id of it, the last part of its address")
+    watch.add_argument("--cluster", required=True, metavar="PROFILE", help="the cluster profile it was submitted with")
+    _add_every(watch)
+    watch.set_defaults(command=_watch)
     return parser
 
 
@@ -187,6 +199,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         help=f"a YAML file, or the name of a preset (default: {DEFAULT_CONFIG})",
     )
     _add_set(parser)
+
+
+def _add_every(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="look so often (default: 10)")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -332,7 +348,7 @@ def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    from pipelines.cluster import refuse_paths
+    from pipelines.cluster import compile_for, refuse_paths, refuse_uneven_shares
     from pipelines.pipeline import compile_pipeline, make_pipeline
     from pipelines.presets import find_config
     from scop.config import load_config
@@ -342,15 +358,15 @@ def _compile(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output} must end in .yaml")
     config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
     defaults = config.model_dump(mode="json", exclude_none=True) if options.config or options.set else None
-    if options.cluster and defaults:
+    profile = _profile(options.cluster) if options.cluster else None
+    if profile and defaults:
         refuse_paths(config)
+        refuse_uneven_shares(config, profile)
     try:
-        if options.cluster is None:
+        if profile is None:
             compile_pipeline(str(options.output), make_pipeline(defaults=defaults))
         else:
-            from pipelines.cluster import compile_for
-
-            compile_for(_profile(options.cluster), config.run, options.output, defaults=defaults)
+            compile_for(profile, config.run, options.output, defaults=defaults)
     except OSError as error:
         raise UserError(f"--output {options.output} cannot be written: {error.strerror}") from error
     print(f"wrote {options.output}")
@@ -371,31 +387,53 @@ def _profile(name: str) -> ClusterProfile:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from pipelines.cluster import refuse_uneven_shares
     from pipelines.presets import find_config
-    from pipelines.submit import Cluster, failed_steps, keep_configuration, mend_tracking, pin_places, run_name
+    from pipelines.submit import Cluster, keep_configuration, pin_places, run_name
     from scop.config import load_config
     from scop.errors import UserError
 
     path = find_config(options.config or DEFAULT_CONFIG)
     config = pin_places(load_config(path, options.set))
-    if not options.every > 0:
-        raise UserError(f"--every {options.every:g} must be above 0 seconds")
+    _check_every(options)
     if options.wait and options.recurring:
         raise UserError("--wait follows one run, and --recurring starts them again and again; leave one of them out")
-    cluster = Cluster(_profile(options.cluster))
+    profile = _profile(options.cluster)
+    refuse_uneven_shares(config, profile)
+    cluster = Cluster(profile)
     name = options.name or run_name(config, path.stem)
     run = cluster.submit(config, name, caching=not options.no_cache, cron=options.recurring)
     print(f"{'recurring run' if options.recurring else 'run'} {name}: {run.address}", flush=True)
     keep_configuration(run, config)
-    if not options.wait:
-        return 0
-    outcome = cluster.follow(run, lambda line: print(line, flush=True), options.every)
+    return _follow(cluster, run, options.every) if options.wait else 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from pipelines.submit import Cluster
+
+    _check_every(options)
+    cluster = Cluster(_profile(options.cluster))
+    return _follow(cluster, cluster.find(options.run), options.every)
+
+
+def _check_every(options: argparse.Namespace) -> None:
+    from scop.errors import UserError
+
+    if not options.every > 0:
+        raise UserError(f"--every {options.every:g} must be above 0 seconds")
+
+
+def _follow(cluster: Cluster, run: Submission, every: float) -> int:
+    """Tell how a run goes and ends, and close it in MLflow; 1 where it does not succeed."""
+    from pipelines.submit import failed_steps, mend_tracking
+
+    outcome = cluster.follow(run, lambda line: print(line, flush=True), every)
     mend_tracking(run, outcome)
     if not outcome.succeeded:
         print(f"scop: {outcome.error}", *failed_steps(run), sep="\n", file=sys.stderr)
-    else:
-        print("the run succeeded")
-    return 0 if outcome.succeeded else 1
+        return 1
+    print("the run succeeded")
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,19 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+# How the models' types come in JSON; models themselves are objects, or words where they are enumerations.
+_JSON = {
+    "str": str,
+    "int": (int, str),
+    "float": (int, float),
+    "bool": bool,
+    "dict": dict,
+    "list": list,
+    "datetime": str,
+}
+
+_LONG = {"max_concurrency"}  # int64: a string in the models, a number in what KFP's own client sends; both are taken
+
 
 @dataclass
 class KfpServer:
@@ -117,7 +130,11 @@ class KfpServer:
             if key not in attributes:
                 self.problems.append(f"{where} has no field {key!r}")
                 continue
-            self._check_keys(value, getattr(api, model.openapi_types[attributes[key]], None), f"{where}.{key}")
+            kind = model.openapi_types[attributes[key]]
+            long = key in _LONG and isinstance(value, int)
+            if not long and not isinstance(value, _JSON.get(re.match(r"\w+", kind)[0], (dict, str))):
+                self.problems.append(f"{where}.{key} is {value!r}, and must be {kind}")
+            self._check_keys(value, getattr(api, kind, None), f"{where}.{key}")
 
     def _upload(self, query: dict[str, str], body: bytes, kind: str) -> api.V2beta1PipelineVersion:
         message = BytesParser().parsebytes(f"Content-Type: {kind}\r\n\r\n".encode() + body)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_training_gets_gpus_and_the_rest_does_not(documents, step: str) -> None:
         assert (resources["resourceCpuRequest"], resources["resourceCpuLimit"]) == ("2", "4")
         assert platform["activeDeadlineSeconds"] == "7200"
         assert "SCOP_REQUIRED_DEVICE" not in variables
-        assert not {"nodeSelector", "tolerations", "emptyDirMounts"} & platform.keys()
+        assert not {"nodeSelector", "nodeAffinity", "tolerations", "emptyDirMounts"} & platform.keys()
 
 
 def test_a_file_that_kfp_would_not_take_is_refused(tmp_path: Path, monkeypatch) -> None:
@@ -147,6 +148,11 @@ def test_evaluation_can_have_the_gpu(tmp_path: Path) -> None:
         ("pipeline_root=/home/me", "'pipeline_root' is '/home/me'"),
         ("secrets.scop-s3.key=not a variable", "'secrets.scop-s3.key' is 'not a variable'"),
         ("classes.gpu.tolerations=[{operator: Equal, value: x}]", "a toleration without a key needs operator: Exists"),
+        ("classes.cpu.limits.cpu=1500m", "limits.cpu 1500m is below requests.cpu 2"),
+        ("classes.cpu.limits.memory=8G", "limits.memory 8G is below requests.memory 8Gi"),
+        ("classes.gpu={requests: {cpu: 1, memory: 1Gi}, limits: {cpu: 2, memory: 1Gi}, nodes: 2}", "leave them out"),
+        ("secrets.scop-s3.key=SCOP_CHECKPOINTS", "secrets.scop-s3 sets SCOP_CHECKPOINTS, which is the pipeline's own"),
+        ("secrets.scop-s3.key=AWS_REGION", "config_maps.scop-settings sets AWS_REGION, and so does secrets.scop-s3"),
     ],
 )
 def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, capsys, change: str, message: str) -> None:
@@ -164,7 +170,13 @@ def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, capsys, change: st
         assert not (tmp_path / "pipeline.yaml").exists()
 
 
-def test_the_command_compiles_offline_with_the_configurations_values_as_defaults(tmp_path: Path, capsys) -> None:
+def test_the_command_compiles_offline_with_the_configurations_values_as_defaults(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("compiling needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     for path in (first, second):
         command = ["compile", "-f", "digits-resnet20", "--set", "finetune.epochs=7", "--cluster", str(EXAMPLE)]
@@ -174,6 +186,29 @@ def test_the_command_compiles_offline_with_the_configurations_values_as_defaults
     assert pipeline["root"]["inputDefinitions"]["parameters"]["finetune"]["defaultValue"]["epochs"] == 7
     assert cli.main(["compile", "--cluster", str(tmp_path / "none.yaml"), "-o", str(first)]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["knockoff.batch_size=250"], "knockoff.batch_size 250 cannot be shared evenly: "),
+        (["variants=[{finetune: {batch_size: 100}}]"], "variants (scop-0.45).finetune.batch_size 100 cannot be shared"),
+        (["dense.compile=true"], "dense.compile cannot synchronise batch norms, and "),
+    ],
+)
+def test_what_the_profiles_gpus_cannot_share_is_refused_before_a_pod_starts(
+    tmp_path: Path, capsys, changes: list[str], message: str
+) -> None:
+    values = yaml.safe_load(EXAMPLE.read_text())
+    values["classes"]["gpu"] |= {"nodes": 2, "accelerator": {"count": 4}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values))
+    command = ["--cluster", str(tmp_path / "cluster.yaml"), *(f"--set={change}" for change in changes)]
+    assert cli.main(["compile", "-o", str(tmp_path / "pipeline.yaml"), *command]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "classes.gpu of the cluster profile has 2 x 4 processes" in said
+    assert cli.main(["submit", *command]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_tag_is_warned_about(tmp_path: Path, capsys) -> None:

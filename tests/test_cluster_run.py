@@ -26,7 +26,9 @@ SMALL = ["dense.epochs=3", "knockoff.epochs=1", "finetune.epochs=2", "evaluate.r
 # What a Secret would put into the steps' environment; the first two are those of the S3 server.
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": services.SECRET,
+    "AWS_SESSION_TOKEN": "planted-session-token",
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password",
+    "MLFLOW_TRACKING_TOKEN": "planted-mlflow-token",
     "KF_PIPELINES_TOKEN": "planted-kfp-token",
 }
 RUN = """

@@ -229,8 +229,11 @@ def test_processes_end_with_a_step_that_is_killed_outright(digits_folder: Path, 
     command = [sys.executable, "-m", "scop.cli", "step", "train_dense", *settings, *places]
     environment = os.environ | {"SCOP_PROCESSES": "2"}
     with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL) as step:
+        until = time.monotonic() + 120
         while not list((tmp_path / "model").glob("checkpoints/*/*.json")):
             assert step.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
         workers = psutil.Process(step.pid).children(recursive=True)
         step.kill()
     assert len(workers) >= 2

@@ -194,6 +194,54 @@ def test_a_version_that_another_one_has_just_uploaded_is_taken(server, profile) 
     assert server.runs[1].pipeline_version_reference.pipeline_version_id == "theirs"
 
 
+def test_an_experiment_that_another_one_has_just_made_is_taken(server, profile) -> None:
+    def plan(method: str, path: str) -> int | None:
+        if (method, path.rpartition("/")[2]) != ("POST", "experiments") or server.experiments:
+            return None
+        theirs = api.V2beta1Experiment(experiment_id="theirs", display_name="digits-resnet20")
+        server.experiments.append(theirs)
+        return 409
+
+    server.plan = plan
+    assert run(profile) == 0
+    assert server.runs[0].experiment_id == "theirs"
+
+
+def watch(profile: Path, run_id: str) -> int:
+    return cli.main(["watch", run_id, "--cluster", str(profile), "--every", "0.01"])
+
+
+def test_a_run_that_nobody_waited_for_is_told_and_closed_in_mlflow_later(
+    server, profile, capsys, monkeypatch, tmp_path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert run(profile, "--set", "run.experiment=of-mine") == 0
+    identity = server.runs[0].run_id
+    client = MlflowClient()
+    experiment = client.create_experiment("of-mine")
+    parent = client.create_run(experiment, tags={"kfp.run_id": identity}).info.run_id
+    step = client.create_run(experiment, tags={"mlflow.parentRunId": parent}).info.run_id  # its pod was killed
+    error = api.GoogleRpcStatus(code=1, message="OOMKilled")
+    server.progress = [("FAILED", [task("finetune", "FAILED", error=error)])]
+    capsys.readouterr()
+    assert watch(profile, identity) == 1
+    said = capsys.readouterr()
+    assert said.out == "finetune: failed\n"
+    assert said.err == "scop: step finetune failed: OOMKilled\n"
+    assert [client.get_run(one).info.status for one in (parent, step)] == ["FAILED", "KILLED"]
+    assert "OOMKilled" in client.get_run(parent).data.tags["scop.error"]
+
+
+def test_a_run_that_the_server_does_not_know(server, profile, capsys) -> None:
+    server.plan = lambda method, path: 404 if "/runs/" in path else None
+    assert watch(profile, "none") == 2
+    said = capsys.readouterr().err
+    assert "cannot find run none: not found (404" in said
+    assert said.count("\n") == 1
+
+
 def test_a_page_to_log_in_is_not_taken_for_kfp(server, profile, capsys) -> None:
     server.plan = lambda method, path: "page"
     assert run(profile) == 2

@@ -159,10 +159,14 @@ def test_a_profile_with_nodes_gives_the_training_steps_a_plan(documents) -> None
     assert made.shared_memory == "8Gi"
     assert made.deadline == 172800
     # The step's own pod only waits: it must not hold GPUs, nor end before the job.
+    assert values["resources"] == {
+        **dict.fromkeys(("resourceCpuRequest", "resourceCpuLimit"), "1"),
+        **dict.fromkeys(("resourceMemoryRequest", "resourceMemoryLimit"), "2Gi"),
+    } | {key: value for key, value in values["resources"].items() if not key.startswith("resource")}
     assert "accelerator" not in values["resources"]
     assert "SCOP_REQUIRED_DEVICE" not in variables
     platform = documents[1][executor("finetune")]
-    assert not {"nodeSelector", "activeDeadlineSeconds"} & platform.keys()
+    assert not {"nodeSelector", "activeDeadlineSeconds", "emptyDirMounts"} & platform.keys()
     assert "SCOP_TRAIN_JOB" not in {entry["name"] for entry in container(documents, "evaluate")["env"]}
 
 

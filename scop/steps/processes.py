@@ -39,6 +39,7 @@ PROCESSES_VARIABLE = "SCOP_PROCESSES"
 _JOB, _RESULT = "job.json", "result.json"
 _TERMINATED, _MISTAKE = 143, 2
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_FOR_ALL_NODES = 3600
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torchrun's launcher handles
 
 
@@ -134,7 +135,8 @@ def work_together(job: Job, processes: Processes) -> StepResult:
         meeting = {
             "rdzv_backend": "static",
             "rdzv_endpoint": f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}",
-            "rdzv_configs": {"rank": processes.node},
+            # Each node has fetched an image and the inputs before it comes here.
+            "rdzv_configs": {"rank": processes.node, "timeout": _SECONDS_FOR_ALL_NODES},
             "run_id": "scop",
         }
     launch = LaunchConfig(
