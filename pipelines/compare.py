@@ -1,74 +1,120 @@
-"""`scop compare`: the variants of runs side by side, from the artifacts that their steps left."""
+"""`scop compare`: results side by side, of runs by the artifacts that they left, of experiments by MLflow's memory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipelines.experiments import Memory, Mlflow
 from pipelines.runs import CONFIG, find_run, records_of
 from scop import storage
 from scop.config import Config
+from scop.cost import Spent
 from scop.errors import UserError
+from scop.page import Page
 from scop.parsing import parse
-from scop.report import VariantResult, write_report
-from scop.steps.compare import read_results
+from scop.results import Result, VariantResult
+from scop.steps.compare import page_of, read_results
 from scop.steps.record import StepRecord
 
 # The steps of a variant, by the last of which it is told how far it came.
 _OF_A_VARIANT = ("select_channels", "finetune", "evaluate", "export")
+# Of so many results of experiments the page has curves, layers and confusion: each is a file to fetch.
+_WITH_DETAILS = 12
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of the variants of some runs.
+    """What is known of some runs, or experiments.
 
     Attributes:
-        title: names the runs.
-        results: of the variants that are whole.
-        missing: why the others are not, by variant.
-        scores: layer -> {"gate": [...], "score": [...]}; empty where the knockoff phase's are not there.
+        title: names them.
+        page: that shows it all.
+        summary: as `summary.json` of a run, with what is missing; None of experiments.
+        missing: what failed, and why.
+        spent: what it cost, by device.
     """
 
     title: str
-    results: list[VariantResult]
+    page: Page
     missing: dict[str, str]
-    scores: Mapping[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] | None = None
+    spent: list[Spent] = field(default_factory=list)
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """As `summary.json` of a run, with what is missing."""
-        return {"run_id": self.title, "variants": [r.summary() for r in self.results], "missing": self.missing}
-
-    def write_page(self, path: Path) -> None:
-        """Write the page; raises UserError where that cannot be done."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_report(self.results, self.scores, path, f"Pruning run {self.title}", self.missing)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    def results(self) -> Sequence[Result]:
+        """Of all networks that were measured."""
+        return self.page.results
 
 
-def compare(runs: Sequence[str], root: str) -> Comparison:
-    """Bring the variants of runs together; of one that several runs have, the last whole result counts.
+def compare(targets: Sequence[str], root: str, where: str | None = None, details: bool = False) -> Comparison:
+    """Bring together what is known of runs or experiments.
 
     Args:
-        runs: names, folders or URIs.
+        targets: runs, by name, folder or URI; or experiments of MLflow; all experiments by default.
         root: where runs are, for those that are given by name.
+        where: which results of experiments, in MLflow's filter language.
+        details: whether curves and layers of experiments' best results are fetched, for a page.
 
     Raises:
-        UserError: a run is not there, or no variant of any is whole.
+        UserError: a target is neither, or nothing of any is whole.
     """
-    places = [find_run(run, root) for run in runs]
+    if not where and targets and (places := [_place(target, root) for target in targets]) and all(places):
+        return compare_runs([place for place in places if place is not None])
+    memory = _experiments(targets, root, where)
+    title = ", ".join(targets) or "all experiments"
+    if not memory.results:
+        some = "; ".join(f"{failure.name}: {failure.error}" for failure in memory.failures[:3])
+        reasons = some or ("nothing fits --where" if where else "no network was measured")
+        raise UserError(f"{title}: there is nothing to compare ({reasons})")
+    missing = {f"{failure.name} (run {failure.run})": failure.error for failure in memory.failures}
+    found = _details(memory.results, root) if details else {}
+    page = Page(f"Experiments: {title}", memory.results, found, missing=missing, spent=memory.spent)
+    return Comparison(title, page, missing, spent=memory.spent)
+
+
+def _place(target: str, root: str) -> str | None:
+    try:
+        return find_run(target, root)
+    except UserError:
+        return None
+
+
+def _experiments(targets: Sequence[str], root: str, where: str | None) -> Memory:
+    for target in targets:
+        if storage.is_uri(target) or "/" in target:
+            find_run(target, root)  # no experiment is meant: says what is wrong
+    return Mlflow(root).read(targets, where)
+
+
+def _details(results: Sequence[Result], root: str) -> dict[int, dict[str, Any]]:
+    """The evaluations of the best, by their place in `results`; those that are gone are left out."""
+    client = Mlflow(root)
+    best = sorted(range(len(results)), key=lambda n: -results[n].metrics.get("pruned_top1", 0.0))[:_WITH_DETAILS]
+    found = {number: client.details(results[number]) for number in best}
+    return {number: evaluation for number, evaluation in found.items() if evaluation is not None}
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def compare_runs(places: Sequence[str]) -> Comparison:
+    """Bring the variants of runs together; of one that several runs have, the last whole result counts.
+
+    Raises:
+        UserError: no variant of any is whole.
+    """
     results: dict[str, VariantResult] = {}
     missing: dict[str, str] = {}
     scores: Mapping[str, Any] = {}
+    begun: list[StepRecord] = []
     for place in places:
         records = records_of(place)
+        begun += records
         whole, lacking = _variants_of(place, records)
         results |= whole
         missing = {name: why for name, why in (missing | lacking).items() if name not in results}
@@ -77,7 +123,32 @@ def compare(runs: Sequence[str], root: str) -> Comparison:
     if not results:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items()) or "no step has a record"
         raise UserError(f"no variant of {title} is whole, so there is nothing to compare ({reasons})")
-    return Comparison(title, list(results.values()), missing, scores)
+    found = list(results.values())
+    summary = {"run_id": title, "variants": [result.summary() for result in found], "missing": missing}
+    total = _total(begun, f"{len(places)} run{'s' * (len(places) != 1)}")
+    page = page_of(found, scores, f"Pruning run {title}", missing, [*_spent(begun), *total])
+    return Comparison(title, page, missing, summary, total)
+
+
+def _spent(records: Sequence[StepRecord]) -> list[Spent]:
+    """What each step cost, the last try of it."""
+    costs = [(record.title, record.cost) for record in records if record.cost is not None]
+    return [Spent(title, cost.device, cost.device_seconds, cost.energy_joules) for title, cost in costs]
+
+
+def _total(records: Sequence[StepRecord], what: str) -> list[Spent]:
+    """The sums, by device."""
+    by_device: dict[str, list[Spent]] = {}
+    for entry in _spent(records):
+        by_device.setdefault(entry.device, []).append(entry)
+    return [
+        Spent(what, device, sum(e.seconds for e in own), sum(told) if (told := _told(own)) else None)
+        for device, own in by_device.items()
+    ]
+
+
+def _told(entries: Sequence[Spent]) -> list[float]:
+    return [entry.joules for entry in entries if entry.joules is not None]
 
 
 def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, VariantResult], dict[str, str]]:
@@ -97,7 +168,7 @@ def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, V
     for name, evaluation in evaluations.items():
         try:
             folders = storage.local_folder(evaluation, "evaluation"), storage.local_folder(exports[name], "model")
-            (result,) = read_results([folders[0]], [(folders[1], exports[name])])
+            (result,) = read_results([(folders[0], evaluation)], [(folders[1], exports[name])])
             whole[result.name] = result
         except UserError as error:  # a pod that was killed while its artifact was uploaded
             broken[name] = str(error)

@@ -22,7 +22,6 @@ from typing import Any
 import psutil
 import yaml
 
-import scop
 from pipelines.console import console, print_variants
 from pipelines.containers import (
     Sandbox,
@@ -60,7 +59,7 @@ from scop.steps.record import (
     IMAGE_VARIABLE,
     RUN_VARIABLE,
     StepRecord,
-    git_revision,
+    surroundings,
 )
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.tracking import PARENT_VARIABLE
@@ -216,8 +215,7 @@ def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | N
     _forget_results(place)
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     _send([folder / "config.yaml"], place)
-    tags = {"scop.run": run_id, "scop.version": scop.__version__, "scop.revision": git_revision() or "unknown"}
-    parent = start_parent(config.run.experiment, run_id, tags, resumed=bool(os.environ[RESUME_VARIABLE]))
+    parent = start_parent(config.run.experiment, run_id, surroundings(), resumed=bool(os.environ[RESUME_VARIABLE]))
     succeeded = False
     try:
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):

@@ -30,6 +30,7 @@ WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
 HISTORY = "history.json"
 SURGERY = "surgery.json"
+SETTINGS = "settings.json"
 
 
 def save_model(
@@ -186,3 +187,22 @@ def load_surgery(folder: Path) -> dict[str, float]:
         raise UserError(f"{folder} holds no pruned model (there is no {SURGERY}); give the output of finetune")
     figures: dict[str, float] = json.loads(path.read_text())
     return figures
+
+
+def save_settings(folder: Path, *made_of: Path, **sections: Mapping[str, Any]) -> None:
+    """Write down the sections by which an artifact was made, with those of the artifacts that it was made of.
+
+    Places are left out: the same data lie elsewhere on another machine.
+    """
+    settings: dict[str, Any] = {}
+    for ancestor in made_of:
+        settings |= load_settings(ancestor)
+    settings |= {name: {k: v for k, v in section.items() if k != "weights"} for name, section in sections.items()}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """The sections by which an artifact was made, by name; empty where that was not written down."""
+    path = folder / SETTINGS
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return settings

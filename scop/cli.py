@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,16 +114,48 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser(
         "compare",
-        help="put the variants of runs side by side",
-        description="Put the variants of one run, or of several, side by side, from the artifacts that their steps "
-        "left, here, in S3, or where a cluster keeps them. Variants that failed are named, with the reason; exit code "
-        "1 then.",
+        help="put results side by side",
+        description="Put results side by side: of runs, from the artifacts that their steps left, here, in S3, or "
+        "where a cluster keeps them; of experiments, all that MLflow remembers. What failed is named, with the reason; "
+        "exit code 1 then where it is a variant of a run.",
+        epilog='such as: scop compare digits-resnet20 --where "metrics.top1_drop < 0.01" --group-by method,prune_rate',
     )
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="a name, a folder or an s3:// URI; later ones count")
+    compare.add_argument(
+        "targets",
+        nargs="*",
+        metavar="TARGET",
+        help="a run: a name, a folder or an s3:// URI, of which later ones count; or an experiment of MLflow, by its "
+        "name (default: all experiments)",
+    )
+    compare.add_argument(
+        "--where", metavar="EXPRESSION", help="which results of experiments, in MLflow's filter language"
+    )
+    compare.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help="a column; the first is sorted by (repeatable)"
+    )
+    compare.add_argument(
+        "--group-by", default="", metavar="NAME,...", help="parameters: mean, deviation and n of what agrees in them"
+    )
+    compare.add_argument("--baseline", metavar="NAME", help="tell changes against `dense`, or a variant")
     compare.add_argument("--html", type=Path, metavar="FILE", help="write the page, one file with everything")
-    compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table, raw values")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures; of runs, as their summary.json")
+    compare.add_argument("--png", type=Path, metavar="DIR", help="write the plots as pictures")
     compare.add_argument("--runs", dest="root", default="runs", metavar="DIR", help=where_runs)
     compare.set_defaults(command=_compare)
+
+    promote = commands.add_parser(
+        "promote",
+        help="make a registered model the champion",
+        description="Give a version of a registered model the alias `champion`, if its drop in accuracy and its "
+        "exactness are within what `export` allows. Exit code 1 if they are not.",
+        epilog="such as: scop promote digits-resnet20-scop@candidate; then mlflow.pyfunc.load_model("
+        "'models:/digits-resnet20-scop@champion')",
+    )
+    promote.add_argument("version", metavar="VERSION", help="NAME/NUMBER or NAME@ALIAS, with or without models:/")
+    _add_config(promote, "by which section export judges: a YAML file or a preset (default: as it was exported)")
+    promote.add_argument("--runs", dest="root", default="runs", metavar="DIR", help=where_runs)
+    promote.set_defaults(command=_promote)
 
     doctor = commands.add_parser(
         "doctor",
@@ -191,13 +224,9 @@ def _describe_steps(steps: dict[str, tuple[str, str]]) -> str:
     return "\n".join(["steps, with their inputs and their output (... stands for several folders):", *lines])
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-f",
-        "--config",
-        metavar="CONFIG",
-        help=f"a YAML file, or the name of a preset (default: {DEFAULT_CONFIG})",
-    )
+def _add_config(parser: argparse.ArgumentParser, help_text: str | None = None) -> None:
+    default = f"a YAML file, or the name of a preset (default: {DEFAULT_CONFIG})"
+    parser.add_argument("-f", "--config", metavar="CONFIG", help=help_text or default)
     _add_set(parser)
 
 
@@ -295,26 +324,70 @@ def _rerun(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     import json
+    from dataclasses import asdict
 
     from pipelines.compare import compare
-    from pipelines.console import print_variants
-    from scop.errors import UserError
+    from pipelines.table import as_csv, as_json, print_table, tables
     from scop.manifest import write_atomically
 
-    found = compare(options.runs, options.root)
-    print_variants(found.summary["variants"])
+    found = compare(options.targets, options.root, options.where, details=bool(options.html or options.png))
+    keys = [key.strip() for key in options.group_by.split(",") if key.strip()]
+    side_by_side = tables(found.results, options.metric, keys, options.baseline)
+    for table in side_by_side:
+        print_table(table)
+        print()
+    for entry in found.spent:
+        print(f"cost:    {entry.time} on {entry.device}, energy {entry.energy}, {entry.what}")
     if options.html:
-        found.write_page(options.html)
+        _written("--html", options.html, found.page.write)
         print(f"report:  {options.html}")
     if options.json:
-        try:
-            write_atomically(options.json, json.dumps(found.summary, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {options.json} cannot be written: {error.strerror}") from error
+        content = found.summary or {"experiments": found.title, "missing": found.missing}
+        content = {**content, "spent": [asdict(entry) for entry in found.spent], "tables": as_json(side_by_side)}
+        _written("--json", options.json, lambda path: write_atomically(path, json.dumps(content, indent=1) + "\n"))
         print(f"summary: {options.json}")
+    if options.csv:
+        _written("--csv", options.csv, lambda path: write_atomically(path, as_csv(side_by_side)))
+        print(f"table:   {options.csv}")
+    if options.png:
+        from scop.page.pictures import write_pictures
+
+        _written("--png", options.png, lambda folder: write_pictures(found.page, folder))
+        print(f"plots:   {options.png}")
     for name, why in found.missing.items():
         print(f"missing: {name}: {why}", file=sys.stderr)
-    return int(bool(found.missing))
+    return int(bool(found.missing and found.summary))
+
+
+def _written(option: str, path: Path, write: Callable[[Path], object]) -> None:
+    """Write what an option asked for; raises UserError where that cannot be done."""
+    from scop.errors import UserError
+
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from pipelines.presets import find_config
+    from pipelines.promote import CHAMPION, promote
+    from scop.config import load_config
+
+    limits = None
+    if options.config or options.set:
+        limits = load_config(find_config(options.config or DEFAULT_CONFIG), options.set).export
+    outcome = promote(options.version, options.root, limits)
+    for gate in outcome.gates:
+        print(f"{'holds' if gate.holds else 'FAILS'}: {gate.text}")
+    champion = f"models:/{outcome.name}@{CHAMPION}"
+    before = f"version {outcome.before}" if outcome.before else "none"
+    if not outcome.promoted:
+        print(f"scop: version {outcome.number} is not promoted; {champion} stays {before}", file=sys.stderr)
+        return 1
+    print(f"{champion} is version {outcome.number} now (before: {before})")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

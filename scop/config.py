@@ -260,10 +260,13 @@ class ExportSection(Section):
     Attributes:
         tolerance: largest difference allowed between the PyTorch model and what is loaded again, in logits; as a share
             of the largest logit where that is above 1.
+        max_top1_drop: `scop promote` takes a model whose top-1 accuracy on the test split is lower than the dense one's
+            by at most this share.
         register_model: enter the ONNX model into MLflow's registry with the alias `candidate`.
     """
 
     tolerance: PositiveFloat = 1e-4
+    max_top1_drop: Fraction = 0.01
     register_model: bool = True
 
 

@@ -7,13 +7,13 @@ import ctypes
 import os
 import platform
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scop.config import Precision
 from scop.errors import UserError
+from scop.processor import processor_name
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -82,13 +82,4 @@ def describe_device(device: torch.device) -> str:
     """A name for records and reports, such as ``AMD EPYC (2 threads)`` or ``NVIDIA H200``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor_name()} ({torch.get_num_threads()} threads)"
-
-
-@cache
-def _processor_name() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as info:
-        for line in info:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"{processor_name()} ({torch.get_num_threads()} threads)"

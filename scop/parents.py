@@ -19,6 +19,11 @@ from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment,
 
 PARENT_TAG = "mlflow.parentRunId"
 KFP_TAG = "kfp.run_id"
+DEVICE_TAG = "scop.device"
+SECONDS, ENERGY = "total_device_seconds", "total_energy_joules"
+"""Metrics of a pipeline's run: what all its steps cost, those that failed too."""
+
+_COSTS = {SECONDS: "device_seconds", ENERGY: "energy_joules"}
 
 
 def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resumed: bool = False) -> str:
@@ -53,7 +58,8 @@ def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files
 
     try:
         client = MlflowClient()
-        for key, value in metrics.items():
+        experiment = client.get_run(run_id).info.experiment_id
+        for key, value in {**metrics, **_total_cost(client, experiment, run_id)}.items():
             client.log_metric(run_id, key, value)
         for path in files:
             client.log_artifact(run_id, str(path))
@@ -109,6 +115,8 @@ def close_parent(experiment: str, kfp_run: str, succeeded: bool, error: str | No
     for child in _children(client, known.experiment_id, parent.info.run_id):
         if child.info.status == "RUNNING":
             client.set_terminated(child.info.run_id, "KILLED")
+    for key, value in _total_cost(client, known.experiment_id, parent.info.run_id).items():
+        client.log_metric(parent.info.run_id, key, value)
     if error:
         client.set_tag(parent.info.run_id, "scop.error", error)
     if parent.info.status != status:
@@ -124,6 +132,13 @@ def _parents(client: Any, experiment_id: str, kfp_run: str) -> list[Any]:
 
 def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
     return list(client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"))
+
+
+def _total_cost(client: Any, experiment_id: str, parent: str) -> dict[str, float]:
+    """The sums of what the steps cost, each try of them."""
+    steps = [run.data.metrics for run in _children(client, experiment_id, parent)]
+    told = {total: [step[key] for step in steps if key in step] for total, key in _COSTS.items()}
+    return {total: sum(values) for total, values in told.items() if values}
 
 
 def _merged(client: Any, experiment_id: str, found: list[Any]) -> Any:

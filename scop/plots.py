@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scop.plan import ChannelPlan
+if TYPE_CHECKING:
+    from scop.plan import ChannelPlan
 
 _KEPT, _REMOVED = "#2563a8", "#d5dbe3"
 

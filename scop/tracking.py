@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,22 +22,47 @@ PARENT_VARIABLE = "SCOP_PARENT_RUN_ID"
 KFP_RUN_VARIABLE = "KFP_RUN_ID"
 """Set on a cluster, by the downward API: the run under which steps are tracked is found by it."""
 CANDIDATE = "candidate"
+MODEL_TAG = "scop.model"
+"""Of the run that measured a network: ``models:/NAME/VERSION``."""
+_OF_STEPS = {"scop.step", "scop.variant", "scop.place", "scop.run", "mlflow.source.name", "mlflow.source.git.commit"}
+_NOT_OF_THE_RUN = {"scop.step", "scop.variant", "scop.place", "mlflow.source.name"}
+_PARAMS_AT_ONCE = 100  # MLflow's limit
 UNSENT = "tracking-unsent.jsonl"
 T = TypeVar("T")
 
 
 class Tracker(Protocol):
-    """Where a step's figures go while it works."""
+    """Where a step's figures go while it works.
+
+    Attributes:
+        run_id: MLflow's id of the step's run, or None where there is none.
+    """
+
+    run_id: str | None
 
     def log_params(self, params: Mapping[str, Any]) -> None: ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
 
-    def set_tags(self, tags: Mapping[str, str]) -> None: ...
+    def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
+        """Tag the step and, with `of_the_run`, the pipeline's run above it."""
+        ...
 
     def log_file(self, path: Path, folder: str | None = None) -> None: ...
 
-    def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None: ...
+    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None: ...
+
+    def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
+        """Keep a step's configuration with the pipeline's run, where nobody else does: on a cluster."""
+        ...
+
+    def watch_system(self) -> None:
+        """Log what processors, memory and GPUs do, from now on until the step ends."""
+        ...
+
+    def register_onnx(
+        self, path: Path, variant: str, tags: Mapping[str, str], example: Any = None, measured_by: str | None = None
+    ) -> str | None: ...
 
     def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
         """End; `last`, the headline figures of the whole run, comes from the step that ends it."""
@@ -47,19 +72,32 @@ class Tracker(Protocol):
 class NoTracker:
     """Tracks nothing: a step that runs by itself keeps its figures in its outputs alone."""
 
+    run_id: str | None = None
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         pass
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         pass
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
+    def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
         pass
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         pass
 
-    def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None:
+    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        pass
+
+    def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
+        pass
+
+    def watch_system(self) -> None:
+        pass
+
+    def register_onnx(
+        self, path: Path, variant: str, tags: Mapping[str, str], example: Any = None, measured_by: str | None = None
+    ) -> str | None:
         return None
 
     def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
@@ -98,7 +136,8 @@ class MlflowTracker:
                         self._client, self._experiment, self._kfp_run, _of_the_run(tags), run_name
                     )
             parent = {PARENT_TAG: self._parent} if self._parent else {}
-            run = self._client.create_run(self._experiment, run_name=run_name, tags={**tags, **parent})
+            own = {**_of_the_step(tags), **parent} if self._parent else tags
+            run = self._client.create_run(self._experiment, run_name=run_name, tags=dict(own))
             return str(run.info.run_id)
 
         self.run_id = self._send("start", {"run_name": run_name}, start, at_start=True)
@@ -108,7 +147,7 @@ class MlflowTracker:
         """For a run that another process has opened and will close; arguments as the attributes."""
         tracker = cls.__new__(cls)
         tracker._connect(unsent)
-        tracker.run_id = run_id
+        tracker.run_id, tracker._parent, tracker._kfp_run = run_id, None, None
         return tracker
 
     def _connect(self, unsent: Path) -> None:
@@ -116,6 +155,7 @@ class MlflowTracker:
         from mlflow.tracking import MlflowClient
 
         self._unsent, self._reachable = unsent, True
+        self._monitor: Any = None
         self._client = MlflowClient()
 
     def _resume(self, run_id: str, tags: Mapping[str, str]) -> str:
@@ -130,7 +170,9 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         entities = [Param(key, str(value)[:6000]) for key, value in params.items()]
-        self._send("params", dict(params), lambda: self._client.log_batch(self._run, params=entities))
+        for start in range(0, len(entities), _PARAMS_AT_ONCE):
+            part = entities[start : start + _PARAMS_AT_ONCE]
+            self._log_batch("params", {entry.key: entry.value for entry in part}, params=part)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         import time
@@ -139,35 +181,73 @@ class MlflowTracker:
 
         now = int(time.time() * 1000)
         entities = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._send("metrics", {"step": step, **metrics}, lambda: self._client.log_batch(self._run, metrics=entities))
+        self._log_batch("metrics", {"step": step, **metrics}, metrics=entities)
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
+    def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
         from mlflow.entities import RunTag
 
         entities = [RunTag(key, value) for key, value in tags.items()]
-        self._send("tags", dict(tags), lambda: self._client.log_batch(self._run, tags=entities))
+        self._log_batch("tags", dict(tags), tags=entities)
+        if of_the_run and (parent := self._parent):
+            self._send("tags of the run", dict(tags), lambda: self._client.log_batch(parent, tags=entities))
+
+    def _log_batch(self, what: str, content: Mapping[str, Any], **entities: Any) -> None:
+        self._send(what, content, lambda: self._client.log_batch(self._run, **entities))
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         self._send("file", {"path": str(path)}, lambda: self._client.log_artifact(self._run, str(path), folder))
 
-    def register_onnx(self, path: Path, variant: str, tags: Mapping[str, str]) -> str | None:
+    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """A table that MLflow's pages show and `mlflow.load_table` reads; `name` ends in .json."""
+        data = {key: list(column) for key, column in columns.items()}
+        self._send("table", {"name": name, **data}, lambda: self._client.log_table(self._run, data, name))
+
+    def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
+        if (parent := self._parent) and self._kfp_run and sections:
+            file = f"configuration/{title}.yaml"
+            self._send("configuration", {title: sections}, lambda: self._client.log_dict(parent, dict(sections), file))
+
+    def watch_system(self) -> None:
+        """MLflow's own system metrics, every few seconds; where they fail the step goes on without them."""
+        if not self._reachable:
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+        self._monitor = SystemMetricsMonitor(self._run, tracking_uri=self._client.tracking_uri)  # type: ignore[no-untyped-call]
+        self._monitor.start()
+
+    def register_onnx(
+        self, path: Path, variant: str, tags: Mapping[str, str], example: Any = None, measured_by: str | None = None
+    ) -> str | None:
         """Enter a variant's ONNX model into the registry, with the alias `candidate`.
 
         Every variant has a registered model of its own, EXPERIMENT-VARIANT: a control must not take the alias away
         from the network that it is a control for.
 
+        Args:
+            path: of the ONNX file.
+            variant: its label.
+            tags: of the version.
+            example: images as NumPy has them, float32 (N, C, H, W), that the version shows as its input.
+            measured_by: MLflow's id of the run that measured the network; the model is linked there.
+
         Returns:
             ``models:/NAME/VERSION``, or None where MLflow could not be reached.
         """
-        return self._send("model", {"path": str(path), "variant": variant}, lambda: self._register(path, variant, tags))
+        content = {"path": str(path), "variant": variant}
+        return self._send("model", content, lambda: self._register(path, variant, tags, example, measured_by))
 
-    def _register(self, path: Path, variant: str, tags: Mapping[str, str]) -> str:
+    def _register(
+        self, path: Path, variant: str, tags: Mapping[str, str], example: Any, measured_by: str | None
+    ) -> str:
         import warnings
         from importlib.metadata import version
 
         import mlflow
         import numpy as np
         import onnx
+        from mlflow.entities import LoggedModelOutput
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
 
@@ -186,6 +266,7 @@ class MlflowTracker:
                 name="model",
                 registered_model_name=name,
                 signature=ModelSignature(inputs=ends[0], outputs=ends[1]),
+                input_example=example,
                 # Given, because MLflow would otherwise find them out by running the model in a new process.
                 pip_requirements=[f"{package}=={version(package)}" for package in ("onnx", "onnxruntime", "numpy")],
             )
@@ -193,9 +274,16 @@ class MlflowTracker:
         for key, value in tags.items():
             self._client.set_model_version_tag(name, number, key, value)
         self._client.set_registered_model_alias(name, CANDIDATE, number)
-        return f"models:/{name}/{number}"
+        uri = f"models:/{name}/{number}"
+        if measured_by is not None:
+            self._client.set_tag(measured_by, MODEL_TAG, uri)
+            self._client.log_outputs(measured_by, [LoggedModelOutput(logged.model_id, 0)])
+        return uri
 
     def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+
         def end() -> None:
             if self._kfp_run:
                 self._parent = rejoin_parent(self._client, self._experiment, self._kfp_run, self._run)
@@ -243,4 +331,9 @@ def _is_refusal(error: Exception) -> bool:
 
 def _of_the_run(tags: Mapping[str, str]) -> dict[str, str]:
     """Those of a step's tags that hold for the whole run."""
-    return {key: value for key, value in tags.items() if key in ("scop.version", "scop.run")}
+    return {key: value for key, value in tags.items() if key not in _NOT_OF_THE_RUN}
+
+
+def _of_the_step(tags: Mapping[str, str]) -> dict[str, str]:
+    """Those that are not said of the run above it already: versions, image, machine."""
+    return {key: value for key, value in tags.items() if key in _OF_STEPS}

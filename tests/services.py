@@ -43,11 +43,12 @@ def process(command: list[str], port: int, log: Path, environment: Mapping[str, 
 
 
 def mlflow_server(
-    folder: Path, artifacts: str, environment: Mapping[str, str]
+    folder: Path, artifacts: str, environment: Mapping[str, str], workers: int = 1
 ) -> contextlib.AbstractContextManager[str]:
     """An MLflow server over SQLite."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", str(workers)]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", artifacts]
     # Without its job queues, seven more processes of no use here.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

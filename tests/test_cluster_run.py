@@ -120,7 +120,7 @@ def test_a_resubmission_runs_only_what_is_missing(submitted: Submitted) -> None:
     assert found.missing == {}
 
 
-def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submitted) -> None:
+def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submitted, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{submitted.folder}/mlflow.db")
@@ -136,6 +136,12 @@ def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submit
         for key, parent in parents.items()
     }
     assert len(steps["kfp-run-0"]) == 8
+    kept = {entry.path for entry in client.list_artifacts(parents["kfp-run-0"].info.run_id, "configuration")}
+    assert {"configuration/prepare_data.yaml", "configuration/scop-0.45"} <= kept
+    finetune = client.download_artifacts(
+        parents["kfp-run-1"].info.run_id, "configuration/scop-0.45/finetune.yaml", str(tmp_path)
+    )
+    assert yaml.safe_load(Path(finetune).read_text())["finetune"]["epochs"] == 1
     assert steps["kfp-run-1"] == ["compare", "evaluate", "export", "finetune"]
 
 

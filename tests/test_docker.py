@@ -200,7 +200,7 @@ def test_a_step_is_reproduced_from_s3_with_the_runs_uri_alone(remote, tmp_path: 
     more = environment | {"SCOP_CACHE": str(tmp_path / "cache")}  # nothing of the run is here
     result = scop("rerun", f"{uri}/finetune", "--docker", "--verify", cwd=tmp_path, more=more)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "verify: all 4 files are equal to the byte" in result.stdout
+    assert "verify: all 5 files are equal to the byte" in result.stdout
     assert len(list((tmp_path / "cache" / "artifacts").iterdir())) == 3  # dataset, dense, plan
 
 

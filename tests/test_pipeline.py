@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 
 from pipelines.console import Console
 from pipelines.pipeline import compile_pipeline
-from scop import load_model
+from scop import cli, load_model
 from scop.config import Config
 from scop.steps import STEPS
+from tests import services
+from tests.browser import opened
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
@@ -137,8 +141,6 @@ def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
 
 
 def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str]) -> None:
-    from mlflow.tracking import MlflowClient
-
     folder, _ = finished
     client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("digits-resnet20")
@@ -148,12 +150,25 @@ def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str
     assert sorted(run.data.tags["scop.step"] for run in children) == sorted([*STEPS, *list(STEPS)[3:7]])
     assert {run.info.status for run in runs} == {"FINISHED"}
     evaluate = next(run for run in children if run.info.run_name == "scop evaluate")
-    assert evaluate.data.params["variant.prune_rate"] == "0.45"
-    assert evaluate.data.metrics["macs_removed"] == pytest.approx(0.56, abs=0.01)
+    # The row that people compare.
+    params, metrics = evaluate.data.params, evaluate.data.metrics
+    assert (params["network"], params["method"], params["prune_rate"]) == ("resnet20", "scop", "0.45")
+    assert (params["dense_epochs"], params["knockoff_epochs"], params["finetune_epochs"]) == ("8", "2", "4")
+    assert metrics["top1_drop"] == pytest.approx(metrics["dense_top1"] - metrics["pruned_top1"])
+    assert metrics["pruned_train_seconds"] > 0
+    assert evaluate.data.tags["scop.model"] == "models:/digits-resnet20-scop/1"
+    assert len(evaluate.outputs.model_outputs) == 1
+    layers = json.loads(Path(client.download_artifacts(evaluate.info.run_id, "layers.json")).read_text())
+    assert (layers["columns"], len(layers["data"])) == (["layer", "channels", "kept"], 18)
+    assert metrics["macs_removed"] == pytest.approx(0.56, abs=0.01)
     finetune = next(run for run in children if run.info.run_name == "scop finetune")
     assert [m.step for m in client.get_metric_history(finetune.info.run_id, "loss")] == [1, 2, 3, 4]
     plan = next(run for run in children if run.info.run_name == "scop select_channels")
     assert {f.path for f in client.list_artifacts(plan.info.run_id)} == {"plan.json", "plan.png"}
+    spent = sum(run.data.metrics["device_seconds"] for run in children)
+    assert parent.data.metrics["total_device_seconds"] == pytest.approx(spent)
+    assert parent.data.tags["scop.dataset"] == evaluate.data.tags["scop.dataset"]
+    assert {"scop.device", "scop.machine", "scop.torch", "mlflow.source.git.commit"} <= parent.data.tags.keys()
     assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"report.html", "summary.json", "config.yaml"}
 
 
@@ -174,41 +189,47 @@ def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
     assert float(np.abs(registered.predict(images.numpy())["logits"] - expected).max()) < 1e-4
 
 
-def chromium() -> str | None:
-    import shutil
-
-    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
 @pytest.mark.parametrize("width", [360, 1440])
 def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Path, str], width: int) -> None:
-    from playwright.sync_api import sync_playwright
-
-    executable = chromium()
-    if executable is None:
-        pytest.skip("Chromium is not installed")
     folder, _ = finished
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"],
-        )
-        page = browser.new_page(viewport={"width": width, "height": 800})
-        problems: list[str] = []
-        requests: list[str] = []
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((folder / "report.html").as_uri())
-        page.wait_for_selector("#learning-curves .main-svg")
-        assert problems == []
-        assert requests == [(folder / "report.html").as_uri()]
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.locator(".plot .main-svg").count() >= 4
-        rows = page.locator("tbody tr th").all_inner_texts()
-        assert rows == ["dense", "scop", "none"]
-        assert page.locator("#accuracy-macs .point").count() == 3
-        browser.close()
+    with opened(folder / "report.html", width) as page:
+        assert page.locator(".plot .main-svg").count() >= 5
+        assert sorted(page.locator("tbody th").all_inner_texts()) == ["none", "scop"]
+        assert page.locator("#pareto .point").count() == 3  # with the dense one
+        record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
+        row = page.locator("tbody tr", has_text="scop").first.inner_text()
+        assert record["tracking_run"] in row
+        assert f"scop rerun {folder}/scop/evaluate/evaluation" in row
+
+
+def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The database of the run behind a real server."""
+    folder, _ = finished
+    shutil.copy(folder.parent / "mlflow.db", tmp_path / "server.db")
+    with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        page = ["--html", str(tmp_path / "page.html"), "--png", str(tmp_path / "png")]
+        assert cli.main(["compare", "digits-resnet20", *page, "--baseline", "dense"]) == 0
+        said = capsys.readouterr().out
+        assert "scikit-learn digits" in said
+        assert re.search(r"cost:    \d+ s on .+, energy not told, 1 run\n", said)
+        assert {"accuracy-macs.png", "kept-channels.png", "confusion-scop.png"} <= {
+            path.name for path in (tmp_path / "png").iterdir()
+        }
+        with opened(tmp_path / "page.html", 1440) as view:
+            assert view.locator("#learning-curves .scatterlayer .trace").count() == 3
+
+        assert cli.main(["promote", "digits-resnet20-none/1", "--set", "export.tolerance=1e-12"]) == 1
+        refused = capsys.readouterr()
+        assert "FAILS: exported logits differ by" in refused.out
+        assert "models:/digits-resnet20-none@champion stays none" in refused.err
+        assert cli.main(["promote", "digits-resnet20-scop@candidate", "--set", "export.max_top1_drop=0.9"]) == 0
+        assert "models:/digits-resnet20-scop@champion is version 1 now" in capsys.readouterr().out
+        assert cli.main(["promote", "digits-resnet20-no/1"]) == 2
+        assert "models: digits-resnet20-none, digits-resnet20-scop" in capsys.readouterr().err
+        assert MlflowClient(address).get_model_version_by_alias("digits-resnet20-scop", "champion").version == "1"
 
 
 def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:
@@ -219,8 +240,6 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     assert error.startswith("scop: error: train_dense: 1295 training images are fewer than a batch")
     assert remedy.startswith(f"scop: go on with: scop run --resume {tmp_path}/digits-resnet20-")
     assert "Traceback" not in result.stdout + result.stderr
-    from mlflow.tracking import MlflowClient
-
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)

@@ -83,7 +83,7 @@ def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundin
     before = storage.names(run)
     result = scop("rerun", f"{run}/finetune", "--verify", cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "verify: all 4 files are equal to the byte" in result.stdout
+    assert "verify: all 5 files are equal to the byte" in result.stdout
     (folder,) = (tmp_path / "reruns").iterdir()
     assert load_model(folder / "model").conv1.out_channels == 16
     assert (folder / "mlflow.db").exists()  # not the server

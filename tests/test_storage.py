@@ -160,7 +160,7 @@ def test_steps_take_uris_for_data_weights_inputs_and_outputs(
     assert record["inputs"]["dataset"]["uri"] == digits
     assert record["config"]["dense"]["weights"] == f"{bucket}/weights.safetensors"
     assert record["outputs"]["model"]["files"].keys() == {
-        "model.safetensors", "model.json", "history.json", "timings.json"
+        "model.safetensors", "model.json", "history.json", "settings.json", "timings.json"
     }  # fmt: skip
     with pytest.raises(UserError, match="overlaps with"):
         run_step("train_dense", {"dense": dense}, {"dataset": digits}, {"model": f"{digits}/inside"})

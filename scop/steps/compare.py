@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scop.cost import Spent
 from scop.errors import UserError
 from scop.manifest import TIMINGS, write_manifest
+from scop.page import Page
 from scop.parsing import Section
-from scop.report import VariantResult, write_report
+from scop.results import VariantResult, with_timings
+from scop.steps.places import exchanged
 from scop.steps.record import RUN_VARIABLE, StepResult
 from scop.steps.runtime import Context
 from scop.storage import join
@@ -36,23 +39,43 @@ class Outputs:
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
     exports = list(zip(inputs.exports, context.places["exports"], strict=True))
-    results = read_results(inputs.evaluations, exports)
+    evaluations = list(zip(inputs.evaluations, context.places["evaluations"], strict=True))
+    results = read_results(evaluations, exports)
     run_id = os.environ.get(RUN_VARIABLE, "run")
     summary = {"run_id": run_id, "variants": [result.summary() for result in results]}
     (outputs.report / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     scores = json.loads((inputs.scores / "scores.json").read_text())
-    write_report(results, scores, outputs.report / "report.html", f"Pruning run {run_id}")
+    page_of(results, scores, f"Pruning run {run_id}").write(outputs.report / "report.html")
     write_manifest(outputs.report, kind="report")
     for name in ("summary.json", "report.html"):
         context.tracker.log_file(outputs.report / name)
     return StepResult(headline(summary))
 
 
-def read_results(evaluations: Sequence[Path], exports: Sequence[tuple[Path, str]]) -> list[VariantResult]:
+def page_of(
+    results: Sequence[VariantResult],
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    title: str,
+    missing: Mapping[str, str] | None = None,
+    spent: Sequence[Spent] = (),
+) -> Page:
+    """The page of some variants, with all that is known of each; scores as scores.json has them."""
+    first, layers = results[0].evaluation, {layer: entry["score"] for layer, entry in scores.items()}
+    return Page(
+        title=title,
+        results=[result.result for result in results],
+        details={number: {**result.evaluation, "scores": layers} for number, result in enumerate(results)},
+        missing=missing or {},
+        spent=spent,
+        facts=[f"{first['dataset']['test']:,} test images; latency in float32, {first['threads']} threads."],
+    )
+
+
+def read_results(evaluations: Sequence[tuple[Path, str]], exports: Sequence[tuple[Path, str]]) -> list[VariantResult]:
     """What the artifacts say of each variant.
 
     Args:
-        evaluations: folders of step evaluate.
+        evaluations: folders of step evaluate, each with the place by which others know it.
         exports: folders of step export, each with the place by which others know it.
 
     Raises:
@@ -62,11 +85,13 @@ def read_results(evaluations: Sequence[Path], exports: Sequence[tuple[Path, str]
     for folder, place in exports:
         report = json.loads((folder / "export.json").read_text())
         exported[report["variant"]] = report | {"model": place, "onnx": join(place, "model.onnx")}
-    measured = [_evaluation(folder) for folder in evaluations]
-    for evaluation in measured:
-        if evaluation["variant"] not in exported:
-            raise UserError(f"variant {evaluation['variant']!r} was evaluated but not exported; give its export too")
-    return [VariantResult(evaluation, exported[evaluation["variant"]]) for evaluation in measured]
+    results = []
+    for folder, place in evaluations:
+        evaluation = _evaluation(folder)
+        if (variant := evaluation["variant"]) not in exported:
+            raise UserError(f"variant {variant!r} was evaluated but not exported; give its export too")
+        results.append(VariantResult(evaluation, exported[variant], exchanged(place)))
+    return results
 
 
 def headline(summary: dict[str, Any]) -> dict[str, float]:
@@ -80,7 +105,5 @@ def headline(summary: dict[str, Any]) -> dict[str, float]:
 
 def _evaluation(folder: Path) -> dict[str, Any]:
     """evaluation.json, with each network's latency, which lies apart, put in."""
-    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-    for name, latency in json.loads((folder / TIMINGS).read_text())["latency_ms"].items():
-        evaluation[name]["latency_ms"] = latency
-    return evaluation
+    timings = json.loads((folder / TIMINGS).read_text())
+    return with_timings(json.loads((folder / "evaluation.json").read_text()), timings)

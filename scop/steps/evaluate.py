@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from scop.artifacts import WEIGHTS, load_history, load_model, load_surgery
+from scop.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery
 from scop.config import EvaluateSection, VariantSection
 from scop.data import load_dataset
 from scop.device import describe_device
 from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
 from scop.manifest import TIMINGS, write_manifest
+from scop.parents import DEVICE_TAG
 from scop.parsing import Section
 from scop.plots import confusion_matrix
+from scop.results import Result, with_timings
 from scop.spec import spec_of
 from scop.steps.common import evaluation_batches
 from scop.steps.record import StepResult
@@ -84,24 +85,37 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         "confusion": accuracies["pruned"].confusion.tolist(),
         "kept": {layer: len(kept) for layer, kept in plan["kept"].items()},
         "channels": plan["channels"],
+        "settings": load_settings(inputs.pruned),
         "surgery": surgery,
         "history": _curve(inputs.pruned),
         "dense_history": _curve(inputs.dense),
     }
-    timings = {"latency_ms": latencies, "device": evaluation["device"], "threads": evaluation["threads"]}
+    seconds = {name: round(sum(r.seconds for r in load_history(folder)), 3) for name, folder in folders.items()}
+    timings = {
+        "latency_ms": latencies,
+        "train_seconds": seconds,
+        "device": evaluation["device"],
+        "threads": evaluation["threads"],
+        "run": context.tracker.run_id,
+    }
     (outputs.evaluation / TIMINGS).write_text(json.dumps(timings, indent=1) + "\n")
     (outputs.evaluation / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     confusion_matrix(evaluation["confusion"], dataset.info.classes, outputs.evaluation / "confusion.png")
     write_manifest(outputs.evaluation, kind="evaluation")
     for name in ("evaluation.json", "confusion.png"):
         context.tracker.log_file(outputs.evaluation / name)
-    metrics = _headline(figures, latencies)
+    result = Result.of(with_timings(evaluation, timings))
+    context.tracker.log_params(result.params)
+    context.tracker.set_tags({DEVICE_TAG: result.device, "scop.dataset": result.dataset}, of_the_run=True)
+    kept = [{"layer": layer, "channels": plan["channels"][layer], "kept": len(k)} for layer, k in plan["kept"].items()]
+    context.tracker.log_table({key: [row[key] for row in kept] for key in kept[0]} if kept else {}, "layers.json")
+    metrics = result.metrics
     print(
         f"{variant.label}: top-1 {metrics['dense_top1']:.2%} -> {metrics['pruned_top1']:.2%}, "
         f"MACs {human(metrics['dense_macs'])} -> {human(metrics['pruned_macs'])}",
         flush=True,
     )
-    return StepResult(metrics, dataset.info.classes, evaluation["confusion"])
+    return StepResult(dict(metrics), dataset.info.classes, evaluation["confusion"])
 
 
 def _figures(model: nn.Module, accuracy: Accuracy, weights: Path, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -124,18 +138,3 @@ def _plan(model: nn.Module) -> dict[str, Any]:
     spec = spec_of(model)
     assert spec is not None and spec.plan is not None
     return spec.plan.model_dump()
-
-
-def _headline(
-    figures: Mapping[str, Mapping[str, Any]], latencies: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> dict[str, float]:
-    """Dense and pruned figures flat, as runs are compared by them."""
-    metrics: dict[str, float] = {}
-    for name, values in figures.items():
-        metrics |= {f"{name}_{key}": float(value) for key, value in values.items()}
-        for batch_size, latency in latencies[name].items():
-            metrics |= {f"{name}_latency_ms_batch{batch_size}_{k}": v for k, v in latency.items()}
-    metrics["top1_drop"] = metrics["dense_top1"] - metrics["pruned_top1"]
-    for key in ("params", "macs", "bytes"):
-        metrics[f"{key}_removed"] = 1 - metrics[f"pruned_{key}"] / metrics[f"dense_{key}"]
-    return metrics

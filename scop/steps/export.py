@@ -14,7 +14,7 @@ from scop.config import ExportSection, VariantSection
 from scop.data import load_dataset
 from scop.errors import UserError
 from scop.export import export_onnx, export_pt2
-from scop.manifest import write_manifest
+from scop.manifest import TIMINGS, write_manifest
 from scop.parsing import Section
 from scop.steps.common import evaluation_batches
 from scop.steps.record import StepResult
@@ -70,8 +70,12 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             "prune_rate": str(evaluation["prune_rate"]),
             "method": config.variant.method,
             "top1_drop": f"{drop:.6f}",
+            "max_top1_drop": str(config.export.max_top1_drop),
+            "difference": f"{max(differences.values()):.3g}",
+            "tolerance": str(config.export.tolerance),
         }
-        if registered := context.tracker.register_onnx(onnx, label, tags):
+        measured_by = json.loads((inputs.evaluation / TIMINGS).read_text()).get("run")
+        if registered := context.tracker.register_onnx(onnx, label, tags, images[:2].numpy(), measured_by):
             print(f"{label}: registered as {registered}", flush=True)
     report = {"variant": label, "exactness": differences, "onnx_bytes": onnx.stat().st_size}
     (folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")

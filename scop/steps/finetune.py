@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scop.artifacts import SURGERY, load_model, save_model
+from scop.artifacts import SETTINGS, SURGERY, load_model, save_model, save_settings
 from scop.config import FinetuneSection, VariantSection, finetune_for
 from scop.data import load_dataset
 from scop.device import autocast_dtype
@@ -65,7 +65,9 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     history = train_supervised(pruned, dataset, section, context, label, teacher)
     figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
     (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
-    save_model(pruned, outputs.model, history=history, others=[SURGERY])
+    made_by = {"finetune": section.model_dump(mode="json"), "variant": config.variant.model_dump(mode="json")}
+    save_settings(outputs.model, inputs.dense, inputs.plan, **made_by)
+    save_model(pruned, outputs.model, history=history, others=[SURGERY, SETTINGS])
     if (after := validation_accuracy(pruned, dataset, context)) is not None:
         metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
     metrics |= {

@@ -35,6 +35,6 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     info = dataset.info
     shape = "x".join(map(str, info.shape))
     print(f"{info.source}: {len(info.classes)} classes of {shape} images, {info.counts}", flush=True)
-    context.tracker.set_tags({"scop.dataset": info.content})
+    context.tracker.set_tags({"scop.dataset": info.content}, of_the_run=True)
     context.tracker.log_file(outputs.dataset / "dataset.json")
     return StepResult({f"images_{split}": float(count) for split, count in info.counts.items()})

@@ -25,9 +25,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import scop
 from scop import storage
 from scop.config import VariantSection
+from scop.cost import Cost
 from scop.errors import UserError
 from scop.manifest import RECORD, Manifest, read_folder
 from scop.parsing import parse
+from scop.processor import processor_name
 from scop.steps.places import absolute, exchanged
 
 RUN_VARIABLE = "SCOP_RUN_ID"
@@ -110,6 +112,7 @@ class StepRecord(BaseModel):
         files: of the files and folders that the configuration names a hash of what they hold, by the entry's name.
         inputs, outputs: by name.
         seconds: that it took.
+        cost: time on devices, and energy.
         error: why it ended early.
         code: that the process ended with: 0, 1 for an error, 2 for a mistake of the user's, 3 for want of a device, 143
             for one that was told to stop.
@@ -140,6 +143,7 @@ class StepRecord(BaseModel):
     inputs: dict[str, RecordedInput]
     outputs: dict[str, RecordedOutput]
     seconds: float | None = None
+    cost: Cost | None = None
     error: str | None = None
     code: int | None = None
     result: StepResult | None = None
@@ -193,6 +197,13 @@ class StepRecord(BaseModel):
             inputs=inputs,
             outputs={name: RecordedOutput(uri=exchanged(place)) for name, place in outputs.items()},
         )
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What MLflow is told of the step beside its configuration."""
+        tags = {"scop.step": self.step, "mlflow.source.name": f"scop step {self.step}", **surroundings()}
+        tags["scop.place"] = next(iter(self.outputs.values())).uri
+        return tags if self.variant is None else tags | {"scop.variant": self.variant}
 
     @property
     def fingerprint(self) -> str:
@@ -286,6 +297,21 @@ def reason_to_run(now: StepRecord, before: StepRecord, places: Mapping[str, str]
         except UserError as error:
             return str(error)
     return None
+
+
+def surroundings() -> dict[str, str]:
+    """Tags of MLflow for where something runs: versions, commit, image, machine."""
+    known = {
+        "scop.version": scop.__version__,
+        "scop.run": os.environ.get(RUN_VARIABLE),
+        "mlflow.source.git.commit": git_revision(),
+        "scop.image": os.environ.get(IMAGE_VARIABLE),
+        "scop.image_id": os.environ.get(IMAGE_ID_VARIABLE),
+        "scop.python": platform.python_version(),
+        "scop.torch": version("torch"),
+        "scop.machine": f"{processor_name()}, {os.cpu_count()} processors",
+    }
+    return {key: value for key, value in known.items() if value}
 
 
 def git_revision() -> str | None:

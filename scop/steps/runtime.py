@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import scop
 from scop import storage
 from scop.checkpoints import STOP_SIGNALS, Checkpoints
+from scop.cost import Meter
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
 from scop.parsing import Section, parse
-from scop.steps import STEPS, train_job
+from scop.steps import STEPS, TRAINING_STEPS, train_job
 from scop.steps.places import (
     KFP_ROOT_VARIABLE,
     STOPPED,
@@ -48,7 +47,6 @@ from scop.steps.places import (
 )
 from scop.steps.processes import Job, Processes, wanted, work_together
 from scop.steps.record import (
-    RUN_VARIABLE,
     RecordedInput,
     RecordFile,
     StepRecord,
@@ -73,6 +71,10 @@ PLACES_VARIABLE = "SCOP_PLACES"
 """Set by `scop rerun`: the recorded places of the inputs, in JSON, which a summary names."""
 DEVICE_VARIABLE = "SCOP_REQUIRED_DEVICE"
 """Set on a cluster for a step that was promised a GPU: the class of step, resource and node selector it runs under."""
+
+ROW_STEP = "evaluate"
+"""Its run in MLflow is the row that people compare: it says itself which parameters belong there, and no more do, for
+MLflow reads all that a run has whenever it is looked for."""
 
 TERMINATED = 128 + signal.SIGTERM
 NO_DEVICE = 3
@@ -222,7 +224,7 @@ def _refuse(name: str, settings: Section, inputs: Places, outputs: Mapping[str, 
     with contextlib.suppress(UserError):
         RecordFile(record, next(iter(outputs.values()))).write(status="failed", error=reason, code=NO_DEVICE)
     with tempfile.TemporaryDirectory(prefix="scop-") as scratch, contextlib.suppress(UserError):
-        _open_tracker(name, settings, Path(scratch) / UNSENT).close(succeeded=False, error=f"{name}: {reason}")
+        _open_tracker(record, Path(scratch) / UNSENT).close(succeeded=False, error=f"{name}: {reason}")
     raise SystemExit(NO_DEVICE)
 
 
@@ -319,26 +321,31 @@ class _Work:
 
 def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> StepResult:
     """The work between the record's first line and its last."""
-    started, name = time.monotonic(), file.record.step
+    meter, name = Meter(work.processes.total), file.record.step
     unsent = work.unsent
     tracker: Tracker = NoTracker()
     file.write()
     try:
-        tracker = _open_tracker(name, work.settings, unsent)
+        tracker = _open_tracker(file.record, unsent)
         if isinstance(tracker, MlflowTracker):
             file.write(tracking_run=tracker.run_id)
-        tracker.log_params(flat(work.settings.model_dump(mode="json")))
+        tracker.log_configuration(file.record.config, file.record.title)
+        if name != ROW_STEP:
+            tracker.log_params(flat(work.settings.model_dump(mode="json")))
+        if name in TRAINING_STEPS:
+            tracker.watch_system()
         result = work.run(tracker, checkpoints)
-        tracker.log_metrics(result.metrics)
-        made = {key: read_folder(folder) for key, folder in work.targets.items()}
-        seconds = round(time.monotonic() - started, 3)
-        file.write(status="done", seconds=seconds, result=result, outputs=file.record.made(made), code=0)
+        cost = meter.read()
+        tracker.log_metrics({**result.metrics, **cost.metrics})
+        made = file.record.made({key: read_folder(folder) for key, folder in work.targets.items()})
+        file.write(status="done", seconds=cost.seconds, cost=cost, result=result, outputs=made, code=0)
     except BaseException as error:
         reason = _reason(error)
         status = _status(error)
+        cost = meter.read()
         with contextlib.suppress(UserError):  # S3 itself may be what failed; the first error is the one to tell
-            seconds = round(time.monotonic() - started, 3)
-            file.write(status=status, error=reason, seconds=seconds, code=_code(error))
+            file.write(status=status, error=reason, seconds=cost.seconds, cost=cost, code=_code(error))
+        tracker.log_metrics(cost.metrics)
         tracker.close(succeeded=False, error=f"{name}: {reason}")
         if status == "stopped":
             print(f"{name}: {reason}; run it again, and it goes on from there", flush=True)
@@ -433,15 +440,8 @@ def _checkpoints(record: StepRecord, work: _Work) -> Checkpoints:
     return Checkpoints(str(folder / own), fingerprint, keep)
 
 
-def _open_tracker(name: str, settings: Section, unsent: Path) -> Tracker:
+def _open_tracker(record: StepRecord, unsent: Path) -> Tracker:
     """MLflow where MLFLOW_TRACKING_URI names one; `scop run` sets it."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return NoTracker()
-    variant = getattr(settings, "variant", None)
-    label = f"{variant.label} {name}" if variant is not None else name
-    tags = {"scop.step": name, "scop.version": scop.__version__}
-    if variant is not None:
-        tags |= {"scop.variant": variant.label, "scop.method": variant.method}
-    if run := os.environ.get(RUN_VARIABLE):
-        tags["scop.run"] = run
-    return MlflowTracker(label, tags, unsent)
+    return MlflowTracker(record.title.replace("/", " "), record.tags, unsent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from scop.artifacts import load_model
+from scop.artifacts import load_model, save_settings
 from scop.config import VariantSection
 from scop.knockoff import Scores
 from scop.manifest import write_manifest
@@ -40,6 +40,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     plan = select_channels(model, scores, input_shape=spec.input_shape, variant=config.variant)
     plan.save(outputs.plan / "plan.json")
     kept_channels(plan, outputs.plan / "plan.png")
+    save_settings(outputs.plan, inputs.scores, variant=config.variant.model_dump(mode="json"))
     write_manifest(outputs.plan, kind="plan")
     for name in ("plan.json", "plan.png"):
         context.tracker.log_file(outputs.plan / name)

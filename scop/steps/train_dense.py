@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scop.artifacts import load_weights, save_model
+from scop.artifacts import SETTINGS, load_weights, save_model, save_settings
 from scop.config import DenseSection
 from scop.data import Dataset, load_dataset
 from scop.errors import UserError
@@ -48,7 +48,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         history = []
     else:
         history = train_supervised(model, dataset, section, context, label="dense")
-    save_model(model, outputs.model, history=history)
+    save_settings(outputs.model, dense=section.model_dump(mode="json"))
+    save_model(model, outputs.model, history=history, others=[SETTINGS])
 
     metrics = {
         "params": float(count_parameters(model)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scop import distributed
-from scop.artifacts import load_model, save_history
+from scop.artifacts import load_model, save_history, save_settings
 from scop.checkpoints import termination
 from scop.config import KnockoffSection
 from scop.data import load_dataset
@@ -50,6 +50,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         )
     scores.save(outputs.scores / "scores.safetensors")
     save_history(scores.history, outputs.scores)
+    save_settings(outputs.scores, knockoff=section.model_dump(mode="json"))
     layers = {layer: {"gate": _rounded(scores.gates[layer]), "score": _rounded(scores[layer])} for layer in scores}
     (outputs.scores / "scores.json").write_text(json.dumps(layers, indent=1) + "\n")
     score_histograms({layer: scores[layer].tolist() for layer in scores}, outputs.scores / "scores.png")

@@ -37,6 +37,7 @@ from scop.supervised import Supervised, make_optimizer
 from scop.surgery import prune
 from scop.tracking import PARENT_VARIABLE
 from tests import services
+from tests.benchmarks.experiments import compare
 from tests.benchmarks.measure import take_turns
 
 SHAPE = (3, 32, 32)
@@ -275,6 +276,7 @@ def default_run(turns: int) -> dict[str, Any]:
 
 
 BENCHMARKS = {
+    "compare": (compare, 3),
     "batches": (batches, 30),
     "knockoff_step": (knockoff_step, 12),
     "finetuning": (finetuning, 10),

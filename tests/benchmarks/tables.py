@@ -126,6 +126,15 @@ def _speed(content: dict[str, Any]) -> str:
         ),
         ("a GiB to S3, against `rclone copy`", f"{content['s3']['up']['ratio']:.1f}x", "at least 0.8x"),
         ("a GiB from S3, verified, against `rclone copy`", f"{content['s3']['down']['ratio']:.1f}x", "at least 0.8x"),
+        *(
+            (
+                f"`scop compare` of an experiment of {count}, MLflow server with four workers",
+                f"{figures['seconds']:.1f} s",
+                f"at most {figures['at_most']:.0f} s",
+            )
+            for count, figures in content["compare"].items()
+            if count.endswith(" runs")
+        ),
         ("`make run` after set-up", f"{content['default_run']['seconds']:.0f} s", "at most 240 s"),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

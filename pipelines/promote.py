@@ -1,0 +1,117 @@
+"""`scop promote`: a registered model becomes the champion, if what was measured of it is good enough."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.experiments import Mlflow
+from scop.config import ExportSection
+from scop.errors import UserError
+from scop.mlflow_server import first_line
+
+CHAMPION = "champion"
+_VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w.-]+))")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on a model.
+
+    Attributes:
+        what: is measured.
+        value, limit: and how large it may be.
+        text: both, for people.
+    """
+
+    what: str
+    value: float
+    limit: float
+    text: str
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What was decided.
+
+    Attributes:
+        name, number: of the model's version.
+        before: the champion's number until then, or None.
+        gates: that it had to pass.
+    """
+
+    name: str
+    number: str
+    before: str | None
+    gates: list[Gate]
+
+    @property
+    def promoted(self) -> bool:
+        return all(gate.holds for gate in self.gates)
+
+
+def promote(version: str, root: str, limits: ExportSection | None = None) -> Promotion:
+    """Give a model's version the alias `champion`, if its gates hold.
+
+    Args:
+        version: ``NAME/3``, ``NAME@candidate``, or either behind ``models:/``.
+        root: where the database of local runs is.
+        limits: `max_top1_drop` and `tolerance`; those by which it was exported, if None.
+
+    Raises:
+        UserError: there is no such version, it was not exported by this pipeline, or MLflow cannot be reached.
+    """
+    if (found := _VERSION.fullmatch(version)) is None:
+        raise UserError(f"{version!r} names no version of a model; write NAME/NUMBER or NAME@ALIAS")
+    client, name = Mlflow(root).client, found["name"]
+    entry = _entry(client, version, name, found["number"], found["alias"])
+    gates = _gates(entry.tags, limits, version)
+    promotion = Promotion(name, str(entry.version), _champion(client, name), gates)
+    if promotion.promoted:
+        try:
+            client.set_registered_model_alias(name, CHAMPION, promotion.number)
+        except Exception as error:
+            raise UserError(f"{version} could not be made champion ({first_line(error)})") from error
+    return promotion
+
+
+def _entry(client: Any, version: str, name: str, number: str | None, alias: str | None) -> Any:
+    try:
+        if number is not None:
+            return client.get_model_version(name, number)
+        return client.get_model_version_by_alias(name, alias)
+    except Exception as error:
+        reason = first_line(error)
+        known = ""
+        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            names = sorted(model.name for model in client.search_registered_models(max_results=20))
+            known = f"; models: {', '.join(names) or 'none'}"
+        raise UserError(f"there is no {version!r} in MLflow's registry ({reason}{known})") from error
+
+
+def _gates(tags: Mapping[str, str], limits: ExportSection | None, version: str) -> list[Gate]:
+    try:
+        drop, difference = float(tags["top1_drop"]), float(tags["difference"])
+        max_drop = float(tags["max_top1_drop"]) if limits is None else limits.max_top1_drop
+        tolerance = float(tags["tolerance"]) if limits is None else limits.tolerance
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{version} does not say what was measured of it (tag {error}); promote what the step export registered"
+        ) from error
+    return [
+        Gate("top-1 drop", drop, max_drop, f"top-1 drop {100 * drop:.2f} points, at most {100 * max_drop:.2f}"),
+        Gate("exactness", difference, tolerance, f"exported logits differ by {difference:.2g}, at most {tolerance:g}"),
+    ]
+
+
+def _champion(client: Any, name: str) -> str | None:
+    try:
+        return str(client.get_model_version_by_alias(name, CHAMPION).version)
+    except Exception:  # there is none yet
+        return None

@@ -1,0 +1,210 @@
+"""The page's plots as PNG, for papers and slides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scop.metrics import Metric, describe, smallest_batch
+from scop.page import Page
+from scop.plots import confusion_matrix, score_histograms
+from scop.results import Result
+
+# Okabe and Ito's palette, as on the page, with a marker each: colours alone do not survive a black and white print.
+_STYLES = list(
+    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a"), "os^PXDv", strict=True)
+)
+_ACCURACY = "pruned_top1"
+_CURVES = 6
+
+
+@dataclass(frozen=True)
+class Point:
+    """Results that differ in nothing but their seeds.
+
+    Attributes:
+        name, method: of them.
+        x, y: means.
+        dx, dy: standard deviations, 0 of one result.
+    """
+
+    name: str
+    method: str
+    x: float
+    y: float
+    dx: float
+    dy: float
+
+
+def write_pictures(page: Page, folder: Path) -> list[Path]:
+    """Write the plots into a folder, and give their paths.
+
+    Results on different data, and latencies of different devices, are plots of their own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, results in _on_one_dataset(page.results):
+        known = {key for result in results for key in result.metrics}
+        for across in ("pruned_macs", "pruned_params", *smallest_batch(known)[:1]):
+            metric = describe(across)
+            devices = sorted({r.device for r in results}) if metric.of_device else [""]
+            for device in devices:
+                own = [r for r in results if device in ("", r.device)]
+                tail = _file_name(name, device if len(devices) > 1 else "")
+                path = folder / f"accuracy-{_file_name(metric.title)}{tail and '-' + tail}.png"
+                if _accuracy(own, metric, path, device):
+                    written.append(path)
+    details = {page.results[number].name: evaluation for number, evaluation in page.details.items()}
+    if details:
+        shown = dict(list(details.items())[:_CURVES])
+        _kept_channels(shown, folder / "kept-channels.png")
+        _learning_curves(shown, folder / "learning-curves.png")
+        written += [folder / "kept-channels.png", folder / "learning-curves.png"]
+    for name, evaluation in details.items():
+        path = folder / f"confusion-{_file_name(name)}.png"
+        confusion_matrix(evaluation["confusion"], evaluation["classes"], path)
+        written.append(path)
+    scored: list[tuple[str, Any]] = []  # the variants of one run share their scores
+    for name, evaluation in details.items():
+        if evaluation.get("scores") and all(evaluation["scores"] != other for _, other in scored):
+            scored.append((name, evaluation["scores"]))
+    for name, scores in scored:
+        path = folder / (f"scores-{_file_name(name)}.png" if len(scored) > 1 else "scores.png")
+        score_histograms(scores, path)
+        written.append(path)
+    return written
+
+
+def points(results: Sequence[Result], across: str, up: str = _ACCURACY) -> list[Point]:
+    """A point for each group of results that differ in nothing but their seeds; those without a figure are left out."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        if across in result.metrics and up in result.metrics:
+            key = tuple(sorted((name, str(value)) for name, value in result.params.items() if name != "seed"))
+            groups.setdefault(key, []).append(result)
+    found = []
+    for own in groups.values():
+        xs, ys = ([result.metrics[key] for result in own] for key in (across, up))
+        spread = [stdev(values) if len(values) > 1 else 0.0 for values in (xs, ys)]
+        found.append(Point(own[0].name, str(own[0].params.get("method", "?")), fmean(xs), fmean(ys), *spread))
+    return found
+
+
+def pareto_front(found: Sequence[Point]) -> list[Point]:
+    """Those that no other one beats in both: less across, more up; from left to right."""
+    front: list[Point] = []
+    for point in sorted(found, key=lambda p: (p.x, -p.y)):
+        if not front or point.y > front[-1].y:
+            front.append(point)
+    return front
+
+
+def _on_one_dataset(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    by_dataset: dict[str, list[Result]] = {}
+    for result in results:
+        by_dataset.setdefault(result.dataset, []).append(result)
+    for content, own in by_dataset.items():
+        name = f"{own[0].params.get('dataset', 'data')} {content[:8]}" if len(by_dataset) > 1 else ""
+        yield name, own
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", " ".join(filter(None, parts)).lower()).strip("-")
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, height), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e8ed", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str) -> bool:
+    """Accuracy against a cost; whether there was anything to draw."""
+    found = points(results, metric.key)
+    if not found:
+        return False
+    figure, axes = _figure(4.4)
+    methods = list(dict.fromkeys(point.method for point in found))
+    for number, method in enumerate(methods):
+        colour, marker = _STYLES[number % len(_STYLES)]
+        own = [point for point in found if point.method == method]
+        columns = [[getattr(p, key) for p in own] for key in ("x", "y", "dx", "dy")]
+        style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6, "elinewidth": 1, "capsize": 2}
+        axes.errorbar(columns[0], columns[1], xerr=columns[2], yerr=columns[3], label=method, **style)
+    front = pareto_front(found)
+    line = {"color": "#8a8a8a", "linestyle": ":", "linewidth": 1.2, "zorder": 1}
+    axes.plot([point.x for point in front], [point.y for point in front], label="Pareto front", **line)
+    dense = {(r.metrics[metric.key.replace("pruned_", "dense_")], r.metrics["dense_top1"]) for r in results}
+    axes.scatter(*zip(*sorted(dense), strict=True), marker="D", facecolors="none", edgecolors="#566270", label="dense")
+    axes.set_xlim(left=0)
+    axes.set_xlabel(
+        metric.title + (", ms" if metric.kind == "milliseconds" else "") + (f", {device}" if device else "")
+    )
+    axes.set_ylabel("top-1 on the test split")
+    axes.yaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(_prefixed())
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    return True
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0)
+
+
+def _prefixed() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep=" ")
+
+
+def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    channels: dict[str, int] = {}
+    for evaluation in evaluations.values():
+        channels |= evaluation["channels"]
+    figure, axes = _figure(1.2 + 0.22 * len(channels))
+    height = 0.8 / len(evaluations)
+    for number, (name, evaluation) in enumerate(evaluations.items()):
+        shares = [evaluation["kept"].get(layer, count) / count for layer, count in channels.items()]
+        places = [row + (number - (len(evaluations) - 1) / 2) * height for row in range(len(channels))]
+        axes.barh(places, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0])
+    axes.set_yticks(range(len(channels)), list(channels), fontsize=7)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(_percent())
+    axes.set_xlabel("share of channels kept")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def _learning_curves(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(4.0)
+    first = next(iter(evaluations.values()))
+    curves = [("dense", first.get("dense_history") or [], "#7a8594")]
+    for number, (name, evaluation) in enumerate(evaluations.items()):
+        curves.append((name, evaluation["history"], _STYLES[number % len(_STYLES)][0]))
+    for name, history, colour in curves:
+        validated = all(record.get("validation_top1") is not None for record in history)
+        key, kind = ("validation_top1", "") if validated else ("top1", " (training)")
+        if history:
+            epochs = [record["epoch"] for record in history]
+            axes.plot(epochs, [record[key] for record in history], marker=".", color=colour, label=name + kind)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1 on the validation split")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(_percent())
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,147 @@
+"""One measured network, flat: the row that people compare, the same in MLflow, in a table and on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Value = str | float | int | bool
+
+# What of the sections by which a network was made is a parameter of its own: section.key -> the parameter's name.
+_OF_SECTIONS = {
+    "dense.model": "network",
+    "dense.epochs": "dense_epochs",
+    "knockoff.source": "knockoff_source",
+    "knockoff.epochs": "knockoff_epochs",
+    "variant.round_to": "round_to",
+    "finetune.epochs": "finetune_epochs",
+    "finetune.batch_size": "finetune_batch_size",
+    "finetune.optimizer": "finetune_optimizer",
+    "finetune.lr": "finetune_lr",
+    "finetune.weight_decay": "finetune_weight_decay",
+    "finetune.seed": "seed",
+    "finetune.distillation.weight": "distillation_weight",
+}
+SIZES = ("params", "macs", "bytes")
+NETWORKS = ("dense", "pruned")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pruned network beside the dense one it came from.
+
+    Attributes:
+        name: of the variant.
+        params: what it was made by: network, method, prune_rate, seed, ...
+        metrics: what was measured: dense_top1, pruned_top1, top1_drop, pruned_latency_ms_batch1_p50 (milliseconds), ...
+        dataset: content hash of the data that accuracy was measured on.
+        device: that latency was measured on.
+        run: MLflow's id of the run that measured it.
+        place: of the evaluation, a path or URI, by which the step can be run again.
+    """
+
+    name: str
+    params: Mapping[str, Value]
+    metrics: Mapping[str, float]
+    dataset: str
+    device: str
+    run: str | None = None
+    place: str | None = None
+
+    @classmethod
+    def of(cls, evaluation: Mapping[str, Any], place: str | None = None) -> Result:
+        """What an evaluation says, as step evaluate has it, with the timings put in."""
+        sections = evaluation.get("settings", {})
+        made = {name: _entry(sections, path) for path, name in _OF_SECTIONS.items()}
+        params = {
+            "dataset": evaluation["dataset"]["source"],
+            "method": evaluation["method"],
+            "prune_rate": evaluation["prune_rate"],
+            "residual": evaluation["residual"],
+            "threads": evaluation["threads"],
+            **{name: value for name, value in made.items() if value is not None},
+        }
+        return cls(
+            name=evaluation["variant"],
+            params=params,
+            metrics=_metrics(evaluation),
+            dataset=evaluation["dataset"]["content"],
+            device=evaluation["device"],
+            run=evaluation.get("run"),
+            place=place,
+        )
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What the steps found out about one variant.
+
+    Attributes:
+        evaluation: the content of evaluation.json, the timings put in.
+        export: the content of export.json.
+        place: of the evaluation, a path or URI.
+    """
+
+    evaluation: Mapping[str, Any]
+    export: Mapping[str, Any]
+    place: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.evaluation["variant"])
+
+    @property
+    def result(self) -> Result:
+        """Its row."""
+        return Result.of(self.evaluation, self.place)
+
+    def summary(self) -> dict[str, Any]:
+        """The variant's entry in summary.json."""
+        figures = ("top1", "top5", "params", "macs", "bytes", "latency_ms")
+        return {
+            "name": self.name,
+            "method": self.evaluation["method"],
+            "prune_rate": self.evaluation["prune_rate"],
+            "dense": {key: self.evaluation["dense"][key] for key in figures},
+            "pruned": {key: self.evaluation["pruned"][key] for key in figures},
+            "exactness": self.export["exactness"],
+            "model": self.export["model"],
+            "onnx": self.export["onnx"],
+        }
+
+
+def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation with what was timed, and by which run: it lies apart from what a rerun reproduces."""
+    merged = {**evaluation, "run": timings.get("run")}
+    for network in NETWORKS:
+        seconds = timings.get("train_seconds", {}).get(network)
+        merged[network] = evaluation[network] | {"latency_ms": timings["latency_ms"][network], "train_seconds": seconds}
+    return merged
+
+
+def _entry(sections: Mapping[str, Any], path: str) -> Any:
+    value: Any = sections
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for network in NETWORKS:
+        figures = evaluation[network]
+        metrics |= {f"{network}_{key}": float(figures[key]) for key in ("top1", "top5", *SIZES)}
+        for batch_size, latency in figures["latency_ms"].items():
+            metrics |= {f"{network}_latency_ms_batch{batch_size}_{key}": ms for key, ms in latency.items()}
+        if (seconds := figures.get("train_seconds")) is not None:
+            metrics[f"{network}_train_seconds"] = seconds
+    metrics["top1_drop"] = metrics["dense_top1"] - metrics["pruned_top1"]
+    for key in ("params", "macs"):
+        metrics[f"{key}_removed"] = 1 - metrics[f"pruned_{key}"] / metrics[f"dense_{key}"]
+    for batch_size in evaluation["dense"]["latency_ms"]:
+        dense, pruned = (metrics[f"{n}_latency_ms_batch{batch_size}_p50"] for n in NETWORKS)
+        metrics[f"speedup_batch{batch_size}"] = dense / pruned
+    return metrics

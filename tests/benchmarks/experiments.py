@@ -1,0 +1,96 @@
+"""`scop compare` on experiments of 1,000 and 10,000 measured networks, against a local MLflow server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests import services
+from tests.results import METHODS, result
+
+ROOT = Path(__file__).parents[2]
+AT_MOST = {1_000: 5.0, 10_000: 30.0}
+"""Seconds, from the command's start to its end."""
+
+_MEASURED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def compare(turns: int) -> dict[str, Any]:
+    """`scop compare NAME --group-by ...`, the start included; rows are as wide as those of step evaluate."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for count in AT_MOST:
+            fill(folder / "server.db", f"of-{count}", count)
+        with services.mlflow_server(folder, str(folder / "artifacts"), os.environ, workers=4) as address:
+            for count, bound in AT_MOST.items():
+                command = [sys.executable, "-m", "scop.cli", "compare", f"of-{count}"]
+                command += ["--group-by", "method,prune_rate"]
+                environment = os.environ | {"MLFLOW_TRACKING_URI": address}
+                runs = [timed(command, environment) for _ in range(turns)]
+                seconds, mib = (min(values) for values in zip(*runs, strict=True))
+                figures[f"{count} runs"] = {"seconds": round(seconds, 2), "at_most": bound, "peak_mib": round(mib)}
+    return figures
+
+
+def timed(command: list[str], environment: Mapping[str, str]) -> tuple[float, float]:
+    """Seconds that a command took, and MiB that its process held at most."""
+    started = time.perf_counter()
+    # By a process in between, since Linux counts what the one that starts another holds itself.
+    whole = [sys.executable, "-c", _MEASURED, *command]
+    result = subprocess.run(whole, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return time.perf_counter() - started, int(result.stdout) / 2**10
+
+
+def fill(database: Path, experiment: str, count: int) -> None:
+    """Write runs straight into the tables of MLflow's database; by its API ten thousand take half an hour."""
+    from mlflow.store.tracking.dbmodels import models
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy import create_engine, insert
+
+    own = MlflowClient(f"sqlite:///{database}").create_experiment(experiment)
+    rows: dict[Any, list[dict[str, Any]]] = {
+        kind: [] for kind in (models.SqlRun, models.SqlParam, models.SqlLatestMetric, models.SqlTag)
+    }
+    now = int(time.time() * 1000)
+    for number in range(count):
+        row = result(list(METHODS)[number % 3], 0.1 + 0.01 * (number % 60), number // 180)
+        run = uuid.uuid4().hex
+        values = {"run_uuid": run, "name": f"{row.name} evaluate", "experiment_id": int(own), "status": "FINISHED"}
+        values |= {"start_time": now + number, "end_time": now + number + 1, "lifecycle_stage": "active"}
+        values |= {"source_type": "UNKNOWN", "source_name": "", "entry_point_name": "", "user_id": ""}
+        rows[models.SqlRun].append(values | {"source_version": "", "artifact_uri": f"mlflow-artifacts:/{run}"})
+        more = {f"finetune_{key}": key for key in range(11)}
+        for key, value in {**row.params, **more}.items():
+            rows[models.SqlParam].append({"key": key, "value": str(value), "run_uuid": run})
+        figures = {**row.metrics, **{f"pruned_figure_{key}": float(key) for key in range(8)}}
+        for key, figure in figures.items():
+            metric = {"key": key, "value": figure, "timestamp": now, "step": 0, "is_nan": False, "run_uuid": run}
+            rows[models.SqlLatestMetric].append(metric)
+        tags = {
+            "scop.step": "evaluate",
+            "scop.variant": row.name,
+            "scop.device": row.device,
+            "scop.dataset": row.dataset,
+        }
+        tags |= {"mlflow.parentRunId": uuid.uuid4().hex, "mlflow.runName": f"{row.name} evaluate"}
+        tags |= {f"scop.fact{key}": "as long as a tag of the steps is" for key in range(6)}
+        for key, value in tags.items():
+            rows[models.SqlTag].append({"key": key, "value": value, "run_uuid": run})
+    engine = create_engine(f"sqlite:///{database}")
+    with engine.begin() as connection:
+        for kind, values_of_kind in rows.items():
+            for start in range(0, len(values_of_kind), 20_000):
+                connection.execute(insert(kind), values_of_kind[start : start + 20_000])
+    engine.dispose()

@@ -1,0 +1,200 @@
+"""`scop compare` on experiments, against a real MLflow server, and against ones that fail."""
+
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipelines import experiments
+from pipelines.experiments import Mlflow
+from scop import UserError, cli
+from scop.parents import end_parent, start_parent
+from tests import services
+from tests.results import log, result
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    with services.mlflow_server(folder, str(folder / "artifacts"), os.environ) as address:
+        yield address
+
+
+@pytest.fixture
+def client(server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    return MlflowClient(server)
+
+
+@pytest.fixture
+def sweep(client: MlflowClient, request: pytest.FixtureRequest) -> str:
+    """An experiment of two pipeline runs: six results, one of them made twice, and a step that failed."""
+    name = request.node.name
+    first, second = (start_parent(name, run, {"scop.run": run, "scop.device": "a CPU"}) for run in ("first", "second"))
+    experiment = client.get_experiment_by_name(name).experiment_id
+    for method in ("scop", "l1"):
+        for seed, parent in enumerate((first, second)):
+            log(client, experiment, result(method, 0.5, seed), parent)
+    log(client, experiment, result("random", 0.5), first)
+    again = result("random", 0.5)
+    log(client, experiment, result("random", 0.5, metrics=again.metrics | {"pruned_top1": 0.1}), second)
+    log(client, experiment, again, second)  # the last try counts
+    unfinished = log(client, experiment, result("scop", 0.9), second, status="FAILED")
+    client.set_tag(unfinished, "scop.error", "evaluate: out of memory")
+    end_parent(first, True, {}, [])
+    end_parent(second, False, {}, [])
+    return name
+
+
+def compare(*arguments: str) -> int:
+    return cli.main(["compare", *arguments])
+
+
+def test_results_of_an_experiment_with_what_failed_and_what_it_cost(client, sweep: str, capsys, tmp_path: Path) -> None:
+    assert compare(sweep, "--json", str(tmp_path / "all.json"), "--csv", str(tmp_path / "all.csv")) == 0
+    said = capsys.readouterr()
+    rows = json.loads((tmp_path / "all.json").read_text())["tables"][0]["rows"]
+    assert [row["labels"]["name"] for row in rows] == ["scop-0.5", "scop-0.5", "l1-0.5", "l1-0.5", *["random-0.5"] * 2]
+    assert min(row["figures"]["pruned_top1"]["mean"] for row in rows) > 0.8
+    assert said.err.startswith("missing: scop-0.9 evaluate (run ")
+    assert said.err.endswith("): evaluate: out of memory\n")
+    # Of every try, also of those that were made again, and that failed.
+    assert "cost:    80 s on a CPU, energy not told, 2 runs" in said.out
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 7
+
+
+def test_seeds_are_grouped_and_a_filter_is_mlflows(client, sweep: str, capsys) -> None:
+    assert compare(sweep, "--group-by", "method,prune_rate", "--metric", "pruned_top1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["method", "prune_rate", "network", "n", "top-1"]
+    assert lines[2].split() == ["scop", "0.5", "resnet20", "2", "91.45%", "±", "0.07"]
+    assert compare(sweep, "--where", "params.method = 'l1' and metrics.pruned_top1 > 0.904") == 0
+    said = capsys.readouterr().out
+    assert said.count("l1-0.5") == 1
+    assert "scop-0.5" not in said
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_what_is_no_number_is_missing(client, request, tmp_path: Path, monkeypatch, capsys, served: bool) -> None:
+    if not served:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+        client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment(request.node.name)
+    log(client, experiment, diverged := result("scop", 0.9, metrics=result().metrics | {"pruned_loss": float("nan")}))
+    log(client, experiment, result("l1", 0.9, metrics=result().metrics | {"pruned_loss": 0.5}))
+    found = Mlflow("none").read([request.node.name]).results
+    assert "pruned_loss" in diverged.metrics
+    assert [("pruned_loss" in row.metrics, len(row.metrics)) for row in found] == [
+        (True, len(diverged.metrics)),
+        (False, len(diverged.metrics) - 1),
+    ]
+    assert compare(request.node.name, "--metric", "pruned_loss", "--html", str(tmp_path / "page.html")) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["0.5", "-"]
+    assert "NaN" not in (tmp_path / "page.html").read_text().partition('id="data">')[2].partition("</script>")[0]
+
+
+def test_many_runs_are_read_page_by_page(client, sweep: str, monkeypatch) -> None:
+    monkeypatch.setattr(experiments, "_PAGE", 2)
+    assert len(Mlflow("none").read([sweep]).results) == 6
+
+
+def test_a_failure_that_was_made_good_is_none(client, request) -> None:
+    name = request.node.name
+    parent = start_parent(name, "run", {})
+    experiment = client.get_experiment_by_name(name).experiment_id
+    log(client, experiment, result(), parent, status="FAILED")
+    log(client, experiment, result(), parent)
+    found = Mlflow("none").read([name])
+    assert (len(found.results), found.failures) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such"], "'no-such' is no run, and no experiment of MLflow at http"),
+        (["s3://none/run"], "bucket 'none' does not exist at"),
+        (["{sweep}", "--where", "method is scop"], "--where 'method is scop' is not in MLflow's filter language"),
+        (["{sweep}", "--where", "params.method = 'nets'"], "there is nothing to compare"),
+        (["{sweep}", "--metric", "top1"], "--metric 'top1' is nothing that these results have"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(client, sweep: str, capsys, bucket, arguments, message: str) -> None:
+    assert compare(*(argument.format(sweep=sweep) for argument in arguments)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_without_mlflow_and_runs_it_says_what_to_set(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(
+        UserError, match=r"MLFLOW_TRACKING_URI is not set, and \S+ has no runs; set it, or name another"
+    ):
+        Mlflow(str(tmp_path))
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """A server that answers every request with a status, or never."""
+    plan, released = {"status": 500}, threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            if not plan["status"]:
+                released.wait(30)
+            body = b"as the test wants it"
+            self.send_response(plan["status"] or 500)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = answer  # noqa: N815
+        do_POST = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.daemon_threads = True
+    running.handle_error = lambda *_: None  # the client that was made to wait is gone
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{running.server_address[1]}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    yield plan
+    released.set()
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, "refuses access (.*401.*); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, "refuses access (.*403.*); set MLFLOW_TRACKING_USERNAME"),
+        (500, "cannot be read (.*); check MLFLOW_TRACKING_URI"),
+        (0, "cannot be read (no answer in time); check MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_a_server_that_fails_is_one_line(failing: dict[str, int], status: int, message: str, capsys) -> None:
+    failing["status"] = status
+    assert compare() == 2
+    said = capsys.readouterr().err
+    before, _, after = message.partition(".*")
+    assert before in said
+    assert after.rpartition(".*")[2] in said
+    assert said.count("\n") == 1
+
+
+def test_a_server_that_is_down_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    assert compare() == 2
+    said = capsys.readouterr().err
+    assert "cannot be read (connection refused); check MLFLOW_TRACKING_URI" in said
+    assert said.count("\n") == 1

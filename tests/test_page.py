@@ -1,0 +1,168 @@
+"""The page of results, in headless Chromium, as people use it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scop.cost import Spent
+from scop.page import Page
+from scop.page.pictures import pareto_front, points, write_pictures
+from scop.results import Result
+from tests.browser import opened
+from tests.results import result
+
+HISTORY = [
+    {"epoch": epoch, "loss": float("nan"), "top1": 0.5, "validation_top1": 0.5 + epoch / 10} for epoch in (1, 2, 3)
+]
+EVALUATION: dict[str, Any] = {
+    "kept": {"conv1": 4, "conv2": 16},
+    "channels": {"conv1": 16, "conv2": 32},
+    "history": HISTORY,
+    "dense_history": HISTORY,
+    "confusion": [[9, 1], [0, 10]],
+    "classes": ["cat", "</script><b>dog"],
+    "scores": {"conv1": [0.1, 0.2, -0.1], "conv2": [0.3] * 4},
+}
+SWEEP = [result(method, rate, seed) for method in ("scop", "l1", "random") for rate in (0.3, 0.5) for seed in (0, 1)]
+
+
+def made(folder: Path, results: list[Result], **more: Any) -> Path:
+    page = Page("A <b>sweep</b>", results, {0: EVALUATION}, **more)
+    page.write(folder / "page.html")
+    return folder / "page.html"
+
+
+@pytest.fixture(params=[360, 1440])
+def page(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    missing = {"never": "finetune failed: <i>out of memory</i>"}
+    spent = [Spent("2 runs", "a GPU", 5400, 2_880_000)]
+    with opened(made(tmp_path, SWEEP, missing=missing, spent=spent), request.param) as view:
+        yield view
+
+
+def names(view: Any) -> list[str]:
+    return view.locator("#results tbody th").all_inner_texts()
+
+
+def test_a_click_on_a_heading_sorts_and_another_turns_it_round(page: Any) -> None:
+    assert names(page)[0] == "scop-0.3"  # the most accurate
+    assert page.locator("thead th[data-key=pruned_top1]").get_attribute("aria-sort") == "descending"
+    page.locator("thead th[data-key=pruned_macs] button").click()
+    assert {name.partition("-")[2] for name in names(page)[:6]} == {"0.5"}
+    page.locator("thead th[data-key=pruned_macs] button").press("Enter")  # by keyboard too
+    assert {name.partition("-")[2] for name in names(page)[:6]} == {"0.3"}
+    assert page.locator("thead th[data-key=pruned_macs]").get_attribute("aria-sort") == "descending"
+
+
+def test_the_filter_narrows_table_and_plot(page: Any) -> None:
+    assert page.locator("#pareto .scatterlayer .point").count() == 6 + 1  # seeds are one point; the dense one
+    page.locator("#filter").fill("l1 0.5")
+    assert names(page) == ["l1-0.5", "l1-0.5"]
+    assert page.locator("#count").inner_text() == "2 of 12"
+    assert page.locator("#pareto .scatterlayer .point").count() == 1 + 1
+
+
+def test_axes_can_be_switched_and_seeds_told_apart(page: Any) -> None:
+    assert page.locator("#pareto .xtitle").text_content() == "MACs"
+    page.locator("#x-axis").select_option(label="latency, batch 1")
+    assert page.locator("#pareto .xtitle").text_content() == "latency, batch 1, ms"
+    page.locator("#y-axis").select_option("top1_drop")
+    assert page.locator("#pareto .ytitle").text_content() == "drop"
+    assert page.locator("#pareto .yerror").count() > 0
+    page.locator("#group").uncheck()
+    assert page.locator("#pareto .scatterlayer .point").count() == 12
+
+
+def test_hover_tells_the_facts_and_a_click_goes_to_the_row(page: Any) -> None:
+    page.locator("#group").uncheck()
+    page.locator("#pareto").scroll_into_view_if_needed()
+    box = page.locator("#pareto .scatterlayer .trace:has(.point) .point").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.wait_for_selector("#pareto .hovertext")
+    told = page.locator("#pareto .hovertext").first.text_content()
+    assert "scop-0." in told
+    assert "top-1" in told
+    page.mouse.click(x, y)
+    page.wait_for_selector("tbody tr.chosen")
+    assert page.locator("tbody tr.chosen th").inner_text().startswith("scop-0.")
+    assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
+
+
+def test_every_plot_has_a_text_for_those_who_do_not_see_it(page: Any) -> None:
+    texts = {plot.get_attribute("id"): plot.get_attribute("aria-label") for plot in page.locator(".plot").all()}
+    assert texts["pareto"].startswith(
+        "6 networks by MACs and top-1; 2 are on the Pareto front; the best in top-1 is scop-0.3"
+    )
+    assert "keeps least in conv1: 25%" in texts["kept-channels"]
+    assert "ends at 80.00% on the validation split" in texts["learning-curves"]
+    assert "Most often cat is taken for" in texts["confusion"]
+    assert "2 layers" in texts["scores"]
+
+
+def test_what_is_missing_and_what_it_cost_are_told_and_nothing_is_taken_for_markup(page: Any) -> None:
+    assert page.locator(".missing").inner_text() == "never: finetune failed: <i>out of memory</i>"
+    assert page.locator("h1").inner_text() == "A <b>sweep</b>"
+    assert page.locator("section", has_text="What it cost").locator("td").all_inner_texts() == [
+        "a GPU",
+        "1.5 h",
+        "800.0 Wh",
+    ]
+
+
+def test_it_prints(tmp_path: Path) -> None:
+    with opened(made(tmp_path, SWEEP), 1440) as view:
+        view.emulate_media(media="print")
+        content = view.pdf()
+        assert content.startswith(b"%PDF")
+        assert len(content) > 20_000
+        assert not view.locator("#filter").is_visible()
+
+
+def test_data_sets_and_devices_are_chosen_between_and_never_mixed(tmp_path: Path) -> None:
+    others = [result("l1", 0.4, device="a GPU"), result("l1", 0.2, dataset="e1" * 32)]
+    with opened(made(tmp_path, [*SWEEP[:4], *others]), 1440) as view:
+        assert view.locator("#count").inner_text() == "4 of 4"
+        view.locator("#device").select_option("a GPU")
+        assert names(view) == ["l1-0.4"]
+        view.locator("#device").select_option("a CPU")
+        view.locator("#dataset").select_option("e1" * 32)
+        assert names(view) == ["l1-0.2"]
+
+
+def test_thousands_of_rows_are_shown_in_parts(tmp_path: Path) -> None:
+    with opened(made(tmp_path, [result("scop", 0.0001 * number) for number in range(2000)]), 1440) as view:
+        assert view.locator("tbody tr").count() == 200
+        view.locator("#more").click()
+        assert view.locator("tbody tr").count() == 400
+
+
+def test_contrast_and_focus(tmp_path: Path) -> None:
+    with opened(made(tmp_path, SWEEP), 1440, color_scheme="dark") as view:
+        ratio = """() => {
+          const of = (text) => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
+            .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+          const back = of(getComputedStyle(document.body).backgroundColor);
+          return Math.min(...[...document.querySelectorAll("h1, .note, .facts, td, small, thead button, tbody button")]
+            .map((one) => of(getComputedStyle(one).color)).map((one) =>
+              (Math.max(one, back) + 0.05) / (Math.min(one, back) + 0.05)));
+        }"""
+        assert view.evaluate(ratio) >= 4.5  # WCAG 2.2, AA
+        view.keyboard.press("Tab")
+        assert view.evaluate("document.activeElement.textContent") == "Skip to the table"
+
+
+def test_pictures_are_written_with_error_bars_over_seeds(tmp_path: Path) -> None:
+    page = Page("A sweep", [*SWEEP, result("l1", 0.2, dataset="e1" * 32)], {0: EVALUATION}, {"conv1": [0.1, 0.2]})
+    written = {path.name for path in write_pictures(page, tmp_path / "png")}
+    assert written == {path.name for path in (tmp_path / "png").iterdir()}
+    assert {"kept-channels.png", "learning-curves.png", "scores.png", "confusion-scop-0.3.png"} <= written
+    assert {"accuracy-macs-digits-d0d0d0d0.png", "accuracy-macs-digits-e1e1e1e1.png"} <= written
+    assert all((tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
+    found = points(SWEEP, "pruned_macs")
+    assert len(found) == 6
+    assert all(point.dy > 0 for point in found)
+    assert [point.name for point in pareto_front(found)] == ["scop-0.5", "scop-0.3"]
