@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def opened(path: Path, width: int, **settings: Any) -> Iterator[Any]:
     found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
     executable = next(filter(None, found), None)
     if executable is None:
-        pytest.skip("Chromium is not installed")
+        (pytest.fail if os.environ.get("SCOP_BROWSER_REQUIRED") else pytest.skip)("Chromium is not installed")
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=options)
