@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,12 @@ from pipelines.experiments import Memory, Mlflow
 from pipelines.runs import CONFIG, find_run, records_of
 from scop import storage
 from scop.config import Config
-from scop.cost import Spent
+from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.page import Page
 from scop.parsing import parse
 from scop.results import Result, VariantResult
-from scop.steps.compare import page_of, read_results
+from scop.steps.compare import Scores, page_of, read_results
 from scop.steps.record import StepRecord
 
 # The steps of a variant, by the last of which it is told how far it came.
@@ -37,6 +37,7 @@ class Comparison:
         summary: as `summary.json` of a run, with what is missing; None of experiments.
         missing: what failed, and why.
         spent: what it cost, by device.
+        unread: why curves and layers of some results are not on the page.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Comparison:
     missing: dict[str, str]
     summary: dict[str, Any] | None = None
     spent: list[Spent] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def results(self) -> Sequence[Result]:
@@ -63,8 +65,16 @@ def compare(targets: Sequence[str], root: str, where: str | None = None, details
     Raises:
         UserError: a target is neither, or nothing of any is whole.
     """
-    if not where and targets and (places := [_place(target, root) for target in targets]) and all(places):
-        return compare_runs([place for place in places if place is not None])
+    places = {target: _place(target, root) for target in targets}
+    if runs := {target: place for target, place in places.items() if place is not None}:
+        if where:
+            raise UserError(f"--where is a question to MLflow, of experiments, and {next(iter(runs))!r} is a run")
+        if others := [target for target in targets if target not in runs]:
+            raise UserError(
+                f"{next(iter(runs))!r} is a run and {others[0]!r} is none; compare runs with runs, or experiments of "
+                "MLflow with each other"
+            )
+        return compare_runs(list(runs.values()))
     memory = _experiments(targets, root, where)
     title = ", ".join(targets) or "all experiments"
     if not memory.results:
@@ -72,9 +82,9 @@ def compare(targets: Sequence[str], root: str, where: str | None = None, details
         reasons = some or ("nothing fits --where" if where else "no network was measured")
         raise UserError(f"{title}: there is nothing to compare ({reasons})")
     missing = {f"{failure.name} (run {failure.run})": failure.error for failure in memory.failures}
-    found = _details(memory.results, root) if details else {}
+    found, unread = _details(memory.results, root) if details else ({}, [])
     page = Page(f"Experiments: {title}", memory.results, found, missing=missing, spent=memory.spent)
-    return Comparison(title, page, missing, spent=memory.spent)
+    return Comparison(title, page, missing, spent=memory.spent, unread=unread)
 
 
 def _place(target: str, root: str) -> str | None:
@@ -86,69 +96,62 @@ def _place(target: str, root: str) -> str | None:
 
 def _experiments(targets: Sequence[str], root: str, where: str | None) -> Memory:
     for target in targets:
-        if storage.is_uri(target) or "/" in target:
+        if storage.is_uri(target):
             find_run(target, root)  # no experiment is meant: says what is wrong
     return Mlflow(root).read(targets, where)
 
 
-def _details(results: Sequence[Result], root: str) -> dict[int, dict[str, Any]]:
-    """The evaluations of the best, by their place in `results`; those that are gone are left out."""
+def _details(results: Sequence[Result], root: str) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The evaluations of the best, by their place in `results`, and why others could not be read."""
     client = Mlflow(root)
     best = sorted(range(len(results)), key=lambda n: -results[n].metrics.get("pruned_top1", 0.0))[:_WITH_DETAILS]
-    found = {number: client.details(results[number]) for number in best}
-    return {number: evaluation for number, evaluation in found.items() if evaluation is not None}
+    found: dict[int, dict[str, Any]] = {}
+    reasons: dict[str, int] = {}
+    for number in best:
+        try:
+            found[number] = client.details(results[number])
+        except UserError as error:
+            reasons[str(error)] = reasons.get(str(error), 0) + 1
+    unread = [f"curves and layers of {count} of {len(best)} networks: {reason}" for reason, count in reasons.items()]
+    return found, unread
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
 def compare_runs(places: Sequence[str]) -> Comparison:
-    """Bring the variants of runs together; of one that several runs have, the last whole result counts.
+    """Bring the variants of runs together; a result that several runs share, by KFP's cache, is there once.
 
     Raises:
         UserError: no variant of any is whole.
     """
-    results: dict[str, VariantResult] = {}
+    results: dict[str | None, tuple[VariantResult, Scores]] = {}
     missing: dict[str, str] = {}
-    scores: Mapping[str, Any] = {}
     begun: list[StepRecord] = []
     for place in places:
         records = records_of(place)
         begun += records
         whole, lacking = _variants_of(place, records)
-        results |= whole
-        missing = {name: why for name, why in (missing | lacking).items() if name not in results}
-        scores = _scores(records) or scores
+        scores = _scores(records)
+        results |= {result.place: (result, scores) for result in whole.values() if result.place not in results}
+        names = {result.name for result, _ in results.values()}
+        missing = {name: why for name, why in (missing | lacking).items() if name not in names}
     title = ", ".join(place.rpartition("/")[2] for place in places)
     if not results:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items()) or "no step has a record"
         raise UserError(f"no variant of {title} is whole, so there is nothing to compare ({reasons})")
-    found = list(results.values())
+    found, scored = zip(*results.values(), strict=True)
     summary = {"run_id": title, "variants": [result.summary() for result in found], "missing": missing}
-    total = _total(begun, f"{len(places)} run{'s' * (len(places) != 1)}")
-    page = page_of(found, scores, f"Pruning run {title}", missing, [*_spent(begun), *total])
-    return Comparison(title, page, missing, summary, total)
+    spent = _spent(begun)
+    sums = total(spent, f"{len(places)} run{'s' * (len(places) != 1)}")
+    page = page_of(found, scored, f"Pruning run {title}", missing, [*spent, *total(spent, "all steps")])
+    return Comparison(title, page, missing, summary, sums)
 
 
 def _spent(records: Sequence[StepRecord]) -> list[Spent]:
     """What each step cost, the last try of it."""
     costs = [(record.title, record.cost) for record in records if record.cost is not None]
     return [Spent(title, cost.device, cost.device_seconds, cost.energy_joules) for title, cost in costs]
-
-
-def _total(records: Sequence[StepRecord], what: str) -> list[Spent]:
-    """The sums, by device."""
-    by_device: dict[str, list[Spent]] = {}
-    for entry in _spent(records):
-        by_device.setdefault(entry.device, []).append(entry)
-    return [
-        Spent(what, device, sum(e.seconds for e in own), sum(told) if (told := _told(own)) else None)
-        for device, own in by_device.items()
-    ]
-
-
-def _told(entries: Sequence[Spent]) -> list[float]:
-    return [entry.joules for entry in entries if entry.joules is not None]
 
 
 def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, VariantResult], dict[str, str]]:
@@ -206,7 +209,7 @@ def _reason(variant: str, records: Sequence[StepRecord]) -> str:
     return "this run has no record of it: it was not begun, or an earlier run's result was taken, which then name too"
 
 
-def _scores(records: Sequence[StepRecord]) -> Mapping[str, Any]:
+def _scores(records: Sequence[StepRecord]) -> Scores:
     """Those of the knockoff phase, from where the run's steps had them."""
     uris = [next(iter(r.outputs.values())).uri for r in records if r.step == "train_knockoff" and r.status == "done"]
     uris += [str(r.inputs["scores"].uri) for r in records if "scores" in r.inputs]
@@ -215,6 +218,6 @@ def _scores(records: Sequence[StepRecord]) -> Mapping[str, Any]:
             content = (storage.local_folder(uri, "scores") / "scores.json").read_text()
         except (UserError, OSError):
             continue
-        scores: Mapping[str, Any] = json.loads(content)
+        scores: Scores = json.loads(content)
         return scores
     return {}

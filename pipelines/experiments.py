@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop.cost import Spent
+from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.mlflow_server import configure_mlflow, first_line, shown
-from scop.parents import DEVICE_TAG, ENERGY, PARENT_TAG, SECONDS
+from scop.parents import COST_TAG, DATASET_TAG, DEVICE_TAG, PARENT_TAG
 from scop.results import Result, Value
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
@@ -24,8 +25,12 @@ _PAGE = 1000  # runs; memory is bounded by it, for of each only a row is kept
 _PARTS = 4  # of the time that is looked at, read side by side: MLflow's server has four workers by default
 _OLDEST_FIRST = "attributes.start_time ASC"
 _IS_A_RESULT = "tags.`scop.step` = 'evaluate' and attributes.status = 'FINISHED'"
-_HAS_FAILED = "tags.`scop.step` != '' and attributes.status = 'FAILED'"
-_HAS_COST = f"metrics.`{SECONDS}` >= 0"
+_HAS_NOT_FINISHED = "tags.`scop.step` != '' and attributes.status != 'FINISHED'"
+_FAILED = ("FAILED", "KILLED")
+_HAS_COST = f"tags.`{COST_TAG}` != ''"
+_PATIENCE = "60"
+"""Seconds for an answer: a server that shares a machine takes some for a thousand runs."""
+_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ class Mlflow:
                 f"there is nothing to compare: MLFLOW_TRACKING_URI is not set, and {root} has no runs; set it, or name "
                 "another folder by --runs"
             )
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+            raise UserError(f"there is no database at MLFLOW_TRACKING_URI {uri}; it would be made empty")
         self._uri, self._shown = uri, shown(uri)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _PATIENCE)
         configure_mlflow()
         from mlflow.tracking import MlflowClient
 
@@ -105,51 +113,69 @@ class Mlflow:
         Raises:
             UserError: MLflow cannot be reached, refuses, knows no such experiment, or cannot read `where`.
         """
-        try:
+        with self.asking(where):
             ids = self._ids(names)
             latest: dict[tuple[str, str], Result] = {}
-            parents: set[str] = set()
-            for parent, result in self._results(ids, f"{_IS_A_RESULT} and {where}" if where else _IS_A_RESULT):
+            for parent, result in self._results(ids, _IS_A_RESULT):
                 latest.setdefault((parent, result.name), result)
-                parents.add(parent)
-            costs = [run for run in self._search(ids, _HAS_COST) if not where or run.id in parents]
-            return Memory(list(latest.values()), list(self._failures(ids)), _spent(costs))
-        except UserError:
-            raise
-        except Exception as error:  # whatever a server or a network can do
+            if where:  # of the last tries: an earlier one, that it fits, counts no more
+                fitting = {result.run for _, result in self._results(ids, f"{_IS_A_RESULT} and {where}")}
+                latest = {key: result for key, result in latest.items() if result.run in fitting}
+            parents = {parent for parent, _ in latest} if where else None
+            costs = [run for run in self._search(ids, _HAS_COST) if parents is None or run.id in parents]
+            return Memory(list(latest.values()), list(self._failures(ids, parents)), _spent(costs))
+
+    @contextlib.contextmanager
+    def asking(self, where: str | None = None) -> Iterator[None]:
+        """Within, what a server or a network can do is a UserError of one line."""
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are of OSError
             raise self._explained(error, where) from error
 
-    def details(self, result: Result) -> dict[str, Any] | None:
-        """What was measured of a result, with the scores of its run's knockoff phase; None where it is gone."""
-        assert result.run is not None
-        evaluation = self._fetched(result.run, "evaluation.json")
-        if evaluation is None:
-            return None
-        own = self.client.get_run(result.run)
-        parent, experiment = own.data.tags.get(PARENT_TAG), own.info.experiment_id
-        same = f"tags.`{PARENT_TAG}` = '{parent}' and tags.`scop.step` = 'train_knockoff'"
-        scoring = self._first([experiment], f"{same} and attributes.status = 'FINISHED'") if parent else None
-        scores = self._fetched(scoring.id, "scores.json") if scoring else None
-        return evaluation | {"scores": {layer: entry["score"] for layer, entry in (scores or {}).items()}}
+    def details(self, result: Result) -> dict[str, Any]:
+        """What was measured of a result, with the scores of its run's knockoff phase.
 
-    def _fetched(self, run: str, file: str) -> dict[str, Any] | None:
-        """A run's file of JSON, or None: it was deleted, or lies where only the cluster gets at."""
+        Raises:
+            UserError: MLflow cannot be reached, or it is gone: deleted, or where only the cluster gets at.
+        """
+        assert result.run is not None
+        with self.asking():
+            evaluation = self._fetched(result.run, "evaluation.json")
+            own = self.client.get_run(result.run)
+            parent, experiment = own.data.tags.get(PARENT_TAG), own.info.experiment_id
+            same = f"tags.`{PARENT_TAG}` = '{parent}' and tags.`scop.step` = 'train_knockoff'"
+            scoring = self._first([experiment], f"{same} and attributes.status = 'FINISHED'") if parent else None
+            scores = self._fetched(scoring.id, "scores.json") if scoring else {}
+        return evaluation | {"scores": {layer: entry["score"] for layer, entry in scores.items()}}
+
+    def _fetched(self, run: str, file: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="scop-") as folder:
-            try:
-                path = self.client.download_artifacts(run, file, folder)
-                content: dict[str, Any] = json.loads(Path(path).read_text())
-            except Exception:  # whatever a store can do; the page does without
-                return None
+            content: dict[str, Any] = json.loads(Path(self.client.download_artifacts(run, file, folder)).read_text())
         return content
 
     def _ids(self, names: Sequence[str]) -> list[str]:
-        known = {e.name: e.experiment_id for e in self.client.search_experiments()}
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
-                raise UserError(f"{name!r} is no run, and no experiment of MLflow at {self._shown} ({hint})")
-        return [known[name] for name in names or known]
+        found = {name: self.client.get_experiment_by_name(name) for name in names}
+        for name in (name for name, experiment in found.items() if experiment is None):
+            known = list(self._experiments())
+            near = difflib.get_close_matches(name, known, n=1)
+            some = ", ".join(known[:_NAMES_SHOWN]) + ", ..." * (len(known) > _NAMES_SHOWN)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {some or 'none'}"
+            raise UserError(f"{name!r} is no run, and no experiment of MLflow at {self._shown} ({hint})")
+        return [e.experiment_id for e in found.values() if e is not None] or list(self._experiments().values())
+
+    def _experiments(self) -> dict[str, str]:
+        """Ids by name, of all."""
+        known: dict[str, str] = {}
+        token: str | None = ""
+        while token is not None:
+            page = self.client.search_experiments(page_token=token or None)
+            known |= {experiment.name: experiment.experiment_id for experiment in page}
+            token = page.token or None
+        return known
 
     def _results(self, ids: list[str], where: str) -> list[tuple[str, Result]]:
         """Parents and what was measured below them, the newest first.
@@ -217,32 +243,40 @@ class Mlflow:
             runs.append(_Run(info["run_id"], name, info["status"], int(info.get("start_time", 0)), *_read(data)))
         return runs, answer.get("next_page_token")
 
-    def _failures(self, ids: list[str]) -> Iterator[Failure]:
-        """Those of each pipeline run's steps whose last try failed; a later one is of the same name and parent."""
-        seen = set()
-        for run in self._search(ids, _HAS_FAILED):
-            parent, name = run.tags.get(PARENT_TAG), run.name
-            if (parent, name) in seen:
-                continue
-            seen.add((parent, name))
-            same = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.run_name = '{name}'"
-            tries = self._search(ids, same) if parent else iter([run])
-            if max(tries, key=lambda one: one.started).status == "FAILED":
-                yield Failure(name, run.id, run.tags.get("scop.error", "it did not say why"))
+    def _failures(self, ids: list[str], of: Container[str] | None) -> Iterator[Failure]:
+        """Of each pipeline run, or of those only, the steps whose last try failed; and steps by themselves that did."""
+        failed = [run for run in self._search(ids, _HAS_NOT_FINISHED) if run.status in _FAILED]
+        parents = list(dict.fromkeys(run.tags[PARENT_TAG] for run in failed if PARENT_TAG in run.tags))
+        parents = [parent for parent in parents if of is None or parent in of]
+
+        def last_tries(parent: str) -> list[_Run]:
+            tries = self._search(ids, f"tags.`{PARENT_TAG}` = '{parent}'")
+            return list({run.name: run for run in sorted(tries, key=lambda run: run.started)}.values())
+
+        with ThreadPoolExecutor(_PARTS) as pool:
+            ended = [run for runs in pool.map(last_tries, parents) for run in runs]
+        ended += [run for run in failed if PARENT_TAG not in run.tags and of is None]
+        for run in ended:
+            if run.status in _FAILED:
+                killed = "it was killed" if run.status == "KILLED" else "it did not say why"
+                yield Failure(run.name, run.id, run.tags.get("scop.error", killed))
 
     def _explained(self, error: Exception, where: str | None) -> UserError:
         code, message = str(getattr(error, "error_code", "")), first_line(error)
         if code == "INVALID_PARAMETER_VALUE" and where:
             return UserError(
                 f"--where {where!r} is not in MLflow's filter language ({message}); such as: params.method = 'scop' "
-                "and metrics.top1_drop < 0.01"
+                "and metrics.top1_drop < 0.01; parameters are text, to be compared by = and != with quoted values"
             )
         if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in message or "code 403" in message:
             return UserError(
                 f"MLflow at {self._shown} refuses access ({message}); set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
-        return UserError(f"MLflow at {self._shown} cannot be read ({message}); check MLFLOW_TRACKING_URI")
+        remedy = "check MLFLOW_TRACKING_URI"
+        if message == "no answer in time":
+            remedy += f", or set MLFLOW_HTTP_REQUEST_TIMEOUT above {os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT']} seconds"
+        return UserError(f"MLflow at {self._shown} cannot be read ({message}); {remedy}")
 
 
 def _read(data: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, float], Mapping[str, str]]:
@@ -256,7 +290,7 @@ def _result(run: _Run) -> Result:
         name=tags.get("scop.variant", run.name),
         params={key: _typed(value) for key, value in run.params.items() if "." not in key},
         metrics={k: v for k, v in run.metrics.items() if math.isfinite(v) and not k.startswith("system/")},
-        dataset=tags.get("scop.dataset", ""),
+        dataset=tags.get(DATASET_TAG, ""),
         device=tags.get(DEVICE_TAG, ""),
         run=run.id,
         place=tags.get("scop.place"),
@@ -264,25 +298,14 @@ def _result(run: _Run) -> Result:
 
 
 def _typed(text: str) -> Value:
-    """MLflow keeps parameters as text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """MLflow keeps parameters as text; a number is one that JSON has."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) and math.isfinite(value) else text
 
 
 def _spent(parents: Sequence[_Run]) -> list[Spent]:
-    by_device: dict[str, list[Mapping[str, float]]] = {}
-    for run in parents:
-        by_device.setdefault(run.tags.get(DEVICE_TAG, "an unknown device"), []).append(run.metrics)
-    return [
-        Spent(
-            f"{len(costs)} run{'s' * (len(costs) != 1)}",
-            device,
-            sum(cost[SECONDS] for cost in costs),
-            sum(cost.get(ENERGY, 0.0) for cost in costs) if any(ENERGY in cost for cost in costs) else None,
-        )
-        for device, costs in by_device.items()
-    ]
+    entries = [Spent(**entry) for run in parents for entry in json.loads(run.tags[COST_TAG])]
+    return total(entries, f"{len(parents)} run{'s' * (len(parents) != 1)}")

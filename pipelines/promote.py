@@ -13,6 +13,7 @@ from scop.errors import UserError
 from scop.mlflow_server import first_line
 
 CHAMPION = "champion"
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w.-]+))")
 
 
@@ -69,30 +70,30 @@ def promote(version: str, root: str, limits: ExportSection | None = None) -> Pro
     """
     if (found := _VERSION.fullmatch(version)) is None:
         raise UserError(f"{version!r} names no version of a model; write NAME/NUMBER or NAME@ALIAS")
-    client, name = Mlflow(root).client, found["name"]
-    entry = _entry(client, version, name, found["number"], found["alias"])
-    gates = _gates(entry.tags, limits, version)
-    promotion = Promotion(name, str(entry.version), _champion(client, name), gates)
-    if promotion.promoted:
-        try:
-            client.set_registered_model_alias(name, CHAMPION, promotion.number)
-        except Exception as error:
-            raise UserError(f"{version} could not be made champion ({first_line(error)})") from error
+    mlflow, name = Mlflow(root), found["name"]
+    with mlflow.asking():
+        entry = _entry(mlflow.client, version, name, found["number"], found["alias"])
+        gates = _gates(entry.tags, limits, version)
+        promotion = Promotion(name, str(entry.version), _champion(mlflow.client, name), gates)
+        if promotion.promoted:
+            mlflow.client.set_registered_model_alias(name, CHAMPION, promotion.number)
     return promotion
 
 
 def _entry(client: Any, version: str, name: str, number: str | None, alias: str | None) -> Any:
+    from mlflow.exceptions import MlflowException
+
     try:
         if number is not None:
             return client.get_model_version(name, number)
         return client.get_model_version_by_alias(name, alias)
-    except Exception as error:
-        reason = first_line(error)
-        known = ""
-        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            names = sorted(model.name for model in client.search_registered_models(max_results=20))
-            known = f"; models: {', '.join(names) or 'none'}"
-        raise UserError(f"there is no {version!r} in MLflow's registry ({reason}{known})") from error
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        names = sorted(model.name for model in client.search_registered_models(max_results=20))
+        raise UserError(
+            f"there is no {version!r} in MLflow's registry ({first_line(error)}); it has: {', '.join(names) or 'none'}"
+        ) from error
 
 
 def _gates(tags: Mapping[str, str], limits: ExportSection | None, version: str) -> list[Gate]:
@@ -111,7 +112,11 @@ def _gates(tags: Mapping[str, str], limits: ExportSection | None, version: str) 
 
 
 def _champion(client: Any, name: str) -> str | None:
+    from mlflow.exceptions import MlflowException
+
     try:
         return str(client.get_model_version_by_alias(name, CHAMPION).version)
-    except Exception:  # there is none yet
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
         return None

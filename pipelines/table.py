@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 from scop.errors import UserError
 from scop.metrics import Metric, describe, smallest_batch
-from scop.results import Result, Value
+from scop.results import SEEDS, Result, Value
 
 METRICS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params")
-"""Shown unless others are asked for, with latency and speed-up at the smallest batch size."""
+"""Shown unless others are asked for, as far as there are any, with latency and speed-up at the smallest batch size."""
 
 _DENSE = "dense"
+_RUN_SHOWN = 8  # characters of MLflow's ids, of which the first few tell them apart
+_ENDLESS = 10_000
 _ALWAYS = ("network",)  # results of two networks are never one group
 
 
@@ -52,6 +54,11 @@ class Row:
     figures: dict[str, Figure]
     runs: list[str]
 
+    @property
+    def n(self) -> int:
+        """Of how many results it is; a figure may be of fewer."""
+        return max((figure.n for figure in self.figures.values()), default=0)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -75,11 +82,12 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def best(self, column: str) -> float | None:
-        """The best value of a column."""
+        """The best value of a column; None where there is no choice, or nobody knows which way is better."""
         values = [row.figures[column].mean for row in self.rows if column in row.figures]
-        if len(values) < 2:
+        higher = self.metrics[column].higher_is_better
+        if len(values) < 2 or higher is None:
             return None
-        return max(values) if self.metrics[column].higher_is_better else min(values)
+        return max(values) if higher else min(values)
 
 
 def tables(
@@ -100,9 +108,9 @@ def tables(
         UserError: a metric, a parameter or the baseline is none that any result has.
     """
     known = sorted({key for result in results for key in result.metrics})
-    metrics = list(metrics) or [*METRICS, *smallest_batch(known)]
     for metric in metrics:
         _check("--metric", metric, known)
+    metrics = list(metrics) or [key for key in (*METRICS, *smallest_batch(known)) if key in known] or known[:1]
     parameters = sorted({key for result in results for key in result.params} | {"name"})
     for key in group_by:
         _check("--group-by", key, parameters)
@@ -149,7 +157,9 @@ def _table(
     rows.sort(key=lambda row: [_sort_key(row, column, metric) for column, (metric, _) in columns.items()])
     names = list(dict.fromkeys(str(result.params.get("dataset", "")) for result in results))
     notes = ["times are told apart by device" if len(devices) > 1 else f"times on {devices[0] or 'an unknown device'}"]
-    notes += _dense(results, metrics)
+    notes += _dense(results, metrics) + _mixed(list(groups.values()), labels)
+    if base is not None and not any(figure.change is not None for row in rows for figure in row.figures.values()):
+        notes.append(f"nothing here to compare with: no {baseline} on these data")
     shown = {column: metric for column, (metric, _) in columns.items()}
     return Table(" / ".join(names), content, labels, list(columns), rows, shown, notes)
 
@@ -168,12 +178,28 @@ def _dense(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
 def _telling(results: Sequence[Result]) -> list[str]:
     """The columns by which single results are told apart: those in which they differ, and always their name."""
     wanted = ("network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed")
-    differing = [key for key in wanted if len({result.params.get(key) for result in results}) > 1]
-    return ["name", *differing]
+    labels = ["name", *(key for key in wanted if len({result.params.get(key) for result in results}) > 1)]
+    told = {tuple(_label(result, label) for label in labels) for result in results}
+    return labels if len(told) == len(results) else [*labels, "run"]
 
 
 def _label(result: Result, key: str) -> Value:
+    if key == "run":
+        return (result.run or result.place or "-")[:_RUN_SHOWN]
     return result.name if key == "name" else result.params.get(key, "-")
+
+
+def _mixed(groups: Sequence[Sequence[Result]], labels: Sequence[str]) -> list[str]:
+    """In what else than their seeds results of one group differ."""
+    differing: dict[str, set[Value]] = {}
+    for own in groups:
+        for key in {key for result in own for key in result.params} - {*SEEDS, *labels, "recipe"}:
+            if len(values := {result.params.get(key, "-") for result in own}) > 1:
+                differing.setdefault(key, set()).update(values)
+    if not differing and any(len({result.params.get("recipe") for result in own}) > 1 for own in groups):
+        return ["rows hold results of several recipes"]
+    some = [f"{key} ({', '.join(map(str, sorted(values, key=str)))})" for key, values in sorted(differing.items())]
+    return [f"rows hold results that differ in {', '.join(some)}"] if some else []
 
 
 def _baseline(results: Sequence[Result], name: str | None) -> Sequence[Result] | str | None:
@@ -195,7 +221,8 @@ def _change(metric: Metric, result: Result, base: Sequence[Result] | str | None)
     if isinstance(base, str):
         before = [result.metrics.get(metric.key.replace("pruned_", "dense_"))] if "pruned_" in metric.key else []
     else:
-        same = [other for other in base if other.device == result.device or not metric.of_device]
+        same = [other for other in base if other.params.get("network") == result.params.get("network")]
+        same = [other for other in same if other.device == result.device or not metric.of_device]
         before = [other.metrics.get(metric.key) for other in same]
     known = [value for value in before if value is not None]
     return metric.change(result.metrics[metric.key], fmean(known)) if known else None
@@ -210,44 +237,46 @@ def _sort_key(row: Row, column: str, metric: Metric) -> tuple[bool, float]:
 # -- as text -----------------------------------------------------------------------------------------------------------
 
 
-def cell(metric: Metric, figure: Figure | None) -> str:
-    """A figure with its deviation and change; a dash where it is missing."""
+def cell(metric: Metric, figure: Figure | None, n: int = 1) -> str:
+    """A figure with its deviation and change, and of how many it is if not of `n`; a dash where it is missing."""
     if figure is None:
         return "-"
     text = metric.shown(figure.mean)
     if figure.deviation is not None:
         text += f" ± {metric.shown_deviation(figure.deviation)}"
-    return text if figure.change is None else f"{text} ({metric.shown_change(figure.change)})"
+    text += f" ({metric.shown_change(figure.change)})" if figure.change is not None else ""
+    return text if figure.n == n else f"{text}, n {figure.n}"
 
 
 def print_table(table: Table) -> None:
-    """To the terminal, the best of each column in bold; as wide as it needs to be."""
+    """To the terminal, the best of each column in bold; as wide as it needs to be, and never cut."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table as RichTable
     from rich.text import Text
 
     grouped = any(figure.n > 1 for row in table.rows for figure in row.figures.values())
     view = RichTable(box=None, pad_edge=False, header_style="bold")
     for label in table.labels:
-        view.add_column(label, no_wrap=True)
+        view.add_column(Text(label), no_wrap=True)
     if grouped:
         view.add_column("n", justify="right")
     for column in table.figures:
         metric = table.metrics[column]
-        view.add_column(column.replace(metric.key, metric.title), justify="right", no_wrap=True)
+        view.add_column(Text(column.replace(metric.key, metric.title)), justify="right", no_wrap=True)
     best = {column: table.best(column) for column in table.figures}
     for row in table.rows:
         cells = [Text(str(row.labels[label])) for label in table.labels]
         if grouped:
-            cells.append(Text(str(max((figure.n for figure in row.figures.values()), default=0))))
+            cells.append(Text(str(row.n)))
         for column in table.figures:
             figure = row.figures.get(column)
             style = "bold" if figure is not None and figure.mean == best[column] else ""
-            cells.append(Text(cell(table.metrics[column], figure), style))
+            cells.append(Text(cell(table.metrics[column], figure, row.n), style))
         view.add_row(*cells)
-    console = Console()
-    # What is written to a file or a pipe must not be cut.
-    console = console if console.is_terminal else Console(width=1000)
+    # A terminal that is narrower lets lines run over: whoever reads it needs the figures, all of them.
+    endless = Console(width=_ENDLESS)
+    console = Console(width=max(Console().width, Measurement.get(endless, endless.options, view).maximum))
     print(f"{table.dataset or 'unknown data'} ({table.content[:12] or 'no hash'}); {'; '.join(table.notes)}")
     console.print(view)
 
@@ -257,7 +286,8 @@ def as_csv(found: Sequence[Table]) -> str:
     labels = list(dict.fromkeys(label for table in found for label in table.labels))
     columns = list(dict.fromkeys(column for table in found for column in table.figures))
     grouped = any(f.n > 1 for table in found for row in table.rows for f in row.figures.values())
-    parts = ("", " deviation", " n") if grouped else ("",)
+    changes = any(f.change is not None for table in found for row in table.rows for f in row.figures.values())
+    parts = ["", *([" deviation", " n"] if grouped else []), *([" change"] if changes else [])]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["dataset", "dataset_content", *labels, *(c + part for c in columns for part in parts), "runs"])
@@ -265,8 +295,8 @@ def as_csv(found: Sequence[Table]) -> str:
         values: list[Any] = [table.dataset, table.content, *(row.labels.get(label, "") for label in labels)]
         for column in columns:
             figure = row.figures.get(column)
-            cells = ["", "", ""] if figure is None else [figure.mean, figure.deviation, figure.n]
-            values += cells[: len(parts)]
+            known = {} if figure is None else _plain(figure) | {"": figure.mean}
+            values += [known.get(part.strip(), "") for part in parts]
         writer.writerow([*values, " ".join(row.runs)])
     return text.getvalue()
 
@@ -277,6 +307,7 @@ def as_json(found: Sequence[Table]) -> list[dict[str, Any]]:
         {
             "dataset": table.dataset,
             "dataset_content": table.content,
+            "notes": table.notes,
             "rows": [
                 {"labels": row.labels, "runs": row.runs, "figures": {c: _plain(f) for c, f in row.figures.items()}}
                 for row in table.rows
@@ -286,7 +317,7 @@ def as_json(found: Sequence[Table]) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(figure: Figure) -> Mapping[str, float | int | None]:
+def _plain(figure: Figure) -> dict[str, float | int | None]:
     return {"mean": figure.mean, "deviation": figure.deviation, "n": figure.n, "change": figure.change}
 
 

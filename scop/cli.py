@@ -124,17 +124,20 @@ def _parser() -> argparse.ArgumentParser:
         "targets",
         nargs="*",
         metavar="TARGET",
-        help="a run: a name, a folder or an s3:// URI, of which later ones count; or an experiment of MLflow, by its "
-        "name (default: all experiments)",
+        help="a run, by its name, folder or s3:// URI, or an experiment of MLflow, by its name (default: all "
+        "experiments)",
     )
     compare.add_argument(
-        "--where", metavar="EXPRESSION", help="which results of experiments, in MLflow's filter language"
+        "--where", metavar="EXPRESSION", help="only results that fit, in MLflow's filter language; of experiments"
     )
     compare.add_argument(
         "--metric", action="append", default=[], metavar="NAME", help="a column; the first is sorted by (repeatable)"
     )
     compare.add_argument(
-        "--group-by", default="", metavar="NAME,...", help="parameters: mean, deviation and n of what agrees in them"
+        "--group-by",
+        default="",
+        metavar="NAME,...",
+        help="one row for all results with the same values of these parameters: mean, standard deviation, n",
     )
     compare.add_argument("--baseline", metavar="NAME", help="tell changes against `dense`, or a variant")
     compare.add_argument("--html", type=Path, metavar="FILE", help="write the page, one file with everything")
@@ -354,6 +357,8 @@ def _compare(options: argparse.Namespace) -> int:
 
         _written("--png", options.png, lambda folder: write_pictures(found.page, folder))
         print(f"plots:   {options.png}")
+    for what in found.unread:
+        print(f"left out: {what}", file=sys.stderr)
     for name, why in found.missing.items():
         print(f"missing: {name}: {why}", file=sys.stderr)
     return int(bool(found.missing and found.summary))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ class Cost:
         devices: so many of them; a machine's processors count as one.
         seconds: from its start to its end.
         cpu_seconds: of processor time, of this process and those that it waited for.
-        energy_joules: that the GPUs of this machine took meanwhile, whoever used them; None where none tells.
+        energy_joules: that its GPUs took meanwhile; None where not all of them tell.
     """
 
     device: str
@@ -53,13 +52,15 @@ class Spent:
         what: a step, or so many runs.
         device: its name.
         seconds: device-seconds.
-        joules: energy, as far as devices told.
+        joules: energy, as far as devices told; None where none did.
+        partly: whether some of the time's energy was not told.
     """
 
     what: str
     device: str
     seconds: float
-    joules: float | None
+    joules: float | None = None
+    partly: bool = False
 
     @property
     def time(self) -> str:
@@ -72,33 +73,52 @@ class Spent:
         if self.joules is None:
             return "not told"
         hours = self.joules / 3600
-        return f"{hours / 1000:,.2f} kWh" if hours >= 1000 else f"{hours:,.1f} Wh"
+        return "at least " * self.partly + (f"{hours / 1000:,.2f} kWh" if hours >= 1000 else f"{hours:,.1f} Wh")
+
+
+def total(entries: Iterable[Spent], what: str) -> list[Spent]:
+    """The sums, by device."""
+    by_device: dict[str, list[Spent]] = {}
+    for entry in entries:
+        by_device.setdefault(entry.device, []).append(entry)
+    return [_sum(own, what) for own in by_device.values()]
+
+
+def _sum(entries: Sequence[Spent], what: str) -> Spent:
+    told = [entry.joules for entry in entries if entry.joules is not None]
+    partly = bool(told) and (len(told) < len(entries) or any(entry.partly for entry in entries))
+    return Spent(what, entries[0].device, sum(e.seconds for e in entries), sum(told) if told else None, partly)
 
 
 class Meter:
-    """Runs from when it is made.
+    """Runs from when it is made. What cannot be measured is left out: metering never ends a step.
 
     Args:
         devices: GPUs of the step, those of other nodes included; the number does not count where there are none.
+        here: of them, on this machine.
     """
 
-    def __init__(self, devices: int = 1) -> None:
-        self._devices = devices
+    def __init__(self, devices: int = 1, here: int = 1) -> None:
+        self._devices, self._here = devices, here
         self._started, self._cpu, self._energy = time.monotonic(), _cpu_seconds(), _gpu_joules()
 
     def read(self) -> Cost:
         """What it has cost so far."""
-        energy = _gpu_joules()
-        # A GPU that was first used within is counted from then on.
-        spent = [now - self._energy.get(name, now) for name, now in energy.items()]
-        name, on_gpus = _device(self._devices > 1)
+        used = _gpus_used(self._here)
         return Cost(
-            device=name,
-            devices=self._devices if on_gpus else 1,
+            device=next(iter(used.values())) if used else processor_name(),
+            devices=self._devices if used else 1,
             seconds=round(time.monotonic() - self._started, 3),
             cpu_seconds=round(_cpu_seconds() - self._cpu, 3),
-            energy_joules=round(sum(spent), 3) if spent else None,
+            energy_joules=self._joules(list(used)),
         )
+
+    def _joules(self, used: Sequence[str]) -> float | None:
+        """What the GPUs that are used took; None unless all of them, on all nodes, tell."""
+        now = _gpu_joules() if used else {}
+        if not used or self._devices > self._here or not all(gpu in now and gpu in self._energy for gpu in used):
+            return None
+        return round(sum(now[gpu] - self._energy[gpu] for gpu in used), 3)
 
 
 def _cpu_seconds() -> float:
@@ -106,38 +126,31 @@ def _cpu_seconds() -> float:
     return float(times.user + times.system + times.children_user + times.children_system)
 
 
-def _device(several: bool) -> tuple[str, bool]:
-    """The name of what was computed on, and whether that is a GPU; PyTorch is not loaded for it."""
+def _gpus_used(processes: int) -> dict[str, str]:
+    """The names of the GPUs that were computed on, by NVML's id; PyTorch is not loaded for it."""
     torch = sys.modules.get("torch")
-    # Where several processes share the work, it is they who compute.
-    if torch is None or not (torch.cuda.is_initialized() or (several and torch.cuda.is_available())):
-        return processor_name(), False
-    return torch.cuda.get_device_name(), True
+    # Where several processes share the work, it is they who compute, one on each GPU.
+    if torch is None or not (torch.cuda.is_initialized() or (processes > 1 and torch.cuda.is_available())):
+        return {}
+    try:
+        own = range(processes) if processes > 1 else [torch.cuda.current_device()]
+        properties = [torch.cuda.get_device_properties(index) for index in own]
+        return {f"GPU-{entry.uuid}": str(entry.name) for entry in properties}
+    except (RuntimeError, AssertionError, AttributeError):  # a GPU that is lost, an old PyTorch
+        return {}
 
 
 def _gpu_joules() -> dict[str, float]:
-    """What each GPU that this process may see has used since its driver was loaded, where it tells (NVML)."""
+    """What each GPU of this machine has used since its driver was loaded, where it tells (NVML)."""
+    joules: dict[str, float] = {}
     with _nvml() as nvml:
         if nvml is None:
-            return {}
-        joules = {}
-        for handle in _visible(nvml):
-            with contextlib.suppress(nvml.NVMLError):  # before Volta, or in a MIG slice
+            return joules
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(nvml.NVMLError):  # before Volta, in a MIG slice, or lost
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 joules[nvml.nvmlDeviceGetUUID(handle)] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-        return joules
-
-
-def _visible(nvml: Any) -> Iterator[Any]:
-    """Those of CUDA_VISIBLE_DEVICES, which names them by number, or by the beginning of their UUID."""
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        yield from handles
-        return
-    for entry in filter(None, (part.strip() for part in chosen.split(","))):
-        if entry.isdecimal():
-            yield from handles[int(entry) : int(entry) + 1]
-        else:
-            yield from (handle for handle in handles if nvml.nvmlDeviceGetUUID(handle).startswith(entry))
+    return joules
 
 
 @contextlib.contextmanager
@@ -150,7 +163,6 @@ def _nvml() -> Iterator[Any]:
     except Exception:  # no package, no driver, or one of another version
         yield None
         return
-    try:
+    with contextlib.suppress(pynvml.NVMLError):  # the driver went away: no figures, but no end of the step either
         yield pynvml
-    finally:
         pynvml.nvmlShutdown()

@@ -78,8 +78,8 @@ def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Ten
     return images.to(device, memory_format=torch.channels_last, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def describe_device(device: torch.device) -> str:
-    """A name for records and reports, such as ``AMD EPYC (2 threads)`` or ``NVIDIA H200``."""
+def describe_device(device: torch.device, threads: int | None = None) -> str:
+    """A name for records and reports, such as ``AMD EPYC (2 threads)`` or ``NVIDIA H200``; by default all threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()} ({torch.get_num_threads()} threads)"
+    return f"{processor_name()} ({threads or torch.get_num_threads()} threads)"

@@ -15,9 +15,7 @@ _NAMES = {"top1": "top-1", "top5": "top-5", "macs": "MACs", "params": "parameter
 _KINDS: dict[str, Kind] = {"top1": "share", "top5": "share", "macs": "count", "params": "count", "bytes": "bytes"}
 _OTHERS: dict[str, tuple[str, Kind]] = {
     "train_seconds": ("training", "seconds"),
-    "seconds": ("step's time", "seconds"),
-    "device_seconds": ("step's device time", "seconds"),
-    "cpu_seconds": ("step's processor time", "seconds"),
+    "device_seconds": ("evaluation", "seconds"),
 }
 _LATENCY = re.compile(r"latency_ms_batch(\d+)_(p\d+)")
 _SPEEDUP = re.compile(r"speedup_batch(\d+)")
@@ -31,14 +29,14 @@ class Metric:
         key: its name there.
         title: for people.
         kind: of number: shares and differences of shares lie within 0 and 1, bytes are bytes.
-        higher_is_better: whether more of it is.
+        higher_is_better: whether more of it is; None where nobody knows.
         of_device: whether it depends on the device that it was measured on.
     """
 
     key: str
     title: str
     kind: Kind
-    higher_is_better: bool = False
+    higher_is_better: bool | None = False
     of_device: bool = False
 
     def shown(self, value: float) -> str:
@@ -55,16 +53,14 @@ class Metric:
             case "milliseconds":
                 return f"{value:.2f} ms"
             case "seconds":
-                return f"{value:,.0f} s"
+                return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
             case "ratio":
                 return f"{value:.2f}x"
         return f"{value:.4g}"
 
     def shown_deviation(self, value: float) -> str:
-        """A standard deviation: of accuracies in points, else in the metric's own unit."""
-        if self.kind in ("share", "difference"):
-            return f"{100 * value:.2f}"
-        return self.shown(value).split()[0].removesuffix("x") if self.kind != "count" else human(value)
+        """A standard deviation: of accuracies in points, else with the metric's own unit."""
+        return f"{100 * value:.2f}" if self.kind in ("share", "difference") else self.shown(value)
 
     def change(self, value: float, before: float) -> float | None:
         """A difference of shares, the ratio of anything else; None where there is no ratio."""
@@ -78,7 +74,7 @@ class Metric:
 
 
 def describe(key: str) -> Metric:
-    """What a metric is; one that is not known is a number of which less is better."""
+    """What a metric is; of one that is not known nobody can say which way is better."""
     if key in _OTHERS:
         title, kind = _OTHERS[key]
         return Metric(key, title, kind, of_device=True)
@@ -89,8 +85,10 @@ def describe(key: str) -> Metric:
         return Metric(key, f"{_NAMES.get(base, base)} removed", "share", higher_is_better=True)
     if found := _SPEEDUP.fullmatch(key):
         return Metric(key, f"speed-up, batch {found[1]}", "ratio", higher_is_better=True, of_device=True)
+    if key == "prune_rate":
+        return Metric(key, "prune rate", "number", higher_is_better=None)
     if network not in ("dense", "pruned"):
-        return Metric(key, key, "number")
+        return Metric(key, key, "number", higher_is_better=None)
     prefix = "dense " if network == "dense" else ""
     if found := _LATENCY.fullmatch(rest):
         quantile = "" if found[2] == "p50" else f", {found[2]}"
@@ -99,7 +97,8 @@ def describe(key: str) -> Metric:
         title, kind = _OTHERS[rest]
         return Metric(key, prefix + title, kind, of_device=True)
     kind = _KINDS.get(rest, "number")
-    return Metric(key, prefix + _NAMES.get(rest, rest), kind, higher_is_better=kind == "share")
+    better = kind == "share" if rest in _NAMES else None
+    return Metric(key, prefix + _NAMES.get(rest, rest), kind, better)
 
 
 def smallest_batch(keys: Iterable[str]) -> list[str]:

@@ -9,21 +9,25 @@ The last step to end sees all, so one is left.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment, first_line, shown
 
 PARENT_TAG = "mlflow.parentRunId"
 KFP_TAG = "kfp.run_id"
-DEVICE_TAG = "scop.device"
+DEVICE_TAG, DATASET_TAG = "scop.device", "scop.dataset"
+COST_TAG = "scop.cost"
+"""Of a pipeline's run: what all its steps cost, those that failed too, by device: JSON, as `scop.cost.Spent` has it."""
 SECONDS, ENERGY = "total_device_seconds", "total_energy_joules"
-"""Metrics of a pipeline's run: what all its steps cost, those that failed too."""
-
-_COSTS = {SECONDS: "device_seconds", ENERGY: "energy_joules"}
+"""Metrics of a pipeline's run: the sums over devices."""
+_PAGE = 1000
 
 
 def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resumed: bool = False) -> str:
@@ -59,7 +63,8 @@ def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files
     try:
         client = MlflowClient()
         experiment = client.get_run(run_id).info.experiment_id
-        for key, value in {**metrics, **_total_cost(client, experiment, run_id)}.items():
+        _log_cost(client, experiment, run_id)
+        for key, value in metrics.items():
             client.log_metric(run_id, key, value)
         for path in files:
             client.log_artifact(run_id, str(path))
@@ -115,8 +120,7 @@ def close_parent(experiment: str, kfp_run: str, succeeded: bool, error: str | No
     for child in _children(client, known.experiment_id, parent.info.run_id):
         if child.info.status == "RUNNING":
             client.set_terminated(child.info.run_id, "KILLED")
-    for key, value in _total_cost(client, known.experiment_id, parent.info.run_id).items():
-        client.log_metric(parent.info.run_id, key, value)
+    _log_cost(client, known.experiment_id, parent.info.run_id)
     if error:
         client.set_tag(parent.info.run_id, "scop.error", error)
     if parent.info.status != status:
@@ -131,14 +135,35 @@ def _parents(client: Any, experiment_id: str, kfp_run: str) -> list[Any]:
 
 
 def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
-    return list(client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'"))
+    found, token = [], None
+    while True:
+        page = client.search_runs(
+            [experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'", max_results=_PAGE, page_token=token
+        )
+        found += page
+        if not (token := page.token):
+            return found
 
 
-def _total_cost(client: Any, experiment_id: str, parent: str) -> dict[str, float]:
+def _log_cost(client: Any, experiment_id: str, parent: str) -> None:
     """The sums of what the steps cost, each try of them."""
-    steps = [run.data.metrics for run in _children(client, experiment_id, parent)]
-    told = {total: [step[key] for step in steps if key in step] for total, key in _COSTS.items()}
-    return {total: sum(values) for total, values in told.items() if values}
+    spent = [
+        Spent(
+            run.info.run_name,
+            run.data.tags.get(DEVICE_TAG, ""),
+            run.data.metrics["device_seconds"],
+            run.data.metrics.get("energy_joules"),
+        )
+        for run in _children(client, experiment_id, parent)
+        if "device_seconds" in run.data.metrics
+    ]
+    if not spent:
+        return
+    sums = total(spent, "1 run")
+    client.set_tag(parent, COST_TAG, json.dumps([asdict(entry) for entry in sums]))
+    client.log_metric(parent, SECONDS, sum(entry.seconds for entry in sums))
+    if told := [entry.joules for entry in sums if entry.joules is not None]:
+        client.log_metric(parent, ENERGY, sum(told))
 
 
 def _merged(client: Any, experiment_id: str, found: list[Any]) -> Any:

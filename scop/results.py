@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +15,30 @@ Value = str | float | int | bool
 _OF_SECTIONS = {
     "dense.model": "network",
     "dense.epochs": "dense_epochs",
+    "dense.seed": "dense_seed",
     "knockoff.source": "knockoff_source",
     "knockoff.epochs": "knockoff_epochs",
+    "knockoff.batch_size": "knockoff_batch_size",
+    "knockoff.lr": "knockoff_lr",
+    "knockoff.seed": "knockoff_seed",
     "variant.round_to": "round_to",
+    "variant.min_channels": "min_channels",
+    "variant.seed": "variant_seed",
     "finetune.epochs": "finetune_epochs",
     "finetune.batch_size": "finetune_batch_size",
     "finetune.optimizer": "finetune_optimizer",
     "finetune.lr": "finetune_lr",
+    "finetune.schedule": "finetune_schedule",
+    "finetune.warmup_epochs": "finetune_warmup_epochs",
     "finetune.weight_decay": "finetune_weight_decay",
+    "finetune.label_smoothing": "finetune_label_smoothing",
     "finetune.seed": "seed",
     "finetune.distillation.weight": "distillation_weight",
+    "finetune.distillation.temperature": "distillation_temperature",
 }
+SEEDS = ("seed", "dense_seed", "knockoff_seed", "variant_seed")
+"""Parameters in which results of one recipe differ."""
+
 SIZES = ("params", "macs", "bytes")
 NETWORKS = ("dense", "pruned")
 
@@ -49,6 +65,17 @@ class Result:
     run: str | None = None
     place: str | None = None
 
+    @property
+    def identity(self) -> str:
+        """The same for results that differ in nothing but their seeds, and for no others.
+
+        It goes by the parameter `recipe`, a hash of all settings. Where there is none, an artifact of an earlier
+        version, a result is like no other one.
+        """
+        if "recipe" not in self.params:
+            return f"{self.run} {self.place} {self.name}"
+        return f"{self.dataset} {self.params['recipe']}"
+
     @classmethod
     def of(cls, evaluation: Mapping[str, Any], place: str | None = None) -> Result:
         """What an evaluation says, as step evaluate has it, with the timings put in."""
@@ -62,6 +89,8 @@ class Result:
             "threads": evaluation["threads"],
             **{name: value for name, value in made.items() if value is not None},
         }
+        if sections:
+            params["recipe"] = _recipe(sections)
         return cls(
             name=evaluation["variant"],
             params=params,
@@ -120,6 +149,15 @@ def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> d
     return merged
 
 
+def _recipe(sections: Mapping[str, Any]) -> str:
+    """A hash of all settings that a network was made by, its name and the seeds left out."""
+    without = {
+        name: {key: value for key, value in section.items() if key not in ("seed", "name")}
+        for name, section in sections.items()
+    }
+    return hashlib.sha256(json.dumps(without, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _entry(sections: Mapping[str, Any], path: str) -> Any:
     value: Any = sections
     for key in path.split("."):
@@ -130,10 +168,11 @@ def _entry(sections: Mapping[str, Any], path: str) -> Any:
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
+    # As a metric too, since MLflow keeps parameters as text, which it cannot search by size.
+    metrics: dict[str, float] = {"prune_rate": float(evaluation["prune_rate"])}
     for network in NETWORKS:
         figures = evaluation[network]
-        metrics |= {f"{network}_{key}": float(figures[key]) for key in ("top1", "top5", *SIZES)}
+        metrics |= {f"{network}_{key}": float(figures[key]) for key in ("top1", "top5", "loss", *SIZES)}
         for batch_size, latency in figures["latency_ms"].items():
             metrics |= {f"{network}_latency_ms_batch{batch_size}_{key}": ms for key, ms in latency.items()}
         if (seconds := figures.get("train_seconds")) is not None:
@@ -144,4 +183,4 @@ def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
     for batch_size in evaluation["dense"]["latency_ms"]:
         dense, pruned = (metrics[f"{n}_latency_ms_batch{batch_size}_p50"] for n in NETWORKS)
         metrics[f"speedup_batch{batch_size}"] = dense / pruned
-    return metrics
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}

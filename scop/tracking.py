@@ -200,7 +200,13 @@ class MlflowTracker:
     def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
         """A table that MLflow's pages show and `mlflow.load_table` reads; `name` ends in .json."""
         data = {key: list(column) for key, column in columns.items()}
-        self._send("table", {"name": name, **data}, lambda: self._client.log_table(self._run, data, name))
+
+        def send() -> None:
+            # MLflow would put the rows of a second try behind those of the first.
+            if name not in [entry.path for entry in self._client.list_artifacts(self._run)]:
+                self._client.log_table(self._run, data, name)
+
+        self._send("table", {"name": name, **data}, send)
 
     def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
         if (parent := self._parent) and self._kfp_run and sections:

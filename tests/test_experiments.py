@@ -35,7 +35,7 @@ def client(server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 def sweep(client: MlflowClient, request: pytest.FixtureRequest) -> str:
     """An experiment of two pipeline runs: six results, one of them made twice, and a step that failed."""
     name = request.node.name
-    first, second = (start_parent(name, run, {"scop.run": run, "scop.device": "a CPU"}) for run in ("first", "second"))
+    first, second = (start_parent(name, run, {"scop.run": run}) for run in ("first", "second"))
     experiment = client.get_experiment_by_name(name).experiment_id
     for method in ("scop", "l1"):
         for seed, parent in enumerate((first, second)):
@@ -74,9 +74,58 @@ def test_seeds_are_grouped_and_a_filter_is_mlflows(client, sweep: str, capsys) -
     assert lines[1].split() == ["method", "prune_rate", "network", "n", "top-1"]
     assert lines[2].split() == ["scop", "0.5", "resnet20", "2", "91.45%", "±", "0.07"]
     assert compare(sweep, "--where", "params.method = 'l1' and metrics.pruned_top1 > 0.904") == 0
+    said = capsys.readouterr()
+    assert said.out.count("l1-0.5") == 1
+    assert "scop-0.5" not in said.out
+    assert said.err == ""  # what failed in other runs was not asked for
+
+
+def test_a_try_that_was_made_again_does_not_come_back_by_a_filter(client, sweep: str, capsys) -> None:
+    assert compare(sweep, "--where", "metrics.pruned_top1 < 0.5") == 2
+    assert "there is nothing to compare (nothing fits --where)" in capsys.readouterr().err
+
+
+def test_costs_are_told_by_the_device_that_each_step_used(client, request, capsys) -> None:
+    name = request.node.name
+    parent = start_parent(name, "run", {})
+    experiment = client.get_experiment_by_name(name).experiment_id
+    log(client, experiment, result(), parent)
+    training = client.create_run(experiment, run_name="finetune", tags={"mlflow.parentRunId": parent})
+    client.set_tag(training.info.run_id, "scop.device", "a GPU")
+    client.log_metric(training.info.run_id, "device_seconds", 36_000)
+    client.log_metric(training.info.run_id, "energy_joules", 25e6)
+    client.set_terminated(training.info.run_id)
+    end_parent(parent, True, {}, [])
+    assert client.get_run(parent).data.metrics["total_device_seconds"] == 36_010
+    assert compare(name) == 0
     said = capsys.readouterr().out
-    assert said.count("l1-0.5") == 1
-    assert "scop-0.5" not in said
+    assert "cost:    10.0 h on a GPU, energy 6.94 kWh, 1 run\n" in said
+    assert "cost:    10 s on a CPU, energy not told, 1 run\n" in said
+
+
+def test_a_killed_step_is_named_whatever_it_is_called(client, request, capsys) -> None:
+    name = request.node.name
+    parent = start_parent(name, "run", {})
+    experiment = client.get_experiment_by_name(name).experiment_id
+    log(client, experiment, result(), parent)
+    killed = log(client, experiment, result(), parent, status="KILLED")
+    client.update_run(killed, name='it\'s "mine"')
+    assert compare(name) == 0
+    assert capsys.readouterr().err == f'missing: it\'s "mine" (run {killed}): it was killed\n'
+
+
+def test_what_the_page_lacks_is_said(client, sweep: str, tmp_path: Path, capsys) -> None:
+    assert compare(sweep, "--html", str(tmp_path / "page.html")) == 0  # made-up results have no artifacts
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("left out: curves and layers of ")
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/typo.db")
+    with pytest.raises(UserError, match="there is no database at MLFLOW_TRACKING_URI"):
+        Mlflow("none")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("served", [True, False])
@@ -121,6 +170,11 @@ def test_a_failure_that_was_made_good_is_none(client, request) -> None:
         (["{sweep}", "--where", "method is scop"], "--where 'method is scop' is not in MLflow's filter language"),
         (["{sweep}", "--where", "params.method = 'nets'"], "there is nothing to compare"),
         (["{sweep}", "--metric", "top1"], "--metric 'top1' is nothing that these results have"),
+        (
+            ["{sweep}", "--where", "params.prune_rate > 0.3"],
+            "parameters are text, to be compared by = and != with quot",
+        ),
+        (["a/name/like/a/path"], "'a/name/like/a/path' is no run, and no experiment of MLflow"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(client, sweep: str, capsys, bucket, arguments, message: str) -> None:
@@ -128,6 +182,14 @@ def test_what_cannot_be_is_said_in_one_line(client, sweep: str, capsys, bucket, 
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_runs_and_experiments_are_not_mixed(client, sweep: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert compare(str(tmp_path), sweep) == 2
+    assert f"{str(tmp_path)!r} is a run and {sweep!r} is none; compare runs with runs" in capsys.readouterr().err
+    assert compare(str(tmp_path), "--where", "metrics.pruned_top1 > 0.5") == 2
+    assert f"--where is a question to MLflow, of experiments, and {str(tmp_path)!r} is a run" in capsys.readouterr().err
 
 
 def test_without_mlflow_and_runs_it_says_what_to_set(monkeypatch, tmp_path: Path) -> None:
@@ -178,12 +240,18 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         (401, "refuses access (.*401.*); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
         (403, "refuses access (.*403.*); set MLFLOW_TRACKING_USERNAME"),
         (500, "cannot be read (.*); check MLFLOW_TRACKING_URI"),
-        (0, "cannot be read (no answer in time); check MLFLOW_TRACKING_URI"),
+        (
+            0,
+            "cannot be read (no answer in time); check MLFLOW_TRACKING_URI, or set MLFLOW_HTTP_REQUEST_TIMEOUT above 1",
+        ),
     ],
 )
-def test_a_server_that_fails_is_one_line(failing: dict[str, int], status: int, message: str, capsys) -> None:
+@pytest.mark.parametrize("command", [["compare"], ["promote", "a-model/1"]])
+def test_a_server_that_fails_is_one_line(
+    failing: dict[str, int], command: list[str], status: int, message: str, capsys
+) -> None:
     failing["status"] = status
-    assert compare() == 2
+    assert cli.main(command) == 2
     said = capsys.readouterr().err
     before, _, after = message.partition(".*")
     assert before in said

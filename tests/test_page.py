@@ -121,10 +121,43 @@ def test_it_prints(tmp_path: Path) -> None:
         assert not view.locator("#filter").is_visible()
 
 
+def test_a_dark_screen_prints_dark_on_white(tmp_path: Path) -> None:
+    with opened(made(tmp_path, SWEEP), 1440, color_scheme="dark") as view:
+        ink = "getComputedStyle(document.querySelector('#pareto .xtitle')).fill"
+        on_screen = view.evaluate(ink)
+        view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert view.evaluate(ink) == "rgb(28, 37, 48)"
+        view.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        assert view.evaluate(ink) == on_screen == "rgb(230, 234, 240)"
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = "<!--<script><b>scop"
+    with opened(made(tmp_path, [result(name=name), result("l1")]), 1440) as view:
+        assert names(view) == [name, "l1-0.5"]
+        assert name in view.locator("#learning-curves .legend").text_content()
+
+
+def test_runs_of_one_recipe_are_one_point_with_its_whole_error_bar_and_other_recipes_are_not(tmp_path: Path) -> None:
+    rows = [result(seed=0), result(seed=200), result(seed=0, params=result().params | {"recipe": "another"})]
+    with opened(made(tmp_path, rows), 1440) as view:
+        assert view.locator("#pareto .scatterlayer .point").count() == 2 + 1
+        low, high = view.evaluate("document.getElementById('pareto').layout.yaxis.range")
+        mean, deviation = 0.915 - 0.1, 0.2 / 2**0.5
+        assert low < mean - deviation < mean + deviation < high
+
+
+def test_the_keyboard_stays_at_the_row_that_it_chose(page: Any) -> None:
+    page.locator("tbody th button").nth(1).press("Enter")
+    assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
+    page.locator("#filter").fill("l1")
+    assert not page.locator("tbody tr.chosen").count()
+
+
 def test_data_sets_and_devices_are_chosen_between_and_never_mixed(tmp_path: Path) -> None:
     others = [result("l1", 0.4, device="a GPU"), result("l1", 0.2, dataset="e1" * 32)]
     with opened(made(tmp_path, [*SWEEP[:4], *others]), 1440) as view:
-        assert view.locator("#count").inner_text() == "4 of 4"
+        assert view.locator("#count").inner_text() == "4 of 4, and 2 on other data or devices"
         view.locator("#device").select_option("a GPU")
         assert names(view) == ["l1-0.4"]
         view.locator("#device").select_option("a CPU")
@@ -156,10 +189,11 @@ def test_contrast_and_focus(tmp_path: Path) -> None:
 
 
 def test_pictures_are_written_with_error_bars_over_seeds(tmp_path: Path) -> None:
-    page = Page("A sweep", [*SWEEP, result("l1", 0.2, dataset="e1" * 32)], {0: EVALUATION}, {"conv1": [0.1, 0.2]})
+    page = Page("A sweep", [*SWEEP, result("l1", 0.2, dataset="e1" * 32)], {0: EVALUATION, 1: EVALUATION})
     written = {path.name for path in write_pictures(page, tmp_path / "png")}
     assert written == {path.name for path in (tmp_path / "png").iterdir()}
-    assert {"kept-channels.png", "learning-curves.png", "scores.png", "confusion-scop-0.3.png"} <= written
+    assert {"kept-channels.png", "learning-curves.png", "scores.png"} <= written
+    assert {"confusion-scop-0.3.png", "confusion-scop-0.3-2.png"} <= written  # two seeds
     assert {"accuracy-macs-digits-d0d0d0d0.png", "accuracy-macs-digits-e1e1e1e1.png"} <= written
     assert all((tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
     found = points(SWEEP, "pruned_macs")

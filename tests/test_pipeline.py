@@ -181,7 +181,10 @@ def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
 
     folder, _ = finished
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
-    registered = mlflow.pyfunc.load_model("models:/digits-resnet20-scop@candidate")
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    MlflowClient(uri).set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "1")
+    assert cli.main(["promote", "digits-resnet20-scop@candidate"]) == 0
+    registered = mlflow.pyfunc.load_model("models:/digits-resnet20-scop@champion")
     summary = json.loads((folder / "summary.json").read_text())
     images = torch.randn(5, *digits.info.shape)
     with torch.no_grad():
@@ -225,11 +228,19 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         refused = capsys.readouterr()
         assert "FAILS: exported logits differ by" in refused.out
         assert "models:/digits-resnet20-none@champion stays none" in refused.err
-        assert cli.main(["promote", "digits-resnet20-scop@candidate", "--set", "export.max_top1_drop=0.9"]) == 0
+        client = MlflowClient(address)
+        # By default what was allowed when it was exported counts.
+        client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "-1")
+        assert cli.main(["promote", "digits-resnet20-scop/1"]) == 1
+        client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "0.9")
+        assert cli.main(["promote", "digits-resnet20-scop@candidate"]) == 0
         assert "models:/digits-resnet20-scop@champion is version 1 now" in capsys.readouterr().out
         assert cli.main(["promote", "digits-resnet20-no/1"]) == 2
-        assert "models: digits-resnet20-none, digits-resnet20-scop" in capsys.readouterr().err
-        assert MlflowClient(address).get_model_version_by_alias("digits-resnet20-scop", "champion").version == "1"
+        assert "it has: digits-resnet20-none, digits-resnet20-scop" in capsys.readouterr().err
+        client.delete_model_version_tag("digits-resnet20-scop", "1", "difference")
+        assert cli.main(["promote", "digits-resnet20-scop/1"]) == 2
+        assert "does not say what was measured of it (tag 'difference')" in capsys.readouterr().err
+        assert client.get_model_version_by_alias("digits-resnet20-scop", "champion").version == "1"
 
 
 def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digi
     assert scop(*step, cwd=tmp_path, env=environment).returncode == 0
     (tmp_path / "runs" / "one" / "config.yaml").touch()
     again = scop("rerun", "one/train_dense", "--verify", cwd=tmp_path, env=environment)  # a local run, by its name
-    assert "verify: all 3 files are equal to the byte" in again.stdout, again.stderr
+    assert "verify: all 4 files are equal to the byte" in again.stdout, again.stderr
 
     scop("step", "prepare_data", "--output", "dataset=data2", "--set", "data.seed=1", cwd=tmp_path, env=environment)
     shutil.rmtree(tmp_path / "data")

@@ -103,6 +103,54 @@ def test_what_no_result_has_is_refused(changes: dict, message: str) -> None:
         tables([result()], **changes)
 
 
+def test_a_group_that_mixes_more_than_seeds_says_so() -> None:
+    long = result(seed=1, params=result().params | {"finetune_epochs": 100, "recipe": "long"})
+    (table,) = tables([result(), long, result("l1")], ["pruned_top1"], ["method"])
+    assert table.notes[-1] == "rows hold results that differ in finetune_epochs (-, 100)"
+    other = result(seed=1, params=result().params | {"recipe": "other"})
+    assert tables([result(), other], ["pruned_top1"], ["method"])[0].notes[-1] == "rows hold results of several recipes"
+    assert "rows hold" not in tables([result(), result(seed=1)], group_by=["method"])[0].notes[-1]
+
+
+def test_a_figure_of_fewer_results_than_its_row_says_of_how_many(capsys) -> None:
+    poor = result(seed=2)
+    del poor.metrics["pruned_top1"]
+    (table,) = tables([result(), result(seed=1), poor], ["pruned_macs", "pruned_top1"], ["method"])
+    print_table(table)
+    assert capsys.readouterr().out.splitlines()[2].endswith("3  10 M ± 0  91.45% ± 0.07, n 2")
+
+
+def test_a_baseline_is_of_the_same_network() -> None:
+    small = result("l1", params=result("l1").params | {"network": "resnet56"})
+    small.metrics["pruned_top1"] = 0.6
+    (table,) = tables([result("l1"), small], ["pruned_top1"], baseline="l1-0.5")
+    assert [row.figures["pruned_top1"].change for row in table.rows] == [0, 0]
+    _, without = tables([result("l1"), result(dataset="e1" * 32)], ["pruned_top1"], baseline="l1-0.5")
+    assert without.notes[-1] == "nothing here to compare with: no l1-0.5 on these data"
+
+
+def test_results_that_nothing_tells_apart_have_their_run() -> None:
+    (table,) = tables([result(), result(run="another-run")])
+    assert [row.labels["run"] for row in table.rows] == ["run-scop", "another-"]
+
+
+def test_deviations_have_units_and_no_figure_is_cut_in_a_narrow_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    files = [result(seed=seed) for seed in (0, 1)]
+    for size, row in zip((3.4e6, 3.42e6), files, strict=True):
+        row.metrics["pruned_bytes"] = size
+    print_table(*tables(files, ["pruned_bytes", "pruned_top1", "pruned_latency_ms_batch1_p50"], ["method"]))
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.endswith("3.41 MB ± 14.1 kB  91.45% ± 0.07  1.25 ms ± 0.00 ms")
+
+
+def test_of_a_metric_that_is_not_known_none_is_the_best() -> None:
+    rows = [result(), result("l1")]
+    for row in rows:
+        row.metrics["pruned_f1"] = row.metrics["pruned_top1"]
+    assert tables(rows, ["pruned_f1"])[0].best("pruned_f1") is None
+
+
 def test_files_have_raw_values() -> None:
     found = tables([result(), result("l1", dataset="e1" * 32)], ["pruned_top1", "top1_drop"])
     rows = list(csv.DictReader(io.StringIO(as_csv(found))))

@@ -1,5 +1,6 @@
 """Tracking against a real MLflow server, while it lives and after it died."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -219,11 +220,17 @@ def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers as a server behind authentication does."""
+    """Answers with a status, or, where that is 0, not before the client has given up."""
+
+    status = 401
 
     def do_GET(self) -> None:
-        self.send_response(401)
-        self.send_header("WWW-Authenticate", "Basic")
+        if not self.status:
+            self.connection.settimeout(20)
+            with contextlib.suppress(OSError):
+                self.rfile.read()  # until the client hangs up
+            return
+        self.send_response(self.status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -233,10 +240,30 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_refused_credentials_are_a_clear_error_at_the_start(tmp_path: Path, monkeypatch) -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
-        threading.Thread(target=refusing.serve_forever, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{refusing.server_port}")
-        with pytest.raises(UserError, match="refuses access .*MLFLOW_TRACKING_USERNAME"):
-            MlflowTracker("train_dense", {}, tmp_path / UNSENT)
-        refusing.shutdown()
+@pytest.fixture
+def refusing(monkeypatch) -> Iterator[None]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_credentials_are_a_clear_error_at_the_start(tmp_path: Path, monkeypatch, refusing, status: int) -> None:
+    monkeypatch.setattr(Refusing, "status", status)
+    with pytest.raises(UserError, match="refuses access .*MLFLOW_TRACKING_USERNAME"):
+        MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+
+
+@pytest.mark.parametrize("status", [500, 0])
+def test_a_step_goes_on_without_a_server_that_fails_or_does_not_answer(
+    digits_folder: Path, tmp_path: Path, monkeypatch, refusing, capsys, status: int
+) -> None:
+    monkeypatch.setattr(Refusing, "status", status)
+    output = tmp_path / "model"
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
+    assert load_model(output) is not None
+    assert "the step goes on" in capsys.readouterr().out

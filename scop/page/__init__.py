@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from scop.results import Result
 _HERE = Path(__file__).parent
 _BINS = 50
 # Of an evaluation, what the plots of a single network show.
-_DETAILS = ("kept", "channels", "history", "dense_history", "confusion", "classes")
+DETAILS = ("kept", "channels", "history", "dense_history", "confusion", "classes")
 _COLUMNS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params", "pruned_bytes")
 # Parameters by which results are told apart, where they differ.
 _LABELS = ("network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed")
@@ -56,9 +57,9 @@ class Page:
         from plotly.offline import get_plotlyjs
 
         environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        # Text within a script element ends at "</", whatever it stands in.
-        # What is no number, such as the loss of a training that diverged, JSON does not know: null.
-        data = to_json(self._data(), inf_nan_mode="null").decode().replace("</", "<\\/")
+        # What is no number, such as the loss of a training that diverged, JSON does not know: null. In a script element
+        # "<" may begin its end, or a comment.
+        data = to_json(self._data(), inf_nan_mode="null").decode().replace("<", "\\u003c")
         return environment.get_template("page.html").render(
             title=self.title,
             facts=self._facts(),
@@ -79,34 +80,31 @@ class Page:
 
     def _data(self) -> dict[str, Any]:
         known = {key for result in self.results for key in result.metrics}
-        columns = [key for key in (*_COLUMNS, *smallest_batch(known)) if key in known]
+        columns = [key for key in (*_COLUMNS, *smallest_batch(known)) if key in known] or sorted(known)[:1]
         latencies = sorted(key for key in known if key.startswith("pruned_latency_ms") and key.endswith("_p50"))
         across: list[str] = [k for k in ("pruned_macs", "pruned_params", "pruned_bytes") if k in known]
         across += [*latencies, *(k for k in ("pruned_train_seconds",) if k in known)]
         up = [k for k in ("pruned_top1", "pruned_top5", "top1_drop", "pruned_loss") if k in known]
-        parameters = sorted({key for result in self.results for key in result.params})
         differing = [key for key in _LABELS if len({result.params.get(key) for result in self.results}) > 1]
         return {
             "metrics": [_described(describe(key)) for key in sorted(known)],
             "columns": columns,
             "labels": differing,
-            "identity": [key for key in parameters if key != "seed"],
-            "across": across,
-            "up": up,
-            "sort": columns[0],
+            "across": across or columns,
+            "up": up or columns,
+            "sort": columns[0] if columns else "name",
             "rows": [self._row(number, result) for number, result in enumerate(self.results)],
         }
 
     def _row(self, number: int, result: Result) -> dict[str, Any]:
-        row = asdict(result) | {"rerun": None if result.place is None else f"scop rerun {result.place}"}
-        evaluation = self.details.get(number)
-        if evaluation is None:
-            return row | {"details": None}
-        scores = evaluation.get("scores")
-        return row | {
-            "details": {key: evaluation.get(key) for key in _DETAILS}
-            | {"scores": _histograms(scores) if scores else None}
-        }
+        rerun = None if result.place is None else f"scop rerun {shlex.quote(result.place)}"
+        row = asdict(result) | {"identity": result.identity, "rerun": rerun, "details": None}
+        evaluation = self.details.get(number, {})
+        if not all(key in evaluation for key in DETAILS):  # of an earlier version
+            return row
+        scores = {layer: entry for layer, entry in (evaluation.get("scores") or {}).items() if len(entry)}
+        shown = {key: evaluation[key] for key in DETAILS} | {"scores": _histograms(scores) if scores else None}
+        return row | {"details": shown}
 
 
 def _described(metric: Metric) -> dict[str, Any]:

@@ -5,10 +5,12 @@ const metrics = new Map(data.metrics.map((metric) => [metric.key, metric]));
 // Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too light on white.
 const PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a"];
 const SYMBOLS = ["circle", "square", "triangle-up", "cross", "x", "star", "pentagon"];
-const ROWS_AT_ONCE = 200, MARKS_IN_SVG = 1500, CURVES_AT_ONCE = 6;
+const ROWS_AT_ONCE = 200, MARKS_IN_SVG = 1500, CURVES_AT_ONCE = 6, RUNS_IN_HOVER = 4;
 const methods = [...new Set(data.rows.map((row) => row.params.method ?? "?"))];
 const colour = (method) => PALETTE[methods.indexOf(method) % PALETTE.length];
 const element = (id) => document.getElementById(id);
+// Plotly takes text for markup of its own.
+const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
 const state = { sort: data.sort, up: !metrics.get(data.sort)?.higher, words: "", limit: ROWS_AT_ONCE, chosen: null };
@@ -60,12 +62,21 @@ function fitting() {
   return inScope().filter((row) => words.every((word) => row.text.includes(word)));
 }
 
+// Of equals the one that is better in the next column comes first, as in the terminal.
+function tie(a, b) {
+  for (const key of data.columns) {
+    const difference = (a.metrics[key] ?? 0) - (b.metrics[key] ?? 0);
+    if (difference) return metrics.get(key).higher ? -difference : difference;
+  }
+  return 0;
+}
+
 function sorted(rows) {
   const value = (row) => state.sort in row.metrics ? row.metrics[state.sort]
     : state.sort === "name" ? row.name : row.params[state.sort];
   const known = rows.filter((row) => value(row) !== undefined), unknown = rows.filter((row) => value(row) === undefined);
-  known.sort((a, b) => (value(a) > value(b)) - (value(a) < value(b)));
-  return [...(state.up ? known : known.reverse()), ...unknown];
+  known.sort((a, b) => (state.up ? 1 : -1) * ((value(a) > value(b)) - (value(a) < value(b))) || tie(a, b));
+  return [...known, ...unknown];
 }
 
 // -- table ------------------------------------------------------------------------------------------------------------
@@ -103,7 +114,7 @@ function cell(text, name = "", tag = "td") {
 
 function best(rows, key) {
   const values = rows.map((row) => row.metrics[key]).filter((value) => value !== undefined);
-  if (values.length < 2) return undefined;
+  if (values.length < 2 || metrics.get(key).higher === null) return undefined;
   return metrics.get(key).higher ? Math.max(...values) : Math.min(...values);
 }
 
@@ -142,11 +153,15 @@ function tableRow(row, bests) {
 function table() {
   const all = sorted(fitting()), rows = all.slice(0, state.limit);
   const bests = new Map(data.columns.map((key) => [key, best(all, key)]));
+  const focused = document.activeElement.closest("tbody tr")?.id;
   element("results").querySelector("tbody").replaceChildren(...rows.map((row) => tableRow(row, bests)));
+  if (focused) element(focused)?.querySelector("button").focus({ preventScroll: true });
   for (const head of element("results").querySelectorAll("thead th[data-key]"))
     if (head.dataset.key === state.sort) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");
     else head.removeAttribute("aria-sort");
-  element("count").textContent = `${all.length} of ${inScope().length}`;
+  const elsewhere = data.rows.length - inScope().length;
+  element("count").textContent = `${all.length} of ${inScope().length}`
+    + (elsewhere ? `, and ${elsewhere} on other data or devices` : "");
   element("more").hidden = all.length <= rows.length;
   element("more").textContent = `Show ${Math.min(ROWS_AT_ONCE, all.length - rows.length)} more of ${all.length}`;
 }
@@ -166,8 +181,10 @@ function choose(index, scroll = false) {
 
 // -- plots ------------------------------------------------------------------------------------------------------------
 
+// A colour of the style sheet's, as it is now: light, dark or print.
+const of = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
 function draw(id, traces, layout, says) {
-  const style = getComputedStyle(document.documentElement), of = (name) => style.getPropertyValue(name).trim();
   const narrow = element(id).clientWidth < 560;
   const axis = { gridcolor: of("--line"), zerolinecolor: of("--line"), linecolor: of("--line"), automargin: true };
   const whole = {
@@ -196,8 +213,7 @@ function groups(rows) {
   if (!element("group").checked) return rows.map((row) => [row]);
   const found = new Map();
   for (const row of rows) {
-    const key = JSON.stringify(data.identity.map((name) => row.params[name] ?? null));
-    found.set(key, [...(found.get(key) ?? []), row]);
+    found.set(row.identity, [...(found.get(row.identity) ?? []), row]);
   }
   return [...found.values()];
 }
@@ -212,16 +228,19 @@ function pareto() {
   });
   const kind = points.length > MARKS_IN_SVG ? "scattergl" : "scatter";
   const bars = (values) => ({ type: "data", array: values, visible: values.some(Boolean), thickness: 1, width: 3 });
-  const facts = ({ own }) => [own[0].name + (own.length > 1 ? ` (${own.length} seeds)` : ""),
-    ...data.labels.map((label) => own[0].params[label] === undefined ? null : `${label.replaceAll("_", " ")} ${own[0].params[label]}`),
+  const facts = ({ own }) => [plain(own[0].name) + (own.length > 1 ? ` (${own.length} runs)` : ""),
+    ...data.labels.map((label) => own[0].params[label] === undefined || (own.length > 1 && label === "seed") ? null
+      : plain(`${label.replaceAll("_", " ")} ${own[0].params[label]}`)),
     ...data.columns.map((key) => `${metrics.get(key).title} ${shown(metrics.get(key),
       own.every((row) => key in row.metrics) ? mean(own.map((row) => row.metrics[key])) : undefined)}`),
-    own[0].run ? `run ${own[0].run}` : null].filter(Boolean).join("<br>");
+    ...own.slice(0, RUNS_IN_HOVER).map((row) => row.run ? `run ${plain(row.run)}` : null),
+    own.length > RUNS_IN_HOVER ? "..." : null].filter(Boolean).join("<br>");
   const traces = methods.map((method) => points.filter((point) => point.method === method)).filter((own) => own.length)
     .map((own) => ({
-      type: kind, mode: "markers", name: own[0].method, x: own.map((point) => point.x), y: own.map((point) => point.y),
+      type: kind, mode: "markers", name: plain(own[0].method), x: own.map((point) => point.x), y: own.map((point) => point.y),
       error_x: bars(own.map((point) => point.dx)), error_y: bars(own.map((point) => point.dy)),
-      marker: { size: 11, color: colour(own[0].method), symbol: SYMBOLS[methods.indexOf(own[0].method) % SYMBOLS.length] },
+      marker: { size: 11, color: colour(own[0].method), line: { width: 1, color: of("--text") },
+        symbol: SYMBOLS[methods.indexOf(own[0].method) % SYMBOLS.length] },
       customdata: own.map((point) => point.own[0].index), text: own.map(facts), hovertemplate: "%{text}<extra></extra>",
     }));
   const front = frontOf(points, x.higher, y.higher);
@@ -236,7 +255,7 @@ function pareto() {
   const says = points.length ? `${points.length} networks by ${x.title} and ${y.title}; ${front.length} are on the Pareto `
     + `front; the best in ${y.title} is ${top.own[0].name} with ${shown(y, top.y)} at ${shown(x, top.x)}. The table has all figures.`
     : "No network has both figures.";
-  const ups = [...points, ...dense].map((point) => point.y);
+  const ups = [...points, ...dense].flatMap((point) => [point.y - (point.dy ?? 0), point.y + (point.dy ?? 0)]);
   draw("pareto", traces, { xaxis: { ...axisOf(x), rangemode: "tozero" },
     yaxis: { ...axisOf(y), ...(y.kind === "share" && ups.length ? span(ups) : {}) } }, says);
 }
@@ -266,7 +285,7 @@ function frontOf(points, moreIsBetterAcross, moreIsBetterUp) {
 
 function withDetails() {
   const chosen = data.rows[state.chosen];
-  if (chosen?.details) return [chosen];
+  if (chosen?.details && fitting().includes(chosen)) return [chosen];
   return sorted(fitting()).filter((row) => row.details).slice(0, CURVES_AT_ONCE);
 }
 
@@ -274,10 +293,16 @@ function details() {
   const rows = withDetails();
   element("details").hidden = rows.length === 0;
   if (!rows.length) return;
+  element("of-runs").replaceChildren(...rows.flatMap((row) => {
+    const run = document.createElement("code");
+    run.textContent = [row.run && `run ${row.run}`, row.rerun].filter(Boolean).join("; ");
+    return [`${row.name}: `, run, document.createElement("br")];
+  }));
   keptChannels(rows);
   scores(rows);
   learningCurves(rows);
-  fill(element("confusion-of"), rows.map((row) => [String(row.index), row.name]), String(rows[0].index));
+  const kept = rows.find((row) => String(row.index) === element("confusion-of").value) ?? rows[0];
+  fill(element("confusion-of"), rows.map((row) => [String(row.index), row.name]), String(kept.index));
   confusion();
 }
 
@@ -297,7 +322,7 @@ function keptChannels(rows) {
   const channels = Object.assign({}, ...rows.map((row) => row.details.channels));
   const layers = Object.keys(channels);
   const share = (row, layer) => (row.details.kept[layer] ?? channels[layer]) / channels[layer];
-  const traces = rows.map((row, number) => ({ type: "bar", orientation: "h", name: row.name, y: layers,
+  const traces = rows.map((row, number) => ({ type: "bar", orientation: "h", name: plain(row.name), y: layers,
     x: layers.map((layer) => share(row, layer)), marker: { color: shades(rows)[number] },
     customdata: layers.map((layer) => [row.details.kept[layer] ?? channels[layer], channels[layer]]),
     hovertemplate: "%{y}: %{customdata[0]} of %{customdata[1]} channels<extra>%{fullData.name}</extra>" }));
@@ -320,7 +345,7 @@ function scores(rows) {
   element("scores-of").textContent = several.scores ? ` of the run of ${row.name}` : "";
   const share = counts.map((row) => row.map((count) => count / row.reduce((a, b) => a + b, 0) || null));
   draw("scores", [{ type: "heatmap", y: layers, x: centres, z: share, customdata: counts, showscale: false, xgap: 1, ygap: 3,
-    colorscale: [[0, "rgba(0,114,178,0.15)"], [1, "rgba(0,114,178,1)"]],
+    colorscale: [[0, of("--least")], [1, of("--most")]],
     hovertemplate: "%{y}: %{customdata} channels with W about %{x:.3f}<extra></extra>" }],
   { height: 120 + 22 * layers.length, yaxis: { autorange: "reversed", tickfont: { size: 10 }, showgrid: false },
     xaxis: { title: { text: "knockoff score W" }, zeroline: true } },
@@ -332,12 +357,12 @@ function learningCurves(rows) {
   if (rows[0].details.dense_history?.length) curves.unshift(["dense", rows[0].details.dense_history, "#7a8594"]);
   const said = [];
   const traces = curves.filter(([, history]) => history?.length).map(([name, history, color]) => {
-    const validated = history.every((record) => record.validation_top1 !== undefined && record.validation_top1 !== null);
+    const title = plain(name), validated = history.every((record) => record.validation_top1 !== undefined && record.validation_top1 !== null);
     const key = validated ? "validation_top1" : "top1", kind = validated ? "validation" : "training";
     said.push(`${name} ends at ${(100 * history.at(-1)[key]).toFixed(2)}% on the ${kind} split`);
-    return { type: "scatter", mode: "lines+markers", name, x: history.map((record) => record.epoch),
+    return { type: "scatter", mode: "lines+markers", name: title, x: history.map((record) => record.epoch),
       y: history.map((record) => record[key]), line: { color, width: 2 }, marker: { size: 5 },
-      hovertemplate: `epoch %{x}: ${kind} top-1 %{y:.2%}<extra>${name.replaceAll("<", "&lt;")}</extra>` };
+      hovertemplate: `epoch %{x}: ${kind} top-1 %{y:.2%}<extra>${title}</extra>` };
   });
   const longest = Math.max(1, ...curves.map(([, history]) => history?.length ?? 0));
   draw("learning-curves", traces, { height: 420, xaxis: { title: { text: "epoch" }, tick0: 0,
@@ -353,8 +378,8 @@ function confusion() {
     if (truth !== said && count > worst.count) Object.assign(worst, { count, truth, said });
   }));
   draw("confusion", [{ type: "heatmap", z: counts.map((line, truth) => line.map((count) => count / total[truth])),
-    x: classes, y: classes, customdata: counts, showscale: false, xgap: 1, ygap: 1, zmin: 0, zmax: 1,
-    colorscale: [[0, "rgba(0,114,178,0.05)"], [1, "rgba(0,114,178,1)"]],
+    x: classes.map(plain), y: classes.map(plain), customdata: counts, showscale: false, xgap: 1, ygap: 1, zmin: 0, zmax: 1,
+    colorscale: [[0, of("--least")], [1, of("--most")]],
     ...(classes.length <= 12 ? { text: counts, texttemplate: "%{text}" } : {}),
     hovertemplate: "%{y} taken for %{x}: %{customdata}<extra></extra>" }],
   { xaxis: { title: { text: "predicted" }, type: "category", showgrid: false },
@@ -403,6 +428,11 @@ element("pareto").on("plotly_click", (event) => {
   if (index !== undefined) choose(index, true);
 });
 dark.addEventListener("change", everything);
+// Paper is white, whatever the screen is.
 const plots = () => document.querySelectorAll(".plot.js-plotly-plot");
 for (const event of ["beforeprint", "afterprint"])
-  window.addEventListener(event, () => plots().forEach((plot) => Plotly.Plots.resize(plot)));
+  window.addEventListener(event, () => {
+    document.documentElement.classList.toggle("printing", event === "beforeprint");
+    everything();
+    plots().forEach((plot) => Plotly.Plots.resize(plot));
+  });

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from scop.metrics import Metric, describe, smallest_batch
-from scop.page import Page
+from scop.page import DETAILS, Page
 from scop.plots import confusion_matrix, score_histograms
 from scop.results import Result
 
@@ -58,7 +58,7 @@ def write_pictures(page: Page, folder: Path) -> list[Path]:
                 path = folder / f"accuracy-{_file_name(metric.title)}{tail and '-' + tail}.png"
                 if _accuracy(own, metric, path, device):
                     written.append(path)
-    details = {page.results[number].name: evaluation for number, evaluation in page.details.items()}
+    details = _named({number: page.results[number].name for number in page.details}, page.details)
     if details:
         shown = dict(list(details.items())[:_CURVES])
         _kept_channels(shown, folder / "kept-channels.png")
@@ -81,11 +81,10 @@ def write_pictures(page: Page, folder: Path) -> list[Path]:
 
 def points(results: Sequence[Result], across: str, up: str = _ACCURACY) -> list[Point]:
     """A point for each group of results that differ in nothing but their seeds; those without a figure are left out."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    groups: dict[str, list[Result]] = {}
     for result in results:
         if across in result.metrics and up in result.metrics:
-            key = tuple(sorted((name, str(value)) for name, value in result.params.items() if name != "seed"))
-            groups.setdefault(key, []).append(result)
+            groups.setdefault(result.identity, []).append(result)
     found = []
     for own in groups.values():
         xs, ys = ([result.metrics[key] for result in own] for key in (across, up))
@@ -112,8 +111,21 @@ def _on_one_dataset(results: Sequence[Result]) -> Iterator[tuple[str, list[Resul
         yield name, own
 
 
+def _named(names: Mapping[int, str], details: Mapping[int, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Evaluations that have all that is drawn by name, those of one name numbered."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for number, evaluation in details.items():
+        if not all(key in evaluation for key in DETAILS):
+            continue
+        name, count = names[number].replace("$", r"\$"), 1  # which matplotlib takes for mathematics
+        while (title := name if count == 1 else f"{name} {count}") in found:
+            count += 1
+        found[title] = evaluation
+    return found
+
+
 def _file_name(*parts: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", " ".join(filter(None, parts)).lower()).strip("-")
+    return re.sub(r"[^\w.]+", "-", " ".join(filter(None, parts)).lower()).strip("-")
 
 
 def _figure(height: float) -> tuple[Any, Any]:
@@ -143,8 +155,11 @@ def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str
     front = pareto_front(found)
     line = {"color": "#8a8a8a", "linestyle": ":", "linewidth": 1.2, "zorder": 1}
     axes.plot([point.x for point in front], [point.y for point in front], label="Pareto front", **line)
-    dense = {(r.metrics[metric.key.replace("pruned_", "dense_")], r.metrics["dense_top1"]) for r in results}
-    axes.scatter(*zip(*sorted(dense), strict=True), marker="D", facecolors="none", edgecolors="#566270", label="dense")
+    own_dense = (metric.key.replace("pruned_", "dense_"), "dense_top1")
+    dense = {tuple(r.metrics[key] for key in own_dense) for r in results if all(key in r.metrics for key in own_dense)}
+    if dense:
+        places = zip(*sorted(dense), strict=True)
+        axes.scatter(*places, marker="D", facecolors="none", edgecolors="#566270", label="dense")
     axes.set_xlim(left=0)
     axes.set_xlabel(
         metric.title + (", ms" if metric.kind == "milliseconds" else "") + (f", {device}" if device else "")

@@ -20,6 +20,9 @@ from scop.steps.record import RUN_VARIABLE, StepResult
 from scop.steps.runtime import Context
 from scop.storage import join
 
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""layer -> what scores.json has of it: ``gate`` and ``score``, of each channel."""
+
 
 class Config(Section):
     pass
@@ -45,7 +48,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     summary = {"run_id": run_id, "variants": [result.summary() for result in results]}
     (outputs.report / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     scores = json.loads((inputs.scores / "scores.json").read_text())
-    page_of(results, scores, f"Pruning run {run_id}").write(outputs.report / "report.html")
+    page_of(results, [scores] * len(results), f"Pruning run {run_id}").write(outputs.report / "report.html")
     write_manifest(outputs.report, kind="report")
     for name in ("summary.json", "report.html"):
         context.tracker.log_file(outputs.report / name)
@@ -54,17 +57,18 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
 
 def page_of(
     results: Sequence[VariantResult],
-    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    scores: Sequence[Scores],
     title: str,
     missing: Mapping[str, str] | None = None,
     spent: Sequence[Spent] = (),
 ) -> Page:
-    """The page of some variants, with all that is known of each; scores as scores.json has them."""
-    first, layers = results[0].evaluation, {layer: entry["score"] for layer, entry in scores.items()}
+    """The page of some variants, with all that is known of each; scores of the run of each."""
+    first = results[0].evaluation
+    layers = [{layer: entry["score"] for layer, entry in own.items()} for own in scores]
     return Page(
         title=title,
         results=[result.result for result in results],
-        details={number: {**result.evaluation, "scores": layers} for number, result in enumerate(results)},
+        details={number: {**result.evaluation, "scores": layers[number]} for number, result in enumerate(results)},
         missing=missing or {},
         spent=spent,
         facts=[f"{first['dataset']['test']:,} test images; latency in float32, {first['threads']} threads."],

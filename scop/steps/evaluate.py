@@ -16,7 +16,7 @@ from scop.data import load_dataset
 from scop.device import describe_device
 from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
 from scop.manifest import TIMINGS, write_manifest
-from scop.parents import DEVICE_TAG
+from scop.parents import DATASET_TAG, DEVICE_TAG
 from scop.parsing import Section
 from scop.plots import confusion_matrix
 from scop.results import Result, with_timings
@@ -74,7 +74,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         "prune_rate": plan["prune_rate"],
         "residual": variant.residual,
         **figures,
-        "device": describe_device(device),
+        "device": describe_device(device, section.threads),
         "threads": section.threads or torch.get_num_threads(),
         "dataset": {
             "source": dataset.info.source,
@@ -106,7 +106,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         context.tracker.log_file(outputs.evaluation / name)
     result = Result.of(with_timings(evaluation, timings))
     context.tracker.log_params(result.params)
-    context.tracker.set_tags({DEVICE_TAG: result.device, "scop.dataset": result.dataset}, of_the_run=True)
+    context.tracker.set_tags({DEVICE_TAG: result.device})
+    context.tracker.set_tags({DATASET_TAG: result.dataset}, of_the_run=True)
     kept = [{"layer": layer, "channels": plan["channels"][layer], "kept": len(k)} for layer, k in plan["kept"].items()]
     context.tracker.log_table({key: [row[key] for row in kept] for key in kept[0]} if kept else {}, "layers.json")
     metrics = result.metrics

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from scop import storage
 from scop.checkpoints import STOP_SIGNALS, Checkpoints
-from scop.cost import Meter
+from scop.cost import Cost, Meter
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
 from scop.mlflow_server import first_line
+from scop.parents import DEVICE_TAG
 from scop.parsing import Section, parse
 from scop.steps import STEPS, TRAINING_STEPS, train_job
 from scop.steps.places import (
@@ -321,7 +322,7 @@ class _Work:
 
 def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> StepResult:
     """The work between the record's first line and its last."""
-    meter, name = Meter(work.processes.total), file.record.step
+    meter, name = Meter(work.processes.total, work.processes.here), file.record.step
     unsent = work.unsent
     tracker: Tracker = NoTracker()
     file.write()
@@ -336,7 +337,8 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
             tracker.watch_system()
         result = work.run(tracker, checkpoints)
         cost = meter.read()
-        tracker.log_metrics({**result.metrics, **cost.metrics})
+        _tell_cost(tracker, name, cost)
+        tracker.log_metrics(result.metrics)
         made = file.record.made({key: read_folder(folder) for key, folder in work.targets.items()})
         file.write(status="done", seconds=cost.seconds, cost=cost, result=result, outputs=made, code=0)
     except BaseException as error:
@@ -345,7 +347,7 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         cost = meter.read()
         with contextlib.suppress(UserError):  # S3 itself may be what failed; the first error is the one to tell
             file.write(status=status, error=reason, seconds=cost.seconds, cost=cost, code=_code(error))
-        tracker.log_metrics(cost.metrics)
+        _tell_cost(tracker, name, cost)
         tracker.close(succeeded=False, error=f"{name}: {reason}")
         if status == "stopped":
             print(f"{name}: {reason}; run it again, and it goes on from there", flush=True)
@@ -364,6 +366,13 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
     except UserError as error:
         print(f"warning: checkpoints are left behind: {error}", flush=True)
     return result
+
+
+def _tell_cost(tracker: Tracker, name: str, cost: Cost) -> None:
+    tracker.log_metrics(cost.metrics)
+    if name != ROW_STEP:  # which says itself what its latencies were measured on
+        # The device of a pipeline's run is the one that it trains on.
+        tracker.set_tags({DEVICE_TAG: cost.device}, of_the_run=name in TRAINING_STEPS)
 
 
 def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
