@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +32,17 @@ from scop.training import fit
 from tests import services
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_stacks() -> None:
+    """KFP's tasks look at the whole stack, source lines too, at each call to learn their caller's name.
+
+    A process that has loaded as much as the tests have takes 15 seconds for that where a pipeline is compiled.
+    """
+    from kfp.dsl import pipeline_task
+
+    pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0)[1:])
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_an_unsealed_one_is_none(digits: Dataset, place: str) -> None:
     assert Checkpoints(place, "abc").load() is None
 
 
-@pytest.mark.parametrize("step", ["train_dense", "train_knockoff"])
+@pytest.mark.parametrize("step", ["train_dense", pytest.param("train_knockoff", marks=pytest.mark.slow)])
 def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
     step: str, digits_folder: Path, model_folder: Path, bucket: str, tmp_path: Path
 ) -> None:

@@ -112,7 +112,10 @@ def plan_folder(digits_folder: Path, model_folder: Path, tmp_path_factory: pytes
     return folder / "plan"
 
 
-@pytest.mark.parametrize("step", ["train_dense", "train_knockoff", "finetune"])
+@pytest.mark.parametrize(
+    "step",
+    ["train_dense", *(pytest.param(step, marks=pytest.mark.slow) for step in ("train_knockoff", "finetune"))],
+)
 def test_a_killed_step_resumes_to_the_same_weights(
     step: str, digits_folder: Path, model_folder: Path, plan_folder: Path, tmp_path: Path
 ) -> None:
