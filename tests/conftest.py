@@ -46,6 +46,14 @@ def _short_stacks() -> None:
 
 
 @pytest.fixture(scope="session")
+def mlflow_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server; each test has experiments of its own."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with services.mlflow_server(folder, str(folder / "artifacts"), os.environ) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "dataset"
     save_dataset(load_source(DataSection()), folder)

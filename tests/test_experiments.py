@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +17,10 @@ from tests import services
 from tests.results import log, result
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    with services.mlflow_server(folder, str(folder / "artifacts"), os.environ) as address:
-        yield address
-
-
 @pytest.fixture
-def client(server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    return MlflowClient(server)
+def client(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_address)
+    return MlflowClient(mlflow_address)
 
 
 @pytest.fixture

@@ -4,13 +4,8 @@ import contextlib
 import http.server
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,57 +16,25 @@ from scop.mlflow_server import find_experiment
 from scop.parents import KFP_TAG, PARENT_TAG, close_parent, end_parent, start_parent
 from scop.steps.runtime import run_step
 from scop.tracking import KFP_RUN_VARIABLE, PARENT_VARIABLE, UNSENT, MlflowTracker
-from tests.services import free_port
+from tests import services
 
 TINY = {"model": "tests.helpers:Plain", "epochs": 2, "batch_size": 64}
 
 
-@dataclass
-class Server:
-    uri: str
-    process: subprocess.Popen[bytes]
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A real MLflow server; MLFLOW_TRACKING_URI names it."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    with (tmp_path / "server.log").open("wb") as log:
-        quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=quiet)
-    running = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        wait_for(running, tmp_path / "server.log")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        yield running
-    finally:
-        if process.poll() is None:
-            running.kill()
+def server(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A real MLflow server's address; MLFLOW_TRACKING_URI names it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_address)
+    return mlflow_address
 
 
-def wait_for(server: Server, log: Path) -> None:
-    ready = threading.Event()
-    for _ in range(600):
-        assert server.process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{server.uri}/health", timeout=1) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            ready.wait(0.1)
-    raise TimeoutError(log.read_text())
-
-
-def test_a_step_is_a_child_run_on_the_server(server: Server, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_step_is_a_child_run_on_the_server(server: str, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     parent = start_parent("experiment", "run", {"scop.run": "run"})
     monkeypatch.setenv(PARENT_VARIABLE, parent)
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
@@ -86,11 +49,12 @@ def test_a_step_is_a_child_run_on_the_server(server: Server, digits_folder: Path
 
 
 @pytest.fixture
-def on_a_cluster(server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The id of a KFP run, by which the steps find each other."""
-    monkeypatch.setenv(KFP_RUN_VARIABLE, "kfp-run-1")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "cluster")
-    return "kfp-run-1"
+def on_a_cluster(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a KFP run, by which the steps find each other, and the name of its experiment."""
+    name: str = request.node.name
+    monkeypatch.setenv(KFP_RUN_VARIABLE, name)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+    return name
 
 
 def runs_of(experiment: str) -> tuple[list, list]:
@@ -102,7 +66,7 @@ def runs_of(experiment: str) -> tuple[list, list]:
 
 
 def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path: Path) -> None:
-    find_experiment(MlflowClient(), "cluster")
+    find_experiment(MlflowClient(), on_a_cluster)
     together = threading.Barrier(4)
 
     def step(number: int) -> None:
@@ -116,7 +80,7 @@ def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path:
         thread.start()
     for thread in threads:
         thread.join()
-    (parent,), children = runs_of("cluster")
+    (parent,), children = runs_of(on_a_cluster)
     assert parent.data.tags[KFP_TAG] == on_a_cluster
     assert {run.data.tags[PARENT_TAG] for run in children} == {parent.info.run_id}
     assert len(children) == 4
@@ -133,23 +97,23 @@ def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path
         first = MlflowTracker("first", {}, tmp_path / "first")
         blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
         second = MlflowTracker("second", {}, tmp_path / "second")
-    assert len(runs_of("cluster")[0]) == 2
+    assert len(runs_of(on_a_cluster)[0]) == 2
     first.close(succeeded=True)
     second.close(succeeded=True)
-    (parent,), children = runs_of("cluster")
+    (parent,), children = runs_of(on_a_cluster)
     assert [run.data.tags[PARENT_TAG] for run in children] == [parent.info.run_id] * 2
 
 
 def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_cluster: str, tmp_path: Path) -> None:
     MlflowTracker("finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
-    (parent,), _ = runs_of("cluster")
+    (parent,), _ = runs_of(on_a_cluster)
     assert (parent.info.status, parent.data.tags["scop.error"]) == ("FAILED", "finetune: out of memory")
     retry = MlflowTracker("finetune", {}, tmp_path / "b")
-    assert runs_of("cluster")[0][0].info.status == "RUNNING"
+    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
     retry.close(succeeded=True)
-    assert runs_of("cluster")[0][0].info.status == "RUNNING"
+    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
     MlflowTracker("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
-    (parent,), _ = runs_of("cluster")
+    (parent,), _ = runs_of(on_a_cluster)
     assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"scop/top1": 0.9})
     assert "scop.error" not in parent.data.tags
 
@@ -160,39 +124,40 @@ def test_a_run_of_which_one_variant_failed_stays_failed_while_the_others_go_on(
     MlflowTracker("a finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
     for name in ("b finetune", "b evaluate"):
         MlflowTracker(name, {}, tmp_path / name).close(succeeded=True)
-    assert runs_of("cluster")[0][0].info.status == "FAILED"
+    assert runs_of(on_a_cluster)[0][0].info.status == "FAILED"
     MlflowTracker("a finetune", {}, tmp_path / "retry").close(succeeded=True)
-    assert runs_of("cluster")[0][0].info.status == "RUNNING"
+    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
 
 
 def test_the_command_line_closes_what_a_killed_pod_left_open(on_a_cluster: str, tmp_path: Path) -> None:
     MlflowTracker("finetune", {}, tmp_path / "a")  # and is never heard of again
-    close_parent("cluster", on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
-    (parent,), (child,) = runs_of("cluster")
+    close_parent(on_a_cluster, on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
+    (parent,), (child,) = runs_of(on_a_cluster)
     assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
     assert parent.data.tags["scop.error"] == "step finetune failed: OOMKilled"
-    assert close_parent("cluster", "another", succeeded=True) is None
+    assert close_parent(on_a_cluster, "another", succeeded=True) is None
 
 
 def test_a_run_that_kfp_opened_is_the_steps(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
     client = MlflowClient()
-    experiment = find_experiment(client, "cluster")
+    experiment = find_experiment(client, on_a_cluster)
     above = client.create_run(experiment).info.run_id
     given = client.create_run(experiment, tags={PARENT_TAG: above}).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     tracker = MlflowTracker("finetune", {"scop.step": "finetune"}, tmp_path / "a")
     assert tracker.run_id == given
     tracker.close(succeeded=True)
-    (parent,), (child,) = runs_of("cluster")
+    (parent,), (child,) = runs_of(on_a_cluster)
     assert (parent.info.run_id, child.info.run_id) == (above, given)
     assert child.data.tags["scop.step"] == "finetune"
 
 
-def test_a_server_that_dies_costs_no_training(server: Server, tmp_path: Path, capsys) -> None:
-    tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
-    tracker.log_metrics({"loss": 1.0}, step=1)
-    assert not (tmp_path / UNSENT).exists()
-    server.kill()
+def test_a_server_that_dies_costs_no_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+        tracker.log_metrics({"loss": 1.0}, step=1)
+        assert not (tmp_path / UNSENT).exists()
     tracker.log_metrics({"loss": 0.5}, step=2)
     tracker.log_metrics({"loss": 0.25}, step=3)
     tracker.close(succeeded=True)
@@ -203,7 +168,7 @@ def test_a_server_that_dies_costs_no_training(server: Server, tmp_path: Path, ca
 
 
 def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     output = tmp_path / "model"
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
@@ -213,7 +178,7 @@ def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path
 
 
 def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI and its credentials"):
         start_parent("experiment", "run", {})
@@ -247,6 +212,7 @@ def refusing(monkeypatch) -> Iterator[None]:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
         yield
         server.shutdown()
 
