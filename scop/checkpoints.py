@@ -13,7 +13,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scop import storage
@@ -33,6 +33,10 @@ class Checkpoints:
     place: str
     fingerprint: str
     keep: int = 2
+
+    def part(self, name: str) -> Checkpoints:
+        """Those of a training within the run; they are removed with it."""
+        return replace(self, place=storage.join(self.place, name))
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
         """Write a state, and remove what is older than the `keep` newest.
@@ -94,7 +98,8 @@ class Checkpoints:
 
     def _names(self) -> list[str]:
         """What is sealed, oldest first."""
-        return [name.removesuffix(".json") for name in storage.names(self.place) if name.endswith(".json")]
+        own = [name for name in storage.names(self.place) if "/" not in name]
+        return [name.removesuffix(".json") for name in own if name.endswith(".json")]
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

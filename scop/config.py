@@ -19,8 +19,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 """What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
 
 ResidualRule = Literal["scatter", "inner", "coupled"]
-Method = Literal["scop", "random", "l1", "bn_gamma", "none"]
+Method = Literal["scop", "random", "l1", "bn_gamma", "fpgm", "none"]
 Precision = Literal["auto", "bf16", "fp32"]
+BatchNormMode = Literal["frozen", "own", "joint"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -162,24 +163,66 @@ class DenseSection(TrainingSection):
         return {key: _whole(entry) for key, entry in value.items()}
 
 
+class GaussianSection(Section):
+    """Second-order Model-X knockoffs.
+
+    Attributes:
+        components: so many principal components are drawn anew; at most half as many as there are images.
+        distance: of a knockoff from its original, in (0, 1]; their correlation is 1 - distance.
+    """
+
+    components: PositiveInt = 256
+    distance: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class GeneratorSection(Section):
+    """A small generative model of the images.
+
+    Attributes:
+        epochs: passes over the training split.
+        width: channels of its first level.
+        lr: of AdamW, at its peak.
+        images: so many are drawn; knockoffs are taken from them.
+        steps: from noise to an image.
+    """
+
+    epochs: PositiveInt = 20
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    lr: PositiveFloat = 2e-3
+    images: PositiveInt = 4096
+    steps: PositiveInt = 16
+
+
 class KnockoffSection(Section):
     """The knockoff phase.
 
     Attributes:
-        source: where knockoff images come from: shuffle, or package.module:function, see `scop.knockoff`.
-        epochs: passes over the training split.
+        source: where knockoff images come from: shuffle, gaussian, generator, or package.module:factory, see
+            `scop.knockoff_sources`.
+        score: fisher, the information of gates that are held at `mixing`, or published, of gates that are trained; see
+            `scop.knockoff`.
+        mixing: share of the real features in the mixture, for score fisher.
+        batch_norm: its statistics in this phase: frozen, the running ones; own, those of each stream's batch; or joint,
+            those of real images and knockoffs together.
+        epochs: passes over the training split. The paper trains gates for 20.
         batch_size: images in a batch.
-        lr, betas: of Adam on the gates.
+        lr, betas: of Adam on the gates, for score published.
+        gaussian, generator: settings of these sources.
         crop_padding, flip: augmentation.
         precision: see `TrainingSection`.
         seed: of order, augmentation and knockoffs.
     """
 
     source: str = "shuffle"
-    epochs: PositiveInt = 20
+    score: Literal["fisher", "published"] = "fisher"
+    mixing: Annotated[float, Field(gt=0, le=1)] = 0.8
+    batch_norm: BatchNormMode = "frozen"
+    epochs: PositiveInt = 1
     batch_size: PositiveInt = 256
     lr: PositiveFloat = 0.004
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    gaussian: GaussianSection = GaussianSection()
+    generator: GeneratorSection = GeneratorSection()
     crop_padding: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     precision: Precision = "auto"
@@ -191,7 +234,7 @@ class VariantSection(Section):
 
     Attributes:
         name: names it in tables; made of method and rate by default.
-        method: scop, the controls random, l1 and bn_gamma, or none, which removes nothing.
+        method: scop, the controls random, l1, bn_gamma and fpgm, or none, which removes nothing.
         prune_rate: fraction of the channels removed in each layer.
         residual: the rule for residual streams, see `scop.graph`.
         round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.

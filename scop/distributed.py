@@ -78,6 +78,13 @@ def mean(*values: float) -> list[float]:
     return [float(value) for value in totals / share()[1]]
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over the processes, which all must ask for it; in place."""
+    if several():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def gathered(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Those of every process, by rank; on the CPU, and of the same shapes everywhere."""
     if not several():
@@ -129,6 +136,10 @@ class SharedCheckpoints:
     def place(self) -> str:
         """Where they are."""
         return self._store.place
+
+    def part(self, name: str) -> SharedCheckpoints:
+        """See `scop.checkpoints.Checkpoints.part`."""
+        return SharedCheckpoints(self._store.part(name))
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
         """See `scop.checkpoints.Checkpoints.save`; raises in the first process alone.

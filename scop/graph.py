@@ -105,9 +105,10 @@ class ChannelGraph:
         self._names = {module: name for name, module in self._model.named_modules()}
         self._calls = self._count_calls()
         try:
-            self._dependencies = tp.DependencyGraph().build_dependency(
-                self._model, example_inputs=(self._example(),), verbose=False
-            )
+            with torch.enable_grad():
+                self._dependencies = tp.DependencyGraph().build_dependency(
+                    self._model, example_inputs=(self._example(),), verbose=False
+                )
         except Exception as error:
             raise UserError(f"the channels of {type(model).__name__} cannot be traced: {error}") from error
         self._nodes: dict[nn.Module, Any] = self._dependencies.module2node

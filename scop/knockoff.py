@@ -1,24 +1,36 @@
 """The knockoff phase of SCOP (Tang et al., NeurIPS 2020, arXiv 2010.10732).
 
 Every batch x gets a knockoff batch x~ that looks like it but says nothing about its labels. Both run through the frozen
-network. Behind each convolution under test, channel j of the real stream becomes ``s_j real + (1 - s_j) knockoff``; the
-knockoff stream stays pure. Only the gates s train, on the loss of the real stream, within [0, 1]. A channel's score is
+network. Behind each convolution under test, channel j of the real stream becomes ``s_j real + (1 - s_j) knockoff``, s_j
+its gate; the knockoff stream stays pure. The loss is that of the real stream. Two scores can be made of it.
 
-    W_j = |gamma_j| (s_j - (1 - s_j)),
+``fisher``
+    The gates stay at a mixing point s, 0.8 say, and for each example the derivative g of its loss by each gate is
+    taken. A channel's score is the empirical Fisher information of its gate,
 
-gamma the weight of the convolution's batch norm. Where W is low, the knockoff did as well as the real feature.
+        F_j = E[g_j^2],
 
-**The batch norms are frozen**: they use their running statistics. So they are affine, and an affine map commutes with
-a mixture whose weights sum to 1: mixing before the batch norm, as the paper has it, equals mixing behind it, and the
-batch norm can be folded into the convolution. The knockoff stream needs no gradient, the weights need none, and the
-dense model is never touched, since all of this happens on a folded copy. A step costs about as much as a plain
-training step.
+    to second order twice the loss that exchanging the real feature for its knockoff costs. It wants one pass over some
+    thousand examples and no training. At s = 1 it would ask what one channel is worth while all others are whole; at a
+    mixing point it asks while the others are weakened too, as they will be in the pruned network.
+
+``published``
+    The gates are trained within [0, 1], from 0.5, and scored by ``W_j = |gamma_j| (s_j - (1 - s_j))``, gamma the weight
+    of the convolution's batch norm. On real networks nearly all gates end at 1, so that it ranks like |gamma|: see
+    docs/knockoffs.md.
+
+Where the batch norms are **frozen** they use their running statistics. So they are affine, and an affine map commutes
+with a mixture whose weights sum to 1: mixing before the batch norm, as the paper has it, equals mixing behind it, and
+the batch norm can be folded into the convolution. The knockoff stream needs no gradient, the weights need none, and the
+dense model is never touched, since all of this happens on a copy. A step costs about as much as a plain training step.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,49 +46,52 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scop import distributed
-from scop.config import KnockoffSection, Precision
+from scop.config import BatchNormMode, KnockoffSection
 from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
 from scop.graph import ChannelGraph
-from scop.models import import_user_module
+from scop.knockoff_sources import KnockoffSource, make_source
 from scop.parsing import parse
+from scop.sync_batch_norm import SynchronisedBatchNorms
 from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit
 
-KnockoffSource = Callable[[Tensor, Tensor], Tensor]
-"""Makes knockoff images (B, C, H, W) of real ones (B, C, H, W) and their labels (B,)."""
-
 INITIAL_GATE = 0.5
+"""Of trained gates."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
-    """The knockoff phase's result: layer -> W, a float32 tensor (channels,), on the CPU.
+    """The knockoff phase's result: layer -> scores, a float32 tensor (channels,), on the CPU; low ones go.
 
     Attributes:
-        gates: layer -> s, in [0, 1].
-        gammas: layer -> |gamma|, the absolute weight of the layer's batch norm; ones where it has none.
+        score: layer -> scores.
+        error: layer -> their standard errors: over examples, for trained gates over the last half of the epochs.
+        signed: layer -> W, antisymmetric under swapping real and knockoff, as a knockoff filter needs it: by how many
+            standard errors the loss falls when a gate opens; for trained gates the score itself.
+        gate: layer -> s, in [0, 1].
         input_shape: (C, H, W) of the images.
         history: epoch by epoch.
     """
 
-    gates: dict[str, Tensor]
-    gammas: dict[str, Tensor]
+    score: dict[str, Tensor]
+    error: dict[str, Tensor]
+    signed: dict[str, Tensor]
+    gate: dict[str, Tensor]
     input_shape: tuple[int, int, int]
     history: list[EpochRecord] = field(default_factory=list)
 
     def __getitem__(self, layer: str) -> Tensor:
-        return self.gammas[layer] * (2 * self.gates[layer] - 1)
+        return self.score[layer]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.gates)
+        return iter(self.score)
 
     def __len__(self) -> int:
-        return len(self.gates)
+        return len(self.score)
 
     def save(self, path: Path) -> None:
-        """Write gates and gammas to a safetensors file."""
-        tensors = {f"gate/{name}": gate for name, gate in self.gates.items()}
-        tensors |= {f"gamma/{name}": gamma for name, gamma in self.gammas.items()}
+        """Write all but the history to a safetensors file."""
+        tensors = {f"{kind}/{name}": tensor for kind in _PARTS for name, tensor in getattr(self, kind).items()}
         save_file(tensors, path, metadata={"input_shape": "x".join(map(str, self.input_shape))})
 
     @classmethod
@@ -88,35 +103,16 @@ class Scores(Mapping[str, Tensor]):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no scores of the knockoff phase: {error}") from error
-        parts: dict[str, dict[str, Tensor]] = {"gate": {}, "gamma": {}}
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _PARTS}
         for key, tensor in tensors.items():
             kind, _, layer = key.partition("/")
-            parts[kind][layer] = tensor
-        return cls(parts["gate"], parts["gamma"], (channels, height, width))
+            parts.setdefault(kind, {})[layer] = tensor
+        if parts.keys() != set(_PARTS) or any(part.keys() != parts["score"].keys() for part in parts.values()):
+            raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
+        return cls(**parts, input_shape=(channels, height, width))  # type: ignore[arg-type]
 
 
-def shuffle(images: Tensor, labels: Tensor) -> Tensor:
-    """The batch in another order: real images, but of other examples."""
-    return images[torch.randperm(len(images), device=images.device)]
-
-
-SOURCES: dict[str, KnockoffSource] = {"shuffle": shuffle}
-
-
-def find_source(name: str) -> KnockoffSource:
-    """The knockoff source of a name, or of ``package.module:function``; raises UserError where there is none."""
-    if name in SOURCES:
-        return SOURCES[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(
-            f"knockoff source {name!r} is unknown (known: {', '.join(SOURCES)}, or package.module:function)"
-        )
-    try:
-        source: KnockoffSource = getattr(import_user_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"knockoff source {name!r} cannot be imported: {error}") from error
-    return source
+_PARTS = ("score", "error", "signed", "gate")
 
 
 def train_knockoffs(
@@ -124,7 +120,7 @@ def train_knockoffs(
     batches: TrainingBatches,
     section: KnockoffSection | None = None,
     *,
-    source: KnockoffSource | None = None,
+    source: KnockoffSource | str | None = None,
     device: torch.device | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     checkpoints: CheckpointStore | None = None,
@@ -136,8 +132,8 @@ def train_knockoffs(
     Args:
         model: the trained dense network; it is left bit for bit as it was.
         batches: (images, labels), one iteration an epoch; images as the network takes them.
-        section: the settings, or give them one by one as keywords: ``epochs=2, lr=0.01``.
-        source: makes knockoffs; that of the settings by default.
+        section: the settings, or give them one by one as keywords: ``epochs=2, mixing=0.7``.
+        source: makes knockoffs, or the name of what does; that of the settings by default.
         device: where to compute.
         on_epoch: told of every epoch.
         checkpoints, stopping: see `scop.training.fit`.
@@ -145,26 +141,32 @@ def train_knockoffs(
     Raises:
         UserError: no layer can be pruned, or a setting is bad.
     """
+    if isinstance(source, str):
+        source, settings = None, settings | {"source": source}
     section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
     device = device or pick_device()
     channels, height, width = _image_shape(batches)
     graph = ChannelGraph(model, (channels, height, width))
-    competition = Competition(model, graph, source or find_source(section.source), device, section.precision)
-    optimizer = torch.optim.Adam(competition.gates.parameters(), lr=section.lr, betas=section.betas)
+    source = source or make_source(section, batches, device, checkpoints, stopping)
+    competition = Competition(model, graph, source, device, section)
+
+    def after_epoch(record: EpochRecord) -> None:
+        competition.after_epoch(record)
+        on_epoch(record)
+
     history = fit(
         competition,
         batches,
-        optimizer,
+        competition.optimizer(),
         epochs=section.epochs,
         label="knockoff",
         seed=section.seed,
-        on_epoch=on_epoch,
+        on_epoch=after_epoch,
         checkpoints=checkpoints,
         stopping=stopping,
     )
-    gates = {layer: gate.detach().float().cpu() for layer, gate in competition.named_gates()}
-    gammas = {layer: _gamma(model, graph, layer) for layer in gates}
-    return Scores(gates, gammas, (channels, height, width), history)
+    score, error, signed = competition.gates.scores()
+    return Scores(score, error, signed, competition.gates.values(), (channels, height, width), history)
 
 
 def _image_shape(batches: TrainingBatches) -> tuple[int, int, int]:
@@ -194,6 +196,7 @@ def gated_layers(graph: ChannelGraph) -> list[str]:
 
 
 def _gamma(model: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
+    """|gamma| of a convolution's batch norm, ones where it has none: (channels,)."""
     norm = graph.batch_norm(layer)
     weight = None if norm is None else model.get_submodule(norm).weight
     if weight is None:
@@ -202,7 +205,15 @@ def _gamma(model: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
 
 
 class Competition:
-    """The objective of the knockoff phase: the loss of the real stream, into which the gates mix knockoffs."""
+    """The objective of the knockoff phase: the loss of the real stream, into which the gates mix knockoffs.
+
+    Args:
+        model: the dense network; a copy of it is looked at.
+        graph: its channels.
+        source: makes knockoffs.
+        device: where to compute.
+        section: the settings, or give them one by one as keywords.
+    """
 
     def __init__(
         self,
@@ -210,44 +221,174 @@ class Competition:
         graph: ChannelGraph,
         source: KnockoffSource,
         device: torch.device,
-        precision: Precision = "auto",
+        section: KnockoffSection | None = None,
+        **settings: Any,
     ) -> None:
-        self.source, self.device = source, device
-        self.dtype = autocast_dtype(device, precision)
-        layers = gated_layers(graph)
-        network = folded_copy(model, graph, self.dtype).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Parameter names may not hold dots, and layer names do.
-        self.gates = nn.ParameterDict(
-            {
-                layer.replace(".", "/"): torch.full((int(model.get_submodule(layer).out_channels),), INITIAL_GATE)  # type: ignore[arg-type]
-                for layer in layers
-            }
-        ).to(device)
+        section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
+        self.source, self.device, self.section = source, device, section
+        self.dtype = autocast_dtype(device, section.precision)
+        self.trained = section.score == "published"
+        gammas = {layer: _gamma(model, graph, layer) for layer in gated_layers(graph)}
+        self.gates: Gates = TrainedGates(gammas, section.epochs) if self.trained else HeldGates(gammas, section.mixing)
+        self.gates.to(device)
+        network = frozen_copy(model, graph, self.dtype, section.batch_norm)
+        network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shared = distributed.several() and section.batch_norm != "frozen"
+        self._batch_norms = SynchronisedBatchNorms() if shared else nullcontext()
         with torch.no_grad(), autocast(device, self.dtype):
-            streams = _TwoStreams(network, dict(self.named_gates()), torch.zeros(2, *graph.input_shape, device=device))
+            images = torch.zeros(2, *graph.input_shape, device=device)
+            streams = _TwoStreams(network, self.gates, images, joint=section.batch_norm == "joint")
         self._streams = distributed.parallel(streams, device)
-
-    def named_gates(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, gate in self.gates.items():
-            yield name.replace("/", "."), gate
 
     @property
     def state(self) -> nn.Module:
         return self.gates
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam for gates that are trained; the others stay where they are."""
+        if self.trained:
+            return torch.optim.Adam(self.gates.parameters(), lr=self.section.lr, betas=self.section.betas)
+        return torch.optim.SGD(self.gates.parameters(), lr=0.0)
 
     def start_epoch(self) -> None:
         pass
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), self._batch_norms:
             logits = self._streams(images, self.source(images, labels)).float()
         return F.cross_entropy(logits, labels), logits
 
     def after_step(self) -> None:
+        self.gates.after_step()
+
+    def after_epoch(self, record: EpochRecord) -> None:
+        """To be called before a checkpoint is written."""
+        self.gates.after_epoch(record.epoch)
+
+
+class Gates(nn.Module):
+    """The gates, one of each channel, and what is found out about them.
+
+    Args:
+        gammas: layer -> |gamma| (channels,).
+        value: of all gates.
+    """
+
+    def __init__(self, gammas: Mapping[str, Tensor], value: float) -> None:
+        super().__init__()
+        self.gammas = gammas
+        # Parameter names may not hold dots, and layer names do.
+        self._gates = nn.ParameterDict(
+            {layer.replace(".", "/"): torch.full_like(gamma, value) for layer, gamma in gammas.items()}
+        )
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Layers and their gates (channels,)."""
+        for name, gate in self._gates.items():
+            yield name.replace("/", "."), gate
+
+    def values(self) -> dict[str, Tensor]:
+        """Layer -> s, on the CPU."""
+        return {layer: gate.detach().float().cpu() for layer, gate in self.named()}
+
+    def opened(self, layer: str, images: int) -> Tensor:
+        """A layer's gates as they meet its feature map: (channels,), or of each image its own (images, channels)."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called when the optimizer has moved them."""
+
+    def after_epoch(self, epoch: int) -> None:
+        """Called at the end of an epoch, counted from 1."""
+
+    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Scores, their standard errors, and W; see `Scores`."""
+        raise NotImplementedError
+
+    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        """(all channels,) -> layer -> (channels,), float32 on the CPU."""
+        parts = flat.float().cpu().split_with_sizes([len(gamma) for gamma in self.gammas.values()])
+        return dict(zip(self.gammas, (part.clone() for part in parts), strict=True))
+
+
+class HeldGates(Gates):
+    """Gates that stay where they are, and the moments of the examples' derivatives by them.
+
+    Scores come from the first half of each batch, at the mixing point; W from the second half, at 1/2: only there a
+    mixture stays as it is when real and knockoff change places, so that the derivative of a channel whose knockoff is
+    as good has the mean 0.
+    """
+
+    sums: Tensor
+    examples: Tensor
+
+    def __init__(self, gammas: Mapping[str, Tensor], mixing: float) -> None:
+        super().__init__(gammas, mixing)
+        self._to_half = 0.5 - mixing
+        # Over the first halves the derivative's square and fourth power, over the second it and its square.
+        self.register_buffer("sums", torch.zeros(4, sum(map(len, gammas.values())), dtype=torch.float64))
+        self.register_buffer("examples", torch.zeros(4, 1, dtype=torch.float64))
+        self._step: dict[str, Tensor] = {}
+        self._counts: list[int] = []
+
+    def opened(self, layer: str, images: int) -> Tensor:
+        first = -(-images // 2)
+        self._counts = [first, first, images - first, images - first]
+        at_half = torch.arange(images, device=self.sums.device) >= first
+        gate = self._gates[layer.replace(".", "/")] + self._to_half * at_half[:, None]
+        gate.register_hook(partial(self._note, layer, first))
+        return gate
+
+    def _note(self, layer: str, first: int, gradient: Tensor) -> None:
+        # The loss is the mean over the images, and these are the derivatives of each one's own.
+        own = gradient.double() * len(gradient)
+        square = own.square()
+        sums = (square[:first], square[:first].square(), own[first:], square[first:])
+        self._step[layer] = torch.stack([part.sum(0) for part in sums])
+
+    def after_step(self) -> None:
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self.sums.device)
+        total = distributed.summed(torch.cat([*(self._step[layer] for layer in self.gammas), counts[:, None]], 1))
+        self.sums += total[:, :-1]
+        self.examples += total[:, -1:]
+
+    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        square, fourth, mean_at_half, square_at_half = self.sums / self.examples.clamp_min(1)
+        error = ((fourth - square**2).clamp_min(0) / self.examples[0]).sqrt()
+        error_of_mean = ((square_at_half - mean_at_half**2).clamp_min(0) / self.examples[2].clamp_min(1)).sqrt()
+        # The loss falls where a gate opens: then the real feature helps more than its knockoff.
+        signed = torch.where(error_of_mean > 0, -mean_at_half / error_of_mean, 0.0)
+        return self._by_layer(square), self._by_layer(error), self._by_layer(signed)
+
+
+class TrainedGates(Gates):
+    """Gates in [0, 1] that are trained, and where they stood at the end of each epoch."""
+
+    ends: Tensor
+
+    def __init__(self, gammas: Mapping[str, Tensor], epochs: int) -> None:
+        super().__init__(gammas, INITIAL_GATE)
+        self.register_buffer("ends", torch.zeros(epochs, sum(map(len, gammas.values()))))
+
+    def opened(self, layer: str, images: int) -> Tensor:
+        gate: Tensor = self._gates[layer.replace(".", "/")]
+        return gate
+
+    def after_step(self) -> None:
         with torch.no_grad():
-            for gate in self.gates.values():
+            for gate in self._gates.values():
                 gate.clamp_(0, 1)
+
+    def after_epoch(self, epoch: int) -> None:
+        self.ends[epoch - 1] = torch.cat([gate.detach() for gate in self._gates.values()])
+
+    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        score = {layer: self.gammas[layer] * (2 * gate - 1) for layer, gate in self.values().items()}
+        late = self.ends[len(self.ends) // 2 :]
+        spread = late.std(0) / math.sqrt(len(late)) if len(late) > 1 else torch.full_like(late[0], math.nan)
+        error = {layer: 2 * self.gammas[layer] * part for layer, part in self._by_layer(spread).items()}
+        return score, error, score
 
 
 class _TwoStreams(nn.Module):
@@ -255,38 +396,52 @@ class _TwoStreams(nn.Module):
 
     Args:
         network: without gradients.
-        gates: by layer.
+        gates: of its layers.
         images: some of the right shape (B, C, H, W), to try it on.
+        joint: both streams go through the network as one batch, so that batch norms see both.
 
     Shape:
         real images, knockoff images (B, C, H, W) -> logits of the real stream (B, classes).
     """
 
-    def __init__(self, network: nn.Module, gates: Mapping[str, nn.Parameter], images: Tensor) -> None:
+    def __init__(self, network: nn.Module, gates: Gates, images: Tensor, joint: bool = False) -> None:
         super().__init__()
-        self.network, self.gates = network, nn.ParameterList(gates.values())
+        self.network, self.joint = network, joint
+        self._gates = nn.ParameterList(gate for _, gate in gates.named())  # for those who ask what is trained
         self._features: dict[str, Tensor] = {}
-        self._mixing = False
-        for layer, gate in gates.items():
-            network.get_submodule(layer).register_forward_hook(partial(self._meet, layer, gate))
+        self._mixing: bool = False
+        for layer, _ in gates.named():
+            meet = self._meet_within if joint else self._meet
+            network.get_submodule(layer).register_forward_hook(partial(meet, layer, gates))
         self._overwritten: set[str] = set()
-        self._overwritten = self._find_overwritten(images)
+        if not joint:
+            self._overwritten = self._find_overwritten(images)
 
     def forward(self, images: Tensor, knockoffs: Tensor) -> Tensor:
+        logits: Tensor
+        if self.joint:
+            logits = self.network(torch.cat([images, knockoffs]))
+            return logits[: len(images)]
         self._mixing = False
         with torch.no_grad():
             self.network(knockoffs)
         self._mixing = True
-        logits: Tensor = self.network(images)
+        logits = self.network(images)
         return logits
 
-    def _meet(self, layer: str, gate: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def _meet(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Forward hook: keep the knockoff stream's feature map; mix it into the real stream's."""
         if self._mixing:
-            mixed: Tensor = _Mix.apply(output, self._features.pop(layer), gate)
+            mixed: Tensor = _Mix.apply(output, self._features.pop(layer), gates.opened(layer, len(output)))
             return mixed
         self._features[layer] = output
         return output.clone() if layer in self._overwritten else output
+
+    def _meet_within(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The same where one half of the batch are knockoffs; the gradient goes on through them too."""
+        real, knockoff = output.chunk(2)
+        gate = gates.opened(layer, len(real))[..., None, None].to(output.dtype)
+        return torch.cat([torch.lerp(knockoff, real, gate.expand_as(real)), knockoff])
 
     def _find_overwritten(self, images: Tensor) -> set[str]:
         """Layers whose output the network changes in place (by a functional ``relu_``, say) after it was kept."""
@@ -301,13 +456,14 @@ class _Mix(torch.autograd.Function):
     Written out because autograd would keep both streams and make the knockoff's gradient, which nobody needs.
 
     Shape:
-        real, knockoff (N, C, H, W), gate (C,) -> (N, C, H, W).
+        real, knockoff (N, C, H, W), gate (C,) or (N, C) -> (N, C, H, W).
     """
 
     @staticmethod
     def forward(ctx: Any, real: Tensor, knockoff: Tensor, gate: Tensor) -> Tensor:
-        s = gate.to(real.dtype).view(1, -1, *[1] * (real.dim() - 2))
+        s = gate.to(real.dtype)[..., None, None]
         difference = real - knockoff
+        ctx.of_each = gate.dim() == 2
         ctx.save_for_backward(difference, s)
         return torch.addcmul(knockoff, difference, s)
 
@@ -315,9 +471,24 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor]:
         difference, s = ctx.saved_tensors
         (gradient,) = gradients
-        others = [0, *range(2, gradient.dim())]
         to_real = gradient * s if ctx.needs_input_grad[0] else None
-        return to_real, None, (gradient * difference).sum(others, dtype=torch.float32)
+        to_gate = (gradient * difference).sum((2, 3) if ctx.of_each else (0, 2, 3), dtype=torch.float32)
+        return to_real, None, to_gate
+
+
+def frozen_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype, batch_norm: BatchNormMode) -> nn.Module:
+    """A copy without gradients, whose batch norms use running statistics and are folded, or those of the batch."""
+    if batch_norm == "frozen":
+        return folded_copy(model, graph, dtype)
+    live = copy.deepcopy(model).float().eval().requires_grad_(False)
+    for module in live.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)
+    return live
 
 
 def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype) -> nn.Module:

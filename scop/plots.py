@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scop.data import DatasetInfo
     from scop.plan import ChannelPlan
 
 _KEPT, _REMOVED = "#2563a8", "#d5dbe3"
@@ -37,8 +40,25 @@ def kept_channels(plan: ChannelPlan, path: Path) -> None:
     figure.savefig(path)
 
 
+def comparable(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[float]], str]:
+    """Scores as they can be drawn on one axis, and the axis' title.
+
+    Where none is below 0 they are put in proportion to their layer's mean, and their logarithm taken, down to 1/1000.
+    """
+    import numpy as np
+
+    if any(min(own) < 0 for own in scores.values()):
+        return {layer: list(own) for layer, own in scores.items()}, "knockoff score W"
+    shown = {}
+    for layer, own in scores.items():
+        share = np.asarray(own) / max(float(np.mean(own)), 1e-30)
+        shown[layer] = np.log10(share.clip(min=1e-3)).tolist()
+    return shown, "knockoff score over its layer's mean, in powers of ten"
+
+
 def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
-    """The distribution of W in every layer: median, quartiles and range."""
+    """The distribution of the scores in every layer: median, quartiles and range."""
+    scores, title = comparable(scores)
     layers = list(scores)
     figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
     axes.boxplot(
@@ -51,8 +71,32 @@ def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.axvline(0, color="#888888", linewidth=0.8)
-    axes.set_xlabel("knockoff score W")
+    axes.set_xlabel(title)
     axes.set_title("Scores by layer", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Path) -> None:
+    """Images above their knockoffs.
+
+    Args:
+        real, knockoffs: (B, C, H, W), normalised.
+        info: says how they were normalised.
+        path: of the picture.
+    """
+    import numpy as np
+
+    count = min(10, len(real))
+    figure, axes = _figure(count, 2.5)
+    rows = []
+    for images in (real, knockoffs):
+        pixels = images[:count].float().cpu().permute(0, 2, 3, 1).numpy() * np.asarray(info.std) + np.asarray(info.mean)
+        padded = np.pad(pixels.clip(0, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
+        rows.append(np.concatenate(list(padded), axis=1))
+    picture = np.concatenate(rows)
+    axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+    axes.axis("off")
+    axes.set_title("Images, and below them their knockoffs", loc="left", fontsize=10)
     figure.savefig(path)
 
 

@@ -2,7 +2,8 @@
 
 Every method gives one score per channel; low scores go. The controls differ from SCOP in nothing but the score:
 `random` draws it, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the
-absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519). `none` removes nothing.
+absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519), `fpgm` its filter's distance from the others of
+its layer (He et al., 2019, arXiv 1811.00250). `none` removes nothing.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ def _score_of(
         return lambda conv: torch.rand(_conv(model, conv).out_channels, generator=generator)
     if variant.method == "l1":
         return lambda conv: _conv(model, conv).weight.detach().abs().sum((1, 2, 3)).float().cpu()
+    if variant.method == "fpgm":
+        return lambda conv: _distances(_conv(model, conv).weight.detach().flatten(1).float().cpu())
     if variant.method == "bn_gamma":
         return lambda conv: _gamma(model, graph, conv)
     return lambda conv: None
@@ -138,6 +141,11 @@ def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
     norm = graph.batch_norm(conv)
     weight = None if norm is None else model.get_submodule(norm).weight
     return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator]
+
+
+def _distances(filters: Tensor) -> Tensor:
+    """Each filter's sum of Euclidean distances to all of them; small near their geometric median: (C, D) -> (C,)."""
+    return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
 
 
 def _conv(model: nn.Module, name: str) -> nn.Conv2d:

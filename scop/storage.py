@@ -345,8 +345,10 @@ def delete(place: str, which: list[str]) -> None:
     root = Path(place)
     for name in which:
         (root / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # where it is empty now, as prefixes in S3 vanish too
-        root.rmdir()
+    folders = {root, *(root / parent for name in which for parent in Path(name).parents)}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with contextlib.suppress(OSError):  # where it is empty now, as prefixes in S3 vanish too
+            folder.rmdir()
 
 
 # -- cache -------------------------------------------------------------------------------------------------------------

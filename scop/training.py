@@ -34,8 +34,8 @@ class Objective(Protocol):
     def state(self) -> nn.Module:
         """The module whose state dict is the result; checkpoints hold it."""
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, logits) of a batch: scalar and (B, classes), both float32."""
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(loss, logits) of a batch: scalar and (B, classes), both float32; None where nothing is classified."""
 
     def start_epoch(self) -> None:
         """Bring modules into training mode."""
@@ -59,7 +59,7 @@ class EpochRecord:
     Attributes:
         epoch: counted from 1.
         lr: at the epoch's end.
-        loss, top1: on the training batches as they were trained on; top1 in [0, 1].
+        loss, top1: on the training batches as they were trained on; top1 in [0, 1], None where nothing is classified.
         validation_loss, validation_top1: after the epoch.
         seconds: for training, validation left out.
     """
@@ -67,7 +67,7 @@ class EpochRecord:
     epoch: int
     lr: float
     loss: float
-    top1: float
+    top1: float | None
     seconds: float
     validation_loss: float | None = None
     validation_top1: float | None = None
@@ -83,6 +83,8 @@ class CheckpointStore(Protocol):
 
     @property
     def place(self) -> str: ...
+
+    def part(self, name: str) -> CheckpointStore: ...
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None: ...
 
@@ -250,12 +252,12 @@ class _Epoch:
         }
 
     def record(self) -> EpochRecord:
-        loss, top1 = distributed.mean(self.tally.mean_loss, self.tally.top1)
+        loss, top1 = distributed.mean(self.tally.mean_loss, self.tally.top1)  # NaN where nothing is classified
         return EpochRecord(
             epoch=self.epoch + 1,
             lr=self.tally.rates[-1],
             loss=loss,
-            top1=top1,
+            top1=None if math.isnan(top1) else top1,
             seconds=round(self.seconds, 3),
         )
 
@@ -276,7 +278,9 @@ def _on_gpu() -> bool:
 
 
 def _line(label: str, record: EpochRecord, epochs: int) -> str:
-    line = f"{label}: epoch {record.epoch}/{epochs}, loss {record.loss:.4f}, top-1 {record.top1:.2%}"
+    line = f"{label}: epoch {record.epoch}/{epochs}, loss {record.loss:.4f}"
+    if record.top1 is not None:
+        line += f", top-1 {record.top1:.2%}"
     if record.validation_top1 is not None:
         line += f", validation {record.validation_top1:.2%}"
     return f"{line}, {record.seconds:.1f} s"
@@ -291,11 +295,12 @@ class _Tally:
         self.rates: list[float] = []
         self.hits: Tensor | int = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, lr: float) -> None:
+    def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor, lr: float) -> None:
         self.losses.append(loss.detach())
         self.rates.append(lr)
-        self.hits = self.hits + (logits.detach().argmax(1) == labels.to(logits.device)).sum()
-        self.seen += len(labels)
+        if logits is not None:
+            self.hits = self.hits + (logits.detach().argmax(1) == labels.to(logits.device)).sum()
+            self.seen += len(labels)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -327,4 +332,4 @@ class _Tally:
 
     @property
     def top1(self) -> float:
-        return float(self.hits) / max(1, self.seen)
+        return float(self.hits) / self.seen if self.seen else math.nan

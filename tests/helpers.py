@@ -112,3 +112,23 @@ def write_images(root: Path, per_class: dict[str, int], classes: list[str], size
                 image = generator.integers(0, 120, (size, size, 3), dtype=np.uint8)
                 image[label % size] = 255
                 Image.fromarray(image).save(folder / f"{number:04}.{suffix}")
+
+
+class Vgg(nn.Module):
+    """A narrow VGG (Simonyan and Zisserman, 2015) with batch norms, for 32x32 images: no shortcut anywhere."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, stride in ((32, 1), (64, 2), (128, 2), (128, 1), (256, 2), (256, 1)):
+            layers += [
+                nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+            in_channels = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))

@@ -60,12 +60,14 @@ def test_a_run_that_is_stopped_within_an_epoch_resumes_there(digits: Dataset, tm
     assert [record.top1 for record in resumed_history] == [record.top1 for record in history]
 
 
-def test_knockoffs_are_drawn_on_where_they_stopped(model, batches: Batches, tmp_path: Path) -> None:
+@pytest.mark.parametrize("score", ["fisher", "published"])
+def test_knockoffs_are_drawn_on_where_they_stopped(score: str, model, batches: Batches, tmp_path: Path) -> None:
     """The knockoffs come from torch's global generator, whose state a checkpoint holds."""
 
     def run(**keys) -> dict[str, torch.Tensor]:
         batches.set_epoch(0)
-        return train_knockoffs(model, batches, epochs=2, precision="fp32", **keys).gates
+        scores = train_knockoffs(model, batches, epochs=2, precision="fp32", score=score, **keys)
+        return {f"{kind} {layer}": getattr(scores, kind)[layer] for kind in ("score", "signed") for layer in scores}
 
     whole = run()
     with pytest.raises(Stopped):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import scop
@@ -11,7 +12,8 @@ from scop import UserError, make_model, train_knockoffs
 from scop.batches import Batches
 from scop.config import DenseSection
 from scop.graph import ChannelGraph
-from scop.knockoff import Competition, Scores, folded_copy, gated_layers, shuffle
+from scop.knockoff import Competition, Scores, folded_copy, gated_layers
+from scop.knockoff_sources import shuffle
 from scop.supervised import Supervised, make_optimizer
 from scop.training import fit
 from tests.helpers import randomise_batch_norms
@@ -26,12 +28,12 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_only_gates_train_within_bounds_and_the_dense_model_stays_bit_for_bit(model, batches: Batches) -> None:
     model.train()
     before, flags = state(model), [p.requires_grad for p in model.parameters()]
-    scores = train_knockoffs(model, batches, epochs=1, lr=0.1)
+    scores = train_knockoffs(model, batches, score="published", epochs=1, lr=0.1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert model.training
     assert all(p.grad is None for p in model.parameters())
-    gates = torch.cat(list(scores.gates.values()))
+    gates = torch.cat(list(scores.gate.values()))
     assert gates.min() >= 0
     assert gates.max() <= 1
     assert not torch.equal(gates, torch.full_like(gates, 0.5))
@@ -66,6 +68,16 @@ def naive_loss(model: nn.Module, gates: dict[str, torch.Tensor], real, knockoff,
     return F.cross_entropy(model(real), labels)
 
 
+@pytest.mark.parametrize("batch_norm", ["own", "joint"])
+@pytest.mark.parametrize("score", ["fisher", "published"])
+def test_the_dense_model_stays_bit_for_bit_whatever_batch_norms_do(score, batch_norm, model, batches: Batches) -> None:
+    before = state(model)
+    scores = train_knockoffs(model, batches, epochs=1, score=score, batch_norm=batch_norm)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    frozen = train_knockoffs(model, batches, epochs=1, score=score)
+    assert not torch.allclose(scores["second"], frozen["second"], rtol=0.01)
+
+
 @pytest.mark.parametrize("name", ["plain", "resnet"])
 def test_folding_and_the_written_out_gradient_change_nothing(name: str) -> None:
     torch.manual_seed(0)
@@ -73,49 +85,171 @@ def test_folding_and_the_written_out_gradient_change_nothing(name: str) -> None:
     randomise_batch_norms(model.eval())
     graph = ChannelGraph(model, (1, 8, 8))
     real, fake, labels = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), torch.arange(6)
-    competition = Competition(model, graph, lambda images, _: fake, CPU, "fp32")
-    gates = {layer: torch.rand(gate.shape).requires_grad_() for layer, gate in competition.named_gates()}
+    competition = Competition(model, graph, lambda images, _: fake, CPU, score="published", precision="fp32")
+    gates = {layer: torch.rand(gate.shape).requires_grad_() for layer, gate in competition.gates.named()}
     with torch.no_grad():
-        for layer, gate in competition.named_gates():
+        for layer, gate in competition.gates.named():
             gate.copy_(gates[layer])
     loss, _ = competition.loss(real, labels)
     loss.backward()
     expected = naive_loss(model, gates, real, fake, labels)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    for layer, gate in competition.named_gates():
+    for layer, gate in competition.gates.named():
         assert torch.allclose(gate.grad, gates[layer].grad, rtol=1e-3, atol=1e-5), layer
 
 
-def test_the_score_is_gamma_times_the_gates_lead_over_its_knockoff() -> None:
-    scores = Scores({"a": torch.tensor([1.0, 0.5, 0.0])}, {"a": torch.tensor([2.0, 3.0, 4.0])}, (3, 8, 8))
-    assert scores["a"].tolist() == [2.0, 0.0, -4.0]
+@pytest.mark.parametrize("mode", ["frozen", "own", "joint"])
+def test_batch_norms_see_what_the_mode_says(mode: str) -> None:
+    torch.manual_seed(0)
+    model = make_model("tests.helpers:Plain")
+    randomise_batch_norms(model.eval())
+    real, fake, labels = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), torch.arange(6)
+    graph = ChannelGraph(model, (1, 8, 8))
+    settings = {"score": "published", "batch_norm": mode, "precision": "fp32"}
+    competition = Competition(model, graph, lambda images, _: fake, CPU, **settings)
+    for _, gate in competition.gates.named():
+        torch.nn.init.ones_(gate)
+    _, logits = competition.loss(real, labels)
+    plain = copy.deepcopy(model).train(mode != "frozen")
+    expected = plain(torch.cat([real, fake]))[:6] if mode == "joint" else plain(real)
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_gamma_is_that_of_the_batch_norm_behind_the_convolution(model, batches: Batches) -> None:
-    scores = train_knockoffs(model, batches, epochs=1)
-    assert torch.equal(scores.gammas["second"], model.second_norm.weight.detach().abs())
+def test_the_fisher_score_is_the_mean_square_of_each_examples_derivative() -> None:
+    torch.manual_seed(0)
+    model = make_model("tests.helpers:Plain")
+    randomise_batch_norms(model.eval())
+    graph = ChannelGraph(model, (1, 8, 8))
+    real, fake, labels = torch.randn(12, 1, 8, 8), torch.randn(12, 1, 8, 8), torch.arange(12) % 10
+    competition = Competition(model, graph, shuffle, CPU, mixing=0.7, precision="fp32")
+    for part in (slice(0, 6), slice(6, 12)):  # in two steps, as in training
+        competition.source = lambda images, _, part=part: fake[part]
+        loss, _ = competition.loss(real[part], labels[part])
+        loss.backward()
+        competition.after_step()
+    at_mixing, at_half = [0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]
+
+    def derivatives(mixing: float, examples: list[int]) -> dict[str, torch.Tensor]:
+        """One by one, without any of this: (examples, channels)."""
+        gates = {layer: torch.full(gate.shape, mixing).requires_grad_() for layer, gate in competition.gates.named()}
+        each = []
+        for i in examples:
+            one = slice(i, i + 1)
+            loss = naive_loss(model, gates, real[one], fake[one], labels[one])
+            each.append(torch.autograd.grad(loss, [*gates.values()]))
+        return {layer: torch.stack(g) for layer, g in zip(gates, zip(*each, strict=True), strict=True)}
+
+    score, error, signed = competition.gates.scores()
+    for layer, g in derivatives(0.7, at_mixing).items():
+        assert torch.allclose(score[layer], g.square().mean(0), rtol=1e-3, atol=1e-7), layer
+        assert torch.allclose(error[layer], g.square().std(0, correction=0) / 6**0.5, rtol=1e-2, atol=1e-7), layer
+    for layer, g in derivatives(0.5, at_half).items():
+        t = (-g.mean(0) / (g.std(0, correction=0) / 6**0.5)).nan_to_num(0)  # of a dead channel
+        assert torch.allclose(signed[layer], t, rtol=1e-2, atol=1e-3), layer
 
 
-def test_planted_redundant_channels_are_found(model, batches: Batches) -> None:
-    """Channels that nothing listens to win nothing over their knockoffs: SCOP drops them, chance would drop a third."""
-    generator = torch.Generator().manual_seed(4)
-    planted = {}
+def test_the_published_score_is_gamma_times_the_gates_lead_over_its_knockoff(model, batches: Batches) -> None:
+    scores = train_knockoffs(model, batches, score="published", epochs=2)
+    gamma = model.second_norm.weight.detach().abs()
+    assert torch.allclose(scores["second"], gamma * (2 * scores.gate["second"] - 1))
+    assert torch.equal(scores.signed["second"], scores["second"])
+    assert torch.isnan(scores.error["second"]).all()  # of one late epoch nobody can tell
+    late = train_knockoffs(model, batches, score="published", epochs=4).error["second"]
+    assert 0 < late.max() < 0.1
+
+
+def test_standard_errors_are_those_between_seeds(model, batches: Batches) -> None:
+    """What one pass says of its own uncertainty is what other seeds show, within what seven of them can tell."""
+    runs = [train_knockoffs(model, batches, epochs=1, seed=seed, precision="fp32") for seed in range(7)]
+    for layer in runs[0]:
+        between = torch.stack([run[layer] for run in runs]).std(0).median()
+        within = torch.stack([run.error[layer] for run in runs]).mean(0).median()
+        assert 0.3 < between / within < 2, layer
+
+
+def silence(model: nn.Module, planted: dict[str, list[int]]) -> None:
+    """Have nothing listen to some channels of the three convolutions, for good."""
     for layer, reader in (("first", model.second), ("second", model.third), ("third", model.head)):
-        channels = model.get_submodule(layer).out_channels
-        planted[layer] = torch.randperm(channels, generator=generator)[: channels // 3].tolist()
         silent = torch.ones_like(reader.weight)
-        silent[:, planted[layer]] = 0
+        silent[:, planted.get(layer, [])] = 0
         with torch.no_grad():
             reader.weight.mul_(silent)
         reader.weight.register_hook(silent.mul)
+
+
+def test_a_dead_channel_scores_nothing_and_a_duplicate_a_quarter(model, batches: Batches) -> None:
+    with torch.no_grad():
+        model.second.weight[:, 5] = 0
+    alone = train_knockoffs(model, batches, epochs=1, precision="fp32")["first"]
+    with torch.no_grad():
+        # Channel 5 becomes a copy of 2, and each is read with half the weight: the network computes what it did.
+        for tensor in (model.first.weight, model.first.bias, model.first_norm.weight, model.first_norm.bias):
+            tensor[5] = tensor[2]
+        for tensor in (model.first_norm.running_mean, model.first_norm.running_var):
+            tensor[5] = tensor[2]
+        model.second.weight[:, 2] /= 2
+        model.second.weight[:, 5] = model.second.weight[:, 2]
+    batches.set_epoch(0)
+    twice = train_knockoffs(model, batches, epochs=1, precision="fp32")["first"]
+    assert alone[5] == 0
+    assert twice[2] == pytest.approx(alone[2].item() / 4, rel=0.2)
+    assert twice[5] == pytest.approx(twice[2].item(), rel=1e-3)
+
+
+class NoiseFed(nn.Module):
+    """Half of the first channels see the image, the others a second one that is noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 32, 3, padding=1, groups=2), nn.BatchNorm2d(32)
+        self.second, self.second_norm = nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.second_norm(self.second(x))).mean((2, 3)))
+
+
+def test_channels_that_are_fed_noise_are_found(batches: Batches) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+
+    def with_noise() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [
+            (torch.cat([images, torch.randn(images.shape, generator=generator)], 1), labels)
+            for _ in range(4)
+            for images, labels in batches
+        ]
+
+    model = NoiseFed()
+    section = DenseSection(epochs=4, batch_size=64, lr=0.1)
+    fit(Supervised(model, CPU, section), with_noise(), make_optimizer(model, section), epochs=4, label="noise-fed")
+    # By other noise: that of the training the network knows by heart, a little, so that it does tell labels.
+    scores = train_knockoffs(model.eval(), with_noise(), epochs=1)
+    seen, fed_noise = scores["first"][:16], scores["first"][16:]
+    assert fed_noise.max() < seen.median()
+    # What real features are worth is plain; of noise nobody can tell it from its knockoff.
+    assert (scores.signed["first"][:16] > 3).sum() >= 12
+    assert (scores.signed["first"][16:] > 3).sum() == 0
+
+
+@pytest.mark.parametrize(("score", "epochs"), [("fisher", 1), ("published", 10)])
+def test_planted_redundant_channels_are_found(score: str, epochs: int, model, batches: Batches) -> None:
+    """Channels that nothing listens to win nothing over their knockoffs: SCOP drops them, chance would drop a third."""
+    generator = torch.Generator().manual_seed(4)
+    planted = {}
+    for layer in ("first", "second", "third"):
+        channels = model.get_submodule(layer).out_channels
+        planted[layer] = torch.randperm(channels, generator=generator)[: channels // 3].tolist()
+    silence(model, planted)
     # The others learn to do without them, so that it is a good network and not a broken one.
     section = DenseSection(epochs=6, batch_size=64, lr=0.05)
     optimizer = make_optimizer(model, section)
     fit(Supervised(model, CPU, section), batches, optimizer, epochs=6, label="planted", schedule="cosine")
     model.zero_grad()
 
-    scores = train_knockoffs(model, batches, epochs=10, lr=0.02)
+    scores = train_knockoffs(model, batches, score=score, epochs=epochs, lr=0.02)
     plan = scop.select_channels(model, scores, prune_rate=1 / 3)
     for layer, channels in planted.items():
         found = len(set(channels) & set(plan.removed(layer))) / len(channels)
@@ -125,31 +259,10 @@ def test_planted_redundant_channels_are_found(model, batches: Batches) -> None:
 def test_seeds_reproduce_bit_for_bit(model, batches: Batches) -> None:
     def gates(seed: int) -> torch.Tensor:
         batches.set_epoch(0)
-        return torch.cat(list(train_knockoffs(model, batches, epochs=1, seed=seed).gates.values()))
+        return torch.cat(list(train_knockoffs(model, batches, epochs=1, seed=seed).values()))
 
     assert torch.equal(gates(0), gates(0))
     assert not torch.equal(gates(0), gates(1))
-
-
-def test_shuffled_knockoffs_are_the_same_images_in_another_order() -> None:
-    images = torch.arange(32.0).view(32, 1, 1, 1)
-    knockoffs = shuffle(images, torch.zeros(32))
-    assert sorted(knockoffs.flatten().tolist()) == images.flatten().tolist()
-    assert not torch.equal(knockoffs, images)
-
-
-def noise(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.randn_like(images)
-
-
-def test_sources_are_pluggable_by_name(model, batches: Batches) -> None:
-    scores = train_knockoffs(model, batches, epochs=1, source=noise)
-    named = train_knockoffs(model, batches, scop.knockoff.KnockoffSection(source="tests.test_knockoff:noise", epochs=1))
-    assert scores.keys() == named.keys()
-    with pytest.raises(UserError, match="knockoff source 'shufle' is unknown"):
-        train_knockoffs(model, batches, scop.knockoff.KnockoffSection(source="shufle"))
-    with pytest.raises(UserError, match="cannot be imported"):
-        train_knockoffs(model, batches, scop.knockoff.KnockoffSection(source="tests.nowhere:noise"))
 
 
 def test_batches_that_cannot_be_trained_on_are_refused(model, batches: Batches) -> None:
@@ -170,11 +283,16 @@ def test_every_residual_rule_finds_scores() -> None:
 
 
 def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
-    scores = Scores({"a.b": torch.rand(3)}, {"a.b": torch.rand(3)}, (3, 8, 9))
+    parts = [{"a.b": torch.rand(3)} for _ in range(4)]
+    scores = Scores(*parts, input_shape=(3, 8, 9))
     scores.save(tmp_path / "scores.safetensors")
     again = Scores.load(tmp_path / "scores.safetensors")
-    assert torch.equal(again["a.b"], scores["a.b"])
+    for part, kind in zip(parts, ("score", "error", "signed", "gate"), strict=True):
+        assert torch.equal(getattr(again, kind)["a.b"], part["a.b"])
     assert again.input_shape == (3, 8, 9)
+    save_file({"gate/a": torch.rand(3), "gamma/a": torch.rand(3)}, tmp_path / "old", metadata={"input_shape": "1x2x3"})
+    with pytest.raises(UserError, match="another version of scop; run the knockoff phase again"):
+        Scores.load(tmp_path / "old")
 
 
 class Odd(nn.Module):

@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from scop.cost import Spent
 from scop.manifest import write_atomically
 from scop.metrics import Metric, describe, smallest_batch
+from scop.plots import comparable
 from scop.results import Result
 
 _HERE = Path(__file__).parent
@@ -113,10 +114,12 @@ def _described(metric: Metric) -> dict[str, Any]:
 
 def _histograms(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Counts of channels by layer, in bins that all layers share."""
-    values = {layer: np.asarray(entry, dtype=float) for layer, entry in scores.items()}
+    shown, title = comparable(scores)
+    values = {layer: np.asarray(entry, dtype=float) for layer, entry in shown.items()}
     everything = np.concatenate(list(values.values()))
     edges = np.linspace(min(everything.min(), 0), max(everything.max(), 0) + 1e-9, _BINS + 1)
     return {
+        "title": title,
         "layers": list(values),
         "centres": [round(float(centre), 6) for centre in (edges[:-1] + edges[1:]) / 2],
         "counts": [np.histogram(of_layer, edges)[0].tolist() for of_layer in values.values()],

@@ -341,14 +341,14 @@ function scores(rows) {
   const row = rows.find((one) => one.details.scores);
   element("scores-section").hidden = !row;
   if (!row) return;
-  const { layers, centres, counts } = row.details.scores;
+  const { title, layers, centres, counts } = row.details.scores;
   element("scores-of").textContent = several.scores ? ` of the run of ${row.name}` : "";
   const share = counts.map((row) => row.map((count) => count / row.reduce((a, b) => a + b, 0) || null));
   draw("scores", [{ type: "heatmap", y: layers, x: centres, z: share, customdata: counts, showscale: false, xgap: 1, ygap: 3,
     colorscale: [[0, of("--least")], [1, of("--most")]],
-    hovertemplate: "%{y}: %{customdata} channels with W about %{x:.3f}<extra></extra>" }],
+    hovertemplate: "%{y}: %{customdata} channels at about %{x:.2f}<extra></extra>" }],
   { height: 120 + 22 * layers.length, yaxis: { autorange: "reversed", tickfont: { size: 10 }, showgrid: false },
-    xaxis: { title: { text: "knockoff score W" }, zeroline: true } },
+    xaxis: { title: { text: title }, zeroline: true } },
   `Histograms of the knockoff score of the channels of ${layers.length} layers.`);
 }
 

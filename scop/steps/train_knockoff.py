@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from scop import distributed
 from scop.artifacts import load_model, save_history, save_settings
@@ -12,9 +16,11 @@ from scop.checkpoints import termination
 from scop.config import KnockoffSection
 from scop.data import load_dataset
 from scop.knockoff import train_knockoffs
+from scop.knockoff_quality import measure_quality
+from scop.knockoff_sources import make_source
 from scop.manifest import write_manifest
 from scop.parsing import Section
-from scop.plots import score_histograms
+from scop.plots import knockoff_images, score_histograms
 from scop.steps.common import training_batches
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
@@ -38,11 +44,18 @@ class Outputs:
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
     section, dataset, model = config.knockoff, load_dataset(inputs.dataset), load_model(inputs.dense)
     device = context.device
+    batches = training_batches(dataset, section, device, distributed.share())
+    torch.manual_seed(section.seed)  # from which sources draw; training seeds it anew for each epoch
     with termination() as stopping:
+        source = make_source(section, batches, device, context.checkpoints, stopping)
+        quality = measure_quality(source, model.to(device).eval(), batches, device, section.seed)
+        images, labels = next(iter(batches))
+        knockoff_images(images, source(images, labels), dataset.info, outputs.scores / "knockoffs.png")
         scores = train_knockoffs(
-            model,
-            training_batches(dataset, section, device, distributed.share()),
+            model.cpu(),
+            batches,
             section,
+            source=source,
             device=device,
             on_epoch=context.on_epoch,
             checkpoints=context.checkpoints,
@@ -51,19 +64,17 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     scores.save(outputs.scores / "scores.safetensors")
     save_history(scores.history, outputs.scores)
     save_settings(outputs.scores, knockoff=section.model_dump(mode="json"))
-    layers = {layer: {"gate": _rounded(scores.gates[layer]), "score": _rounded(scores[layer])} for layer in scores}
+    parts = {"score": scores.score, "standard_error": scores.error, "statistic": scores.signed, "gate": scores.gate}
+    layers = {layer: {name: _rounded(part[layer]) for name, part in parts.items()} for layer in scores}
     (outputs.scores / "scores.json").write_text(json.dumps(layers, indent=1) + "\n")
+    (outputs.scores / "knockoffs.json").write_text(json.dumps(quality.as_dict(), indent=1) + "\n")
     score_histograms({layer: scores[layer].tolist() for layer in scores}, outputs.scores / "scores.png")
     write_manifest(outputs.scores, kind="scores")
-    for name in ("scores.json", "scores.png"):
+    for name in ("scores.json", "scores.png", "knockoffs.json", "knockoffs.png"):
         context.tracker.log_file(outputs.scores / name)
-    return StepResult(
-        {
-            "gated_layers": float(len(scores)),
-            "mean_gate": float(sum(g.sum() for g in scores.gates.values()) / sum(map(len, scores.gates.values()))),
-        }
-    )
+    return StepResult({"gated_layers": float(len(scores)), **quality.metrics()})
 
 
-def _rounded(values) -> list[float]:  # type: ignore[no-untyped-def]
-    return [round(value, 6) for value in values.tolist()]
+def _rounded(values: Tensor) -> list[float | None]:
+    """Six digits that count; None for what is not known."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,0 +1,267 @@
+"""`make bench-scores`: how much a score knows, by three measures that need no fine-tuning.
+
+For each way of scoring and each seed:
+
+- top-1 after surgery and recalibration of the batch norms, at three rates, on 5,000 images of the validation split;
+- rank correlation with what a channel is worth: by how much the loss grows when it alone is removed;
+- over seeds, how far the rankings agree.
+
+Name some to run only these: ``make bench-scores ARGS="resnet20 fisher l1"``. What is there already is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import combinations, islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scop import make_model, prune, select_channels, train_knockoffs
+from scop.artifacts import load_weights
+from scop.batches import Augmentation, Batches
+from scop.config import DenseSection, KnockoffSection
+from scop.data import load_dataset
+from scop.device import autocast, autocast_dtype, pick_device
+from scop.evaluation import measure_accuracy
+from scop.graph import ChannelGraph
+from scop.knockoff import folded_copy, gated_layers
+from scop.supervised import Supervised, make_optimizer, recalibrate
+from scop.training import fit
+from tests.benchmarks.measure import machine
+from tests.helpers import SHARED
+
+RESULTS = Path(__file__).parent / "results"
+CACHE = Path(__file__).parents[2] / "runs" / "benchmarks"
+RATES = (0.2, 0.45, 0.6)
+SEEDS = (0, 1, 2)
+BATCHES = 40
+"""Of 256 images, for a score: 10,240 images. A whole epoch changes the figures by less than a seed does."""
+
+Ranking = dict[str, Tensor]
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fisher": {},
+    "fisher, mixing 1": {"mixing": 1.0},
+    "fisher, mixing 0.9": {"mixing": 0.9},
+    "fisher, mixing 0.7": {"mixing": 0.7},
+    "fisher, mixing 0.5": {"mixing": 0.5},
+    "fisher, batch norm own": {"batch_norm": "own"},
+    "fisher, batch norm joint": {"batch_norm": "joint"},
+    "fisher, gaussian": {"source": "gaussian"},
+    "fisher, gaussian at distance 0.5": {"source": "gaussian", "gaussian": {"distance": 0.5}},
+    "fisher, generator": {"source": "generator", "generator": {"epochs": 20}},
+    "published": {"score": "published", "epochs": 4},
+    "published, batch norm own": {"score": "published", "epochs": 4, "batch_norm": "own"},
+    "published, batch norm joint": {"score": "published", "epochs": 4, "batch_norm": "joint"},
+}
+"""Sections `knockoff` by name. Four epochs of 40 batches are as many steps as a full one has, nearly."""
+
+CONTROLS = ("l1", "bn_gamma", "fpgm", "random")
+TRUTH = "removal of one channel"
+
+
+def main(arguments: list[str]) -> int:
+    """Networks and ways of scoring by name, all by default."""
+    networks = [name for name in NETWORKS if name in arguments] or list(NETWORKS)
+    ways = [name for name in (*SETTINGS, *CONTROLS, TRUTH) if name in arguments] or [*SETTINGS, *CONTROLS, TRUTH]
+    for network in networks:
+        path = RESULTS / f"scores-{network}.json"
+        results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"ways": {}}
+        bench: Bench | None = None
+        for way in ways:
+            if way in results["ways"]:
+                continue
+            bench = bench or Bench(network)
+            results["dense_top1"] = bench.dense_top1
+            results["ways"][way] = bench.measure(way) | {"machine": machine()}
+            results["command"] = "make bench-scores"
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(network, way, {k: v for k, v in results["ways"][way].items() if k != "machine"}, flush=True)
+    return 0
+
+
+class Bench:
+    """One network, and what its scores are judged by."""
+
+    def __init__(self, network: str) -> None:
+        self.network, self.device = network, pick_device()
+        self.dtype = autocast_dtype(self.device, "auto")
+        self.model = NETWORKS[network]().eval()
+        self.validation = Batches(dataset()["validation"], dataset().info, 500, self.device)
+        images = dataset()["train"]
+        self.plain = Batches(images, dataset().info, 256, self.device, Augmentation())  # shuffled; they lie by class
+        self.shape = tuple(images.images.shape[1:])
+        self.dense_top1 = measure_accuracy(self.model, self.validation, self.device, self.dtype).top1
+        self.truth = self.cached("truth", self._removals)
+
+    def measure(self, way: str) -> dict[str, Any]:
+        """All measures of a way of scoring."""
+        rankings, seconds = [], []
+        # What has no seed is the same for all.
+        for seed in SEEDS if way in SETTINGS or way == "random" else SEEDS[:1]:
+            started = time.perf_counter()
+            rankings.append(self.ranking(way, seed))
+            seconds.append(time.perf_counter() - started)
+        top1 = [[self.top1(way, ranking, rate, seed) for rate in RATES] for seed, ranking in enumerate(rankings)]
+        pairs = [rank_correlation(a, b) for a, b in combinations(rankings, 2) if a]
+        result: dict[str, Any] = {
+            "settings": SETTINGS.get(way, {}),
+            "seeds": len(rankings),
+            "seconds": round(mean(seconds), 1),
+            "top1": {str(rate): [row[place] for row in top1] for place, rate in enumerate(RATES)},
+        }
+        if rankings[0]:
+            result["rank_correlation_with_removal"] = round(mean(rank_correlation(r, self.truth) for r in rankings), 3)
+            result["agreement_of_seeds"] = round(mean(pairs), 3) if pairs else None
+        return result
+
+    def ranking(self, way: str, seed: int) -> Ranking:
+        """Scores by layer; empty for a control, which `select_channels` knows by itself."""
+        if way == TRUTH:
+            return self.truth
+        if way in CONTROLS:
+            return {}
+        section = KnockoffSection.model_validate({"seed": seed, "crop_padding": 4, "flip": True} | SETTINGS[way])
+        batches = Batches(
+            dataset()["train"], dataset().info, 256, self.device, Augmentation(crop_padding=4, flip=True), seed
+        )
+        return dict(train_knockoffs(self.model, First(batches), section, device=self.device))
+
+    def top1(self, way: str, ranking: Ranking, rate: float, seed: int) -> float:
+        """After surgery and recalibration."""
+        plan = select_channels(
+            self.model,
+            ranking,
+            input_shape=self.shape,
+            prune_rate=rate,
+            method=way if way in CONTROLS else "scop",
+            seed=seed,
+        )
+        small = prune(self.model, plan).to(memory_format=torch.channels_last)
+        recalibrate(small, self.plain, 20, self.device, self.dtype)
+        return round(measure_accuracy(small.eval(), self.validation, self.device, self.dtype).top1, 4)
+
+    @torch.no_grad()
+    def _removals(self) -> Ranking:
+        """By how much the loss of 512 training images grows when a channel is held at 0 behind its batch norm."""
+        graph = ChannelGraph(self.model, self.shape)
+        network = folded_copy(self.model, graph, self.dtype).to(memory_format=torch.channels_last)
+        self.plain.set_epoch(1)
+        images, labels = (torch.cat(parts) for parts in zip(*islice(self.plain, 2), strict=True))
+
+        def loss() -> float:
+            with autocast(self.device, self.dtype):
+                return float(F.cross_entropy(network(images).float(), labels))
+
+        whole = loss()
+        found: Ranking = {}
+        for layer in gated_layers(graph):
+            increases = []
+            for channel in range(int(network.get_submodule(layer).out_channels)):
+                hook = network.get_submodule(layer).register_forward_hook(partial(silence, channel))
+                increases.append(loss() - whole)
+                hook.remove()
+            found[layer] = torch.tensor(increases)
+        return found
+
+    def cached(self, name: str, make: Callable[[], Ranking]) -> Ranking:
+        """What takes minutes is kept, in a folder that is no part of the repository."""
+        path = CACHE / f"{self.network}-{name}.pt"
+        if not path.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            torch.save(make(), path)
+        ranking: Ranking = torch.load(path, weights_only=True)
+        return ranking
+
+
+class First:
+    """The first batches of every epoch."""
+
+    def __init__(self, batches: Batches, count: int = BATCHES) -> None:
+        self.batches, self.count = batches, count
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.batches))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return islice(iter(self.batches), self.count)
+
+
+def silence(channel: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Forward hook: hold a channel at 0."""
+    output = output.clone()
+    output[:, channel] = 0
+    return output
+
+
+def rank_correlation(a: Ranking, b: Ranking) -> float:
+    """Spearman's, layer by layer; the mean over layers."""
+    return mean(
+        float(torch.corrcoef(torch.stack([a[layer].argsort().argsort(), b[layer].argsort().argsort()]).float())[0, 1])
+        for layer in b
+        if len(b[layer]) > 1
+    )
+
+
+@cache
+def dataset() -> Any:
+    """The shared CIFAR-10, prepared once."""
+    folder = CACHE / "cifar10"
+    if not folder.exists():
+        import subprocess
+
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as staging:
+            command = [sys.executable, "-m", "scop.cli", "step", "prepare_data", "--output", f"dataset={staging}/data"]
+            command += ["--set", "data.source=imagefolder"]
+            command += ["--set", f"data.path={SHARED / 'data' / 'cifar10-jpeg.tar.gz'}"]
+            subprocess.run(command, check=True)
+            Path(staging, "data").rename(folder)
+    return load_dataset(folder)
+
+
+def given_resnet20() -> nn.Module:
+    """The shared weights."""
+    model = make_model("resnet20")
+    load_weights(model, str(SHARED / "weights" / "resnet20-cifar10.safetensors"))
+    return model
+
+
+def trained_vgg() -> nn.Module:
+    """A narrow VGG, trained here for ten epochs."""
+    path, device = CACHE / "vgg.pt", pick_device()
+    model = make_model("tests.helpers:Vgg")
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    torch.manual_seed(0)
+    model = make_model("tests.helpers:Vgg")
+    section = DenseSection(epochs=10, lr=0.1, schedule="one_cycle", crop_padding=4, flip=True)
+    augmentation = Augmentation(crop_padding=4, flip=True)
+    batches = Batches(dataset()["train"], dataset().info, section.batch_size, device, augmentation, 0)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    objective, optimizer = Supervised(model, device, section), make_optimizer(model, section)
+    fit(objective, batches, optimizer, epochs=section.epochs, label="vgg", schedule=section.schedule)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    torch.save(model.cpu().state_dict(), path)
+    return model
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet20": given_resnet20, "vgg": trained_vgg}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
