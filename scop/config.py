@@ -20,7 +20,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 ResidualRule = Literal["scatter", "inner", "coupled"]
 Method = Literal["scop", "random", "l1", "bn_gamma", "fpgm", "none"]
+SelectionRule = Literal["uniform", "global", "knockoff_plus"]
 Precision = Literal["auto", "bf16", "fp32"]
+ScoreKind = Literal["fisher", "published"]
 BatchNormMode = Literal["frozen", "own", "joint"]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -214,7 +216,7 @@ class KnockoffSection(Section):
     """
 
     source: str = "shuffle"
-    score: Literal["fisher", "published"] = "fisher"
+    score: ScoreKind = "fisher"
     mixing: Annotated[float, Field(gt=0, le=1)] = 0.8
     batch_norm: BatchNormMode = "frozen"
     epochs: PositiveInt = 1
@@ -229,13 +231,48 @@ class KnockoffSection(Section):
     seed: Seed = 0
 
 
+class BudgetSection(Section):
+    """What the pruned network may cost; one of the three. The rate is solved for.
+
+    Attributes:
+        params, macs: at most so many; where that is at most 1, this share of the dense network's.
+        latency_ms: a pass takes at most so long, in float32, on the device that selects, measured there.
+        batch_size, threads: of the passes; all threads by default.
+    """
+
+    params: PositiveFloat | None = None
+    macs: PositiveFloat | None = None
+    latency_ms: PositiveFloat | None = None
+    batch_size: PositiveInt = 1
+    threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetSection:
+        if len(self.given) != 1:
+            raise ValueError("give one of params, macs and latency_ms")
+        return self
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is limited, and to what."""
+        limits = {"params": self.params, "macs": self.macs, "latency_ms": self.latency_ms}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+
 class VariantSection(Section):
     """One way of pruning the dense network; a run may have several.
 
     Attributes:
-        name: names it in tables; made of method and rate by default.
+        name: names it in tables; made of method and rate or budget by default.
         method: scop, the controls random, l1, bn_gamma and fpgm, or none, which removes nothing.
-        prune_rate: fraction of the channels removed in each layer.
+        selection: uniform, the same rate in each layer; global, the lowest scores of all layers, under a budget for
+            what a channel costs of it; knockoff_plus, what the knockoff filter does not keep at `fdr`.
+        prune_rate: fraction of the channels removed, in each layer or of all.
+        fdr: false-discovery rate among the channels that stay, for knockoff_plus.
+        budget: what the network may cost; the rate is solved for, or the false-discovery rate.
+        include, exclude: patterns of layers' names, such as layer3.*; only these are pruned, those are not.
+        rates: pattern -> rate for these layers, whatever the others' is.
+        floor: at least this share of each layer's channels stays, for global and knockoff_plus.
         residual: the rule for residual streams, see `scop.graph`.
         round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.
         min_channels: at least so many channels stay in each layer.
@@ -245,7 +282,14 @@ class VariantSection(Section):
 
     name: Annotated[str, Field(pattern=NAME, max_length=60)] | None = None
     method: Method = "scop"
+    selection: SelectionRule = "uniform"
     prune_rate: Fraction = 0.45
+    fdr: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    budget: BudgetSection | None = None
+    include: list[str] = []
+    exclude: list[str] = []
+    rates: dict[str, Fraction] = {}
+    floor: Fraction = 0.25
     residual: ResidualRule = "scatter"
     round_to: PositiveInt = 1
     min_channels: PositiveInt = 1
@@ -256,7 +300,19 @@ class VariantSection(Section):
     def label(self) -> str:
         if self.name:
             return self.name
-        return "none" if self.method == "none" else f"{self.method}-{self.prune_rate:g}"
+        if self.method == "none":
+            return "none"
+        rule = "" if self.selection == "uniform" else f"-{self.selection}"
+        if self.budget:
+            ((what, limit),) = self.budget.given.items()
+            return f"{self.method}{rule}-{what}-{limit:g}".replace("+", "")
+        return f"{self.method}{rule}-{self.fdr if self.selection == 'knockoff_plus' else self.prune_rate:g}"
+
+    @model_validator(mode="after")
+    def _scores_that_fit(self) -> VariantSection:
+        if self.selection == "knockoff_plus" and self.method not in ("scop", "none"):
+            raise ValueError(f"selection knockoff_plus needs knockoffs, and method {self.method} has none")
+        return self
 
 
 class DistillationSection(Section):

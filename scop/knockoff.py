@@ -34,7 +34,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scop import distributed
-from scop.config import BatchNormMode, KnockoffSection
+from scop.config import BatchNormMode, KnockoffSection, ScoreKind
 from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
 from scop.graph import ChannelGraph
@@ -69,6 +69,7 @@ class Scores(Mapping[str, Tensor]):
         signed: layer -> W, antisymmetric under swapping real and knockoff, as a knockoff filter needs it: by how many
             standard errors the loss falls when a gate opens; for trained gates the score itself.
         gate: layer -> s, in [0, 1].
+        kind: fisher, whose scores are losses and can be compared between layers, or published.
         input_shape: (C, H, W) of the images.
         history: epoch by epoch.
     """
@@ -77,6 +78,7 @@ class Scores(Mapping[str, Tensor]):
     error: dict[str, Tensor]
     signed: dict[str, Tensor]
     gate: dict[str, Tensor]
+    kind: ScoreKind
     input_shape: tuple[int, int, int]
     history: list[EpochRecord] = field(default_factory=list)
 
@@ -91,25 +93,29 @@ class Scores(Mapping[str, Tensor]):
 
     def save(self, path: Path) -> None:
         """Write all but the history to a safetensors file."""
-        tensors = {f"{kind}/{name}": tensor for kind in _PARTS for name, tensor in getattr(self, kind).items()}
-        save_file(tensors, path, metadata={"input_shape": "x".join(map(str, self.input_shape))})
+        tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
+        shape = "x".join(map(str, self.input_shape))
+        save_file(tensors, path, metadata={"input_shape": shape, "kind": self.kind})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
         """Read what `save` wrote; the history is not part of it."""
         try:
             with safe_open(path, "pt") as file:
-                channels, height, width = map(int, file.metadata()["input_shape"].split("x"))
+                said = file.metadata()
+                channels, height, width = map(int, said["input_shape"].split("x"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no scores of the knockoff phase: {error}") from error
-        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _PARTS}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
         for key, tensor in tensors.items():
-            kind, _, layer = key.partition("/")
-            parts.setdefault(kind, {})[layer] = tensor
-        if parts.keys() != set(_PARTS) or any(part.keys() != parts["score"].keys() for part in parts.values()):
+            part, _, layer = key.partition("/")
+            parts.setdefault(part, {})[layer] = tensor
+        kind = said.get("kind")
+        same = all(part.keys() == parts["score"].keys() for part in parts.values())
+        if parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
             raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
-        return cls(**parts, input_shape=(channels, height, width))  # type: ignore[arg-type]
+        return cls(**parts, kind=kind, input_shape=(channels, height, width))  # type: ignore[arg-type]
 
 
 _PARTS = ("score", "error", "signed", "gate")
@@ -166,7 +172,8 @@ def train_knockoffs(
         stopping=stopping,
     )
     score, error, signed = competition.gates.scores()
-    return Scores(score, error, signed, competition.gates.values(), (channels, height, width), history)
+    gates = competition.gates.values()
+    return Scores(score, error, signed, gates, section.score, (channels, height, width), history)
 
 
 def _image_shape(batches: TrainingBatches) -> tuple[int, int, int]:

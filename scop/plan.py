@@ -21,8 +21,10 @@ class ChannelPlan(BaseModel):
         residual: the rule for residual streams under which the plan is carried out.
         kept: for each pruned convolution the indices that stay, ascending.
         channels: for each pruned convolution how many channels it had.
-        method: what selected them, for the record.
-        prune_rate: the rate that was asked for, for the record.
+        method, selection: what selected them, for the record.
+        prune_rate: the rate that was asked for, or that meets a budget; for knockoff_plus that which came of it.
+        unsure: for each convolution with known standard errors the channels whose scores lie within two of them of the
+            cut: others might have gone as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +34,9 @@ class ChannelPlan(BaseModel):
     kept: dict[str, Annotated[list[int], Field(min_length=1)]]
     channels: dict[str, int]
     method: str = "scop"
+    selection: str = "uniform"
     prune_rate: float | None = None
+    unsure: dict[str, list[int]] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -4,16 +4,30 @@ Every method gives one score per channel; low scores go. The controls differ fro
 `random` draws it, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the
 absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519), `fpgm` its filter's distance from the others of
 its layer (He et al., 2019, arXiv 1811.00250). `none` removes nothing.
+
+How many go, and from where, is the selection's. `uniform` takes the same share from each layer. `global` takes the
+lowest of all; under a budget, the lowest for what they cost of it: to lose little and save much is a knapsack, and
+taking by the ratio solves it but for the last item. Fisher scores are losses and comparable as they are, other scores
+are first divided by their layer's mean. `knockoff_plus` takes what the knockoff filter does not keep; under a budget,
+what lies below a threshold of W.
+
+All have a strength in [0, 1), of which the network's size is a falling function: so a budget is met by bisection, see
+`scop.budget`.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from scop.budget import Sizes, solve, unit_prices
 from scop.config import VariantSection
 from scop.errors import UserError
 from scop.graph import ChannelGraph, Prunable
@@ -24,6 +38,9 @@ from scop.plan import ChannelPlan
 LayerScore = Callable[[str], Tensor | None]
 """Gives a convolution's scores (channels,), or None where the method has none for it."""
 
+_SURE = 2.0
+"""Standard errors from the cut beyond which a selection is sure of a channel."""
+
 
 def select_channels(
     model: nn.Module,
@@ -31,6 +48,7 @@ def select_channels(
     *,
     input_shape: tuple[int, int, int] | None = None,
     variant: VariantSection | None = None,
+    device: torch.device | None = None,
     **settings: object,
 ) -> ChannelPlan:
     """Decide which channels stay.
@@ -40,33 +58,227 @@ def select_channels(
         scores: layer -> (channels,), from `scop.train_knockoffs` or elsewhere; the controls need none.
         input_shape: (C, H, W) of an image; that of the scores by default.
         variant: the settings, or give them one by one as keywords: ``prune_rate=0.45, residual="coupled"``.
+        device: on which a budget of latency is measured.
 
     Raises:
-        UserError: a setting is bad, scores are missing or do not fit, or nothing can be pruned.
+        UserError: a setting is bad, scores are missing or do not fit, nothing can be pruned, or a budget is out of
+            reach.
     """
     variant = parse(VariantSection, (variant.model_dump() if variant else {}) | settings)
     shape = input_shape or (scores.input_shape if isinstance(scores, Scores) else None)
     if shape is None:
         raise UserError("select_channels needs input_shape=(C, H, W) where the scores do not tell it")
     graph = ChannelGraph(model, shape)
-    score = _score_of(variant, model, graph, scores)
-    kept: dict[str, list[int]] = {}
-    channels: dict[str, int] = {}
-    for prunable in graph.prunable(variant.residual):
-        if variant.method == "none":
-            chosen = list(range(prunable.channels))
+    selection = Selection(model, graph, variant, scores)
+    if variant.budget is None or variant.method == "none":
+        return selection.plan(selection.strength)
+    sizes = Sizes(model, graph)
+    if variant.selection == "global":
+        selection.prices = unit_prices(selection, sizes, "params" if variant.budget.params else "macs")
+    return solve(selection, sizes, variant.budget, device)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Layers that lose the same channels, with what is known of these.
+
+    Attributes:
+        prunable: which they are.
+        scores: (blocks, width), by which they are ranked; from each block equally many go.
+        errors: their standard errors, or None.
+        rate: that of the layer itself, where there is one.
+    """
+
+    prunable: Prunable
+    scores: Tensor
+    errors: Tensor | None
+    rate: float | None
+
+    @property
+    def blocks(self) -> int:
+        return len(self.scores)
+
+    @property
+    def width(self) -> int:
+        return self.scores.shape[1]
+
+    @cached_property
+    def ascending(self) -> Tensor:
+        """Scores (width,) from the lowest: the mean over blocks of each one's k-th lowest, which go together."""
+        return self.scores.sort(dim=1).values.mean(0)
+
+    def keep(self, count: int) -> list[int]:
+        """The channels that stay where each block keeps `count`, ascending.
+
+        Equal scores are kept in the channels' order, so that a selection does not depend on the sorting algorithm.
+        """
+        order = self.scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+        places = order + torch.arange(self.blocks)[:, None] * self.width
+        return sorted(places.flatten().tolist())
+
+    def unsure(self, count: int) -> list[int]:
+        """The channels within two standard errors of the cut, ascending; none where nothing is cut or nothing known."""
+        if self.errors is None or count >= self.width:
+            return []
+        ordered = self.scores.sort(dim=1, descending=True).values
+        cut = (ordered[:, count - 1 : count] + ordered[:, count : count + 1]) / 2
+        near = (self.scores - cut).abs() < _SURE * self.errors
+        return torch.nonzero(near.flatten()).flatten().tolist()
+
+
+class Selection:
+    """What a variant would select, at any strength.
+
+    Args:
+        model: the dense network.
+        graph: its channels.
+        variant: the settings.
+        scores: those of the knockoff phase.
+
+    Attributes:
+        candidates: for each decision the layers and scores that it is about, in the model's order.
+        prices: for each candidate what one channel more of each block costs; at first the channels of its layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, variant: VariantSection, scores: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.graph, self.variant = graph, variant
+        score = _score_of(variant, model, graph, scores)
+        error = scores.error.get if isinstance(scores, Scores) and variant.method == "scop" else None
+        if variant.selection == "knockoff_plus":
+            error = None  # W counts in standard errors
+        prunables = graph.prunable(variant.residual)
+        _check_patterns([*variant.include, *variant.exclude, *variant.rates], prunables)
+        self._comparable = variant.method == "scop" and isinstance(scores, Scores) and scores.kind == "fisher"
+        self.candidates = [self._candidate(p, score, error) for p in prunables if self._is_chosen(p)]
+        self.prices = [float(c.blocks * len(c.prunable.convs)) for c in self.candidates]
+
+    def _is_chosen(self, prunable: Prunable) -> bool:
+        included = not self.variant.include or _matches(prunable, self.variant.include)
+        return included and not _matches(prunable, self.variant.exclude)
+
+    def _candidate(self, prunable: Prunable, score: LayerScore, error: LayerScore | None) -> Candidate:
+        blocks = prunable.blocks
+        if self.variant.method == "none":
+            return Candidate(prunable, torch.zeros(blocks, prunable.channels // blocks), None, 0.0)
+        rate = next((rate for pattern, rate in self.variant.rates.items() if _matches(prunable, [pattern])), None)
+        errors = None
+        if error is not None:
+            known = [own.float().square() for conv in prunable.convs if (own := error(conv)) is not None]
+            total = torch.stack(known).sum(0).sqrt() / len(known)
+            errors = total.view(blocks, -1) if bool(torch.isfinite(total).all()) else None
+        return Candidate(prunable, _combined(prunable, score, self.variant).view(blocks, -1), errors, rate)
+
+    @property
+    def strength(self) -> float:
+        """That which the settings ask for."""
+        return 1 - self.variant.fdr if self.variant.selection == "knockoff_plus" else self.variant.prune_rate
+
+    def plan(self, strength: float, counts: list[int] | None = None) -> ChannelPlan:
+        """The plan at a strength in [0, 1): a prune rate, or 1 less a false-discovery rate.
+
+        Args:
+            strength: how strongly to prune.
+            counts: of the channels that stay in each block of each candidate, if not those of `counts`.
+
+        Raises:
+            UserError: the knockoff filter keeps nothing.
+        """
+        kept: dict[str, list[int]] = {}
+        channels: dict[str, int] = {}
+        unsure: dict[str, list[int]] = {}
+        counts = self.counts(strength) if counts is None else counts
+        for candidate, count in zip(self.candidates, counts, strict=True):
+            chosen, doubtful = candidate.keep(count), candidate.unsure(count)
+            for conv in candidate.prunable.convs:
+                kept[conv], channels[conv] = chosen, candidate.prunable.channels
+                if candidate.errors is not None:
+                    unsure[conv] = doubtful
+        rate = strength
+        if self.variant.method == "none":
+            rate = 0.0
+        elif self.variant.selection == "knockoff_plus":
+            all_channels = sum(c.width * c.blocks for c in self.candidates)
+            rate = 1 - sum(n * c.blocks for n, c in zip(counts, self.candidates, strict=True)) / max(1, all_channels)
+        return ChannelPlan(
+            input_shape=self.graph.input_shape,
+            residual=self.variant.residual,
+            kept=kept,
+            channels=channels,
+            method=self.variant.method,
+            selection=self.variant.selection,
+            prune_rate=round(rate, 6),
+            unsure=unsure,
+        )
+
+    def counts(self, strength: float) -> list[int]:
+        """How many channels stay in each block of each candidate."""
+        match self.variant.selection:
+            case "uniform":
+                return [self._rounded(c, strength if c.rate is None else c.rate) for c in self.candidates]
+            case "global":
+                removed = self._lowest(strength)
+            case "knockoff_plus":
+                removed = self._undiscovered(strength)
+        floor = self.variant.floor
+        return [
+            self._rounded(c, min(n / c.width, 1 - floor) if c.rate is None else c.rate)
+            for c, n in zip(self.candidates, removed, strict=True)
+        ]
+
+    def _rounded(self, candidate: Candidate, rate: float) -> int:
+        per_block = -(-self.variant.min_channels // candidate.blocks)
+        round_to = max(1, self.variant.round_to // math.gcd(self.variant.round_to, candidate.blocks))
+        return kept_count(candidate.width, rate, round_to, per_block)
+
+    def _lowest(self, share: float) -> list[int]:
+        """How many of each candidate's channels are the lowest for their price, up to a share of the whole price."""
+        free = [(place, c) for place, c in enumerate(self.candidates) if c.rate is None]
+        if not free:
+            return [0] * len(self.candidates)
+        values = torch.cat([self._value(c) / self.prices[place] for place, c in free])
+        prices = torch.cat([torch.full((c.width,), self.prices[place], dtype=torch.float64) for place, c in free])
+        owners = torch.cat([torch.full((c.width,), place) for place, c in free])
+        order = values.argsort(stable=True)
+        gone = prices[order].cumsum(0) <= share * prices.sum() * (1 + 1e-9)
+        return torch.bincount(owners[order][gone], minlength=len(self.candidates)).tolist()
+
+    def _value(self, candidate: Candidate) -> Tensor:
+        """What the channels (width,) are worth, from the lowest, to be compared between layers."""
+        scores = candidate.ascending.double()
+        if not self._comparable:
+            scores = scores / scores.mean().clamp_min(1e-30)
+        # Of layers that share their channels the mean is known, of those that have scores; all of them are lost.
+        return scores * candidate.blocks * len(candidate.prunable.convs)
+
+    def _undiscovered(self, strength: float) -> list[int]:
+        """How many of each candidate's channels the knockoff filter does not keep.
+
+        Under a budget the threshold is what is solved for, and the strength the share of channels below it.
+        """
+        statistics = torch.cat([c.ascending for c in self.candidates if c.rate is None])
+        if self.variant.budget is not None:
+            threshold = float(statistics.quantile(strength))
         else:
-            chosen = keep_highest(_combined(prunable, score, variant), prunable.blocks, variant)
-        for conv in prunable.convs:
-            kept[conv], channels[conv] = chosen, prunable.channels
-    return ChannelPlan(
-        input_shape=shape,
-        residual=variant.residual,
-        kept=kept,
-        channels=channels,
-        method=variant.method,
-        prune_rate=0.0 if variant.method == "none" else variant.prune_rate,
-    )
+            threshold = knockoff_threshold(statistics, 1 - strength)
+        if math.isinf(threshold):
+            raise UserError(
+                f"the knockoff filter keeps no channel at fdr {self.variant.fdr:g}: too few of them beat their "
+                "knockoffs; raise fdr, or let the knockoff phase see more images"
+            )
+        return [int((c.ascending < threshold).sum()) for c in self.candidates]
+
+
+def knockoff_threshold(statistics: Tensor, fdr: float) -> float:
+    """The knockoff+ threshold (Barber and Candès, 2015, arXiv 1404.5609, equation 1.9); infinite where none will do.
+
+    The smallest t > 0 with ``(1 + #{W <= -t}) / max(1, #{W >= t}) <= fdr``; W >= t is kept.
+    """
+    for t in torch.unique(statistics.abs()).tolist():
+        if t > 0 and (1 + int((statistics <= -t).sum())) <= fdr * max(1, int((statistics >= t).sum())):
+            return float(t)
+    return math.inf
 
 
 def kept_count(channels: int, prune_rate: float, round_to: int = 1, min_channels: int = 1) -> int:
@@ -82,18 +294,17 @@ def kept_count(channels: int, prune_rate: float, round_to: int = 1, min_channels
     return min(channels, max(kept, min_channels, 1))
 
 
-def keep_highest(scores: Tensor, blocks: int, variant: VariantSection) -> list[int]:
-    """The channels to keep, ascending: the highest scores, equally many in each of `blocks` equal parts.
+def _matches(prunable: Prunable, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(conv, pattern) for conv in prunable.convs for pattern in patterns)
 
-    Equal scores are kept in the channels' order, so that a selection does not depend on the sorting algorithm.
-    """
-    width = len(scores) // blocks
-    per_block = -(-variant.min_channels // blocks)
-    round_to = max(1, variant.round_to // math.gcd(variant.round_to, blocks))
-    count = kept_count(width, variant.prune_rate, round_to, per_block)
-    order = scores.view(blocks, width).argsort(dim=1, descending=True, stable=True)[:, :count]
-    places = order + torch.arange(blocks)[:, None] * width
-    return sorted(places.flatten().tolist())
+
+def _check_patterns(patterns: Sequence[str], prunables: Sequence[Prunable]) -> None:
+    names = [conv for prunable in prunables for conv in prunable.convs]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names[:6])}, ..."
+            raise UserError(f"no layer that can be pruned is named like {pattern!r} ({hint})")
 
 
 def _combined(prunable: Prunable, score: LayerScore, variant: VariantSection) -> Tensor:
@@ -124,6 +335,10 @@ def _score_of(
         unknown = sorted(set(scores) - {name for name, _ in model.named_modules()})
         if unknown:
             raise UserError(f"layer {unknown[0]!r} has scores but is not in the model; were they made for another one?")
+        if variant.selection == "knockoff_plus":
+            if not isinstance(scores, Scores):
+                raise UserError("selection knockoff_plus needs the signed statistics of the knockoff phase")
+            return scores.signed.get
         return scores.get
     if variant.method == "random":
         generator = torch.Generator().manual_seed(variant.seed)
@@ -134,7 +349,7 @@ def _score_of(
         return lambda conv: _distances(_conv(model, conv).weight.detach().flatten(1).float().cpu())
     if variant.method == "bn_gamma":
         return lambda conv: _gamma(model, graph, conv)
-    return lambda conv: None
+    return lambda conv: None  # none
 
 
 def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:

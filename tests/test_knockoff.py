@@ -284,12 +284,13 @@ def test_every_residual_rule_finds_scores() -> None:
 
 def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     parts = [{"a.b": torch.rand(3)} for _ in range(4)]
-    scores = Scores(*parts, input_shape=(3, 8, 9))
+    scores = Scores(*parts, kind="fisher", input_shape=(3, 8, 9))
     scores.save(tmp_path / "scores.safetensors")
     again = Scores.load(tmp_path / "scores.safetensors")
     for part, kind in zip(parts, ("score", "error", "signed", "gate"), strict=True):
         assert torch.equal(getattr(again, kind)["a.b"], part["a.b"])
     assert again.input_shape == (3, 8, 9)
+    assert again.kind == "fisher"
     save_file({"gate/a": torch.rand(3), "gamma/a": torch.rand(3)}, tmp_path / "old", metadata={"input_shape": "1x2x3"})
     with pytest.raises(UserError, match="another version of scop; run the knockoff phase again"):
         Scores.load(tmp_path / "old")

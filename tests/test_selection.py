@@ -1,10 +1,16 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from scop import UserError, make_model, select_channels
-from scop.config import VariantSection
-from scop.selection import keep_highest, kept_count
+from scop import UserError, make_model, prune, select_channels
+from scop.budget import Stopwatch, solve_measured
+from scop.config import BudgetSection, VariantSection
+from scop.evaluation import count_macs, count_parameters, measure_latency
+from scop.graph import ChannelGraph, Prunable
+from scop.knockoff import Scores, gated_layers
+from scop.selection import Candidate, Selection, kept_count, knockoff_threshold
 from tests.helpers import GroupsAndBias
 
 
@@ -30,18 +36,30 @@ def test_how_many_channels_stay(channels: int, rate: float, round_to: int, minim
     assert kept_count(channels, rate, round_to, minimum) == kept
 
 
+def candidate(scores: list[float], blocks: int = 1, errors: list[float] | None = None) -> Candidate:
+    prunable = Prunable(("conv",), len(scores), blocks, scatter=False)
+    own = None if errors is None else torch.tensor(errors).view(blocks, -1)
+    return Candidate(prunable, torch.tensor(scores).view(blocks, -1), own, None)
+
+
 def test_the_highest_scores_stay_in_the_channels_order() -> None:
-    scores = torch.tensor([0.3, 0.9, 0.1, 0.5])
-    assert keep_highest(scores, 1, VariantSection(prune_rate=0.5)) == [1, 3]
+    assert candidate([0.3, 0.9, 0.1, 0.5]).keep(2) == [1, 3]
 
 
 def test_equal_scores_stay_by_place() -> None:
-    assert keep_highest(torch.zeros(6), 1, VariantSection(prune_rate=0.5)) == [0, 1, 2]
+    assert candidate([0.0] * 6).keep(3) == [0, 1, 2]
 
 
 def test_blocks_lose_equally_many() -> None:
-    scores = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4])
-    assert keep_highest(scores, 2, VariantSection(prune_rate=0.5)) == [0, 1, 6, 7]
+    assert candidate([9.0, 8, 7, 6, 1, 2, 3, 4], blocks=2).keep(2) == [0, 1, 6, 7]
+
+
+def test_a_selection_is_unsure_of_scores_near_the_cut() -> None:
+    errors = [0.1] * 4
+    assert candidate([0.0, 0.9, 1.0, 2.0], errors=errors).unsure(2) == [1, 2]
+    assert candidate([0.0, 0.5, 1.5, 2.0], errors=errors).unsure(2) == []
+    assert candidate([0.0, 0.9, 1.0, 2.0], errors=errors).unsure(4) == []
+    assert candidate([0.0, 0.9, 1.0, 2.0]).unsure(2) == []
 
 
 def test_l1_ranks_by_the_filters_norm() -> None:
@@ -122,3 +140,184 @@ def test_scores_that_do_not_fit_are_named() -> None:
     without_norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(576, 2))
     with pytest.raises(UserError, match="method 'bn_gamma' has no scores .* it has no batch norm"):
         select_channels(without_norm, method="bn_gamma", input_shape=shape)
+
+
+SHAPE = (3, 16, 16)
+
+
+def scores_of(model: nn.Module, kind: str = "fisher", seed: int = 0) -> Scores:
+    """Scores of every layer that can be pruned, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = {layer: model.get_submodule(layer).out_channels for layer in gated_layers(ChannelGraph(model, SHAPE))}
+    score = {layer: torch.rand(width, generator=generator) for layer, width in widths.items()}
+    error = {layer: torch.full((width,), 0.01) for layer, width in widths.items()}
+    signed = {layer: torch.randn(width, generator=generator) + 2 for layer, width in widths.items()}
+    return Scores(score, error, signed, score, kind, SHAPE)
+
+
+def test_global_takes_the_lowest_of_all_layers_down_to_the_floor() -> None:
+    model = make_model("resnet20")
+    scores = scores_of(model)
+    scores.score["layer1.0.conv1"] *= 1e-6
+    plan = select_channels(model, scores, selection="global", prune_rate=0.3, floor=0.25)
+    assert len(plan.kept["layer1.0.conv1"]) == 4  # all of it is worth less than the rest
+    total = sum(plan.channels.values())
+    kept = sum(map(len, plan.kept.values()))
+    lowest_kept = min(float(scores[layer][own].min()) for layer, own in plan.kept.items() if "1.0.conv1" not in layer)
+    highest_removed = max(float(scores[layer][plan.removed(layer)].max()) for layer in plan.kept)
+    assert highest_removed < lowest_kept
+    assert 1 - kept / total == pytest.approx(0.3, abs=0.02)
+
+
+def test_scores_that_are_no_losses_are_put_in_proportion_first() -> None:
+    model = make_model("resnet20")
+    fisher, published = scores_of(model), scores_of(model, "published")
+    for scores in (fisher, published):
+        scores.score["layer3.2.conv1"] *= 100
+    plans = [select_channels(model, scores, selection="global", prune_rate=0.4) for scores in (fisher, published)]
+    assert len(plans[0].kept["layer3.2.conv1"]) == 64
+    assert len(plans[1].kept["layer3.2.conv1"]) == pytest.approx(0.6 * 64, abs=6)
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
+@pytest.mark.parametrize(
+    ("selection", "residual"),
+    [("uniform", "scatter"), ("global", "scatter"), ("global", "coupled"), ("knockoff_plus", "inner")],
+)
+def test_budgets_are_met_and_used(what: str, selection: str, residual: str) -> None:
+    model = make_model("resnet20")
+    measure = count_parameters if what == "params" else lambda network: count_macs(network, SHAPE)
+    dense = measure(model)
+    plan = select_channels(model, scores_of(model), selection=selection, residual=residual, budget={what: 0.6})
+    share = measure(prune(model, plan)) / dense
+    assert 0.53 < share <= 0.6
+    absolute = select_channels(
+        model, scores_of(model), selection=selection, residual=residual, budget={what: 0.6 * dense}
+    )
+    assert absolute == plan
+    whole = select_channels(model, scores_of(model), selection=selection, residual=residual, budget={what: dense})
+    if selection == "uniform":
+        assert whole.removes_nothing
+
+
+def test_under_a_budget_global_takes_what_saves_most() -> None:
+    """Of channels that are worth the same the dear ones go: in MACs the first stage's, in parameters the last's."""
+    model = make_model("resnet20")
+    scores = scores_of(model)
+    for score in scores.score.values():
+        score.fill_(1).add_(torch.linspace(0, 1e-3, len(score)))
+    kept = {
+        what: {
+            layer: len(own)
+            for layer, own in select_channels(model, scores, selection="global", budget={what: 0.7}).kept.items()
+        }
+        for what in ("macs", "params")
+    }
+    assert kept["macs"]["layer1.1.conv1"] == 4
+    assert kept["macs"]["layer3.1.conv1"] == 64
+    assert kept["params"]["layer1.1.conv1"] == 16
+    assert kept["params"]["layer3.1.conv1"] < 32
+
+
+def test_a_budget_out_of_reach_is_refused() -> None:
+    model = make_model("resnet20")
+    with pytest.raises(UserError, match=r"a budget of 1,000 params is out of reach: .* there are \d+,\d+; raise the"):
+        select_channels(model, method="l1", budget={"params": 1000}, input_shape=SHAPE)
+    with pytest.raises(UserError, match="give one of params, macs and latency_ms"):
+        select_channels(model, method="l1", budget={"params": 0.5, "macs": 0.5}, input_shape=SHAPE)
+
+
+@pytest.mark.slow
+def test_a_budget_of_latency_is_met() -> None:
+    """As a share of the dense network's, in turns with it: absolute times drift on a shared machine."""
+    model, shape, cpu = make_model("resnet20").eval(), (3, 32, 32), torch.device("cpu")
+    graph = ChannelGraph(model, shape)
+    stopwatch = Stopwatch(model, graph, BudgetSection(latency_ms=1, batch_size=32, threads=1), cpu)
+    selection = Selection(model, graph, VariantSection(method="l1", residual="coupled"))
+    plan = solve_measured(selection, 0.6 * stopwatch.dense_ms, stopwatch)
+    networks = {"dense": model, "pruned": prune(model, plan)}
+    times = measure_latency(networks, shape, 32, cpu, 60, 1)
+    assert times["pruned"].p50 / times["dense"].p50 == pytest.approx(0.6, rel=0.15)
+
+
+def test_rates_and_patterns_say_which_layers() -> None:
+    model = make_model("resnet20")
+
+    def kept(**settings: object) -> dict[str, int]:
+        plan = select_channels(model, method="l1", input_shape=SHAPE, **settings)
+        return {layer: len(own) for layer, own in plan.kept.items()}
+
+    only = kept(include=["layer3.*"], prune_rate=0.5)
+    assert set(only) == {f"layer3.{block}.conv{conv}" for block in range(3) for conv in (1, 2)}
+    without = kept(exclude=["layer3.*", "layer1.0.conv1"])
+    assert {layer.split(".")[0] for layer in without} == {"layer1", "layer2"}
+    assert "layer1.0.conv1" not in without
+    for selection in ("uniform", "global"):
+        own = kept(rates={"layer1.*": 0.0, "layer3.2.*": 0.75}, prune_rate=0.5, selection=selection)
+        assert own["layer1.0.conv1"] == 16
+        assert own["layer3.2.conv1"] == 16
+    with pytest.raises(UserError, match=r"no layer that can be pruned is named like 'layer1.0.conv3' \(did you mean"):
+        kept(exclude=["layer1.0.conv3"])
+
+
+def test_the_knockoff_threshold_is_the_papers() -> None:
+    w = torch.tensor([5.0, 4, 3, 2, 1, -1.5, 0.5])
+    # t = 2: (1 + 0) / 4; t = 1: (1 + 1) / 5; t = 0.5: (1 + 1) / 6.
+    assert knockoff_threshold(w, 0.25) == 2
+    assert knockoff_threshold(w, 0.34) == 0.5
+    assert knockoff_threshold(w, 0.2) == math.inf
+
+
+@pytest.mark.parametrize("fdr", [0.1, 0.3])
+def test_the_false_discovery_rate_is_kept_on_known_nulls(fdr: float) -> None:
+    """Of 500 channels 350 are nulls with symmetric statistics: among those kept about a share q are nulls, no more."""
+    generator = torch.Generator().manual_seed(0)
+    null = torch.arange(500) >= 150
+    proportions, found = [], []
+    for _ in range(200):
+        w = torch.randn(500, generator=generator)
+        w[~null] += 3
+        kept = w >= knockoff_threshold(w, fdr)
+        proportions.append(float((kept & null).sum() / kept.sum().clamp_min(1)))
+        found.append(float((kept & ~null).sum() / 150))
+    assert 0.75 * fdr < sum(proportions) / 200 <= 1.02 * fdr
+    assert sum(found) / 200 > 0.8
+
+
+def test_knockoff_plus_keeps_what_beats_its_knockoff() -> None:
+    model = make_model("resnet20")
+    scores = scores_of(model)
+    for w in scores.signed.values():
+        w.copy_(torch.where(torch.arange(len(w)) % 3 == 0, -0.9, 4.0) + 0.01 * torch.arange(len(w)))
+    plan = select_channels(model, scores, selection="knockoff_plus", fdr=0.2)
+    for layer, own in plan.kept.items():
+        assert own == [c for c in range(plan.channels[layer]) if c % 3], layer
+    assert plan.prune_rate == pytest.approx(1 / 3, abs=0.02)
+    for w in scores.signed.values():
+        w.neg_()
+    with pytest.raises(UserError, match="keeps no channel at fdr 0.2"):
+        select_channels(model, scores, selection="knockoff_plus", fdr=0.2)
+    with pytest.raises(UserError, match="knockoff_plus needs knockoffs, and method l1 has none"):
+        select_channels(model, method="l1", selection="knockoff_plus", input_shape=SHAPE)
+
+
+def test_a_plan_tells_which_channels_it_was_unsure_of() -> None:
+    model = make_model("resnet20")
+    scores = scores_of(model)
+    plan = select_channels(model, scores, prune_rate=0.5)
+    layer = "layer3.0.conv1"
+    ordered = scores[layer].sort().values
+    cut = (ordered[31] + ordered[32]) / 2
+    assert plan.unsure[layer] == torch.nonzero((scores[layer] - cut).abs() < 0.02).flatten().tolist()
+    assert select_channels(model, method="l1", input_shape=SHAPE).unsure == {}
+
+
+def test_variants_are_named_after_what_they_do() -> None:
+    def label(**settings: object) -> str:
+        return VariantSection.model_validate(settings).label
+
+    assert label() == "scop-0.45"
+    assert label(selection="global", prune_rate=0.3) == "scop-global-0.3"
+    assert label(selection="global", budget={"macs": 0.442}) == "scop-global-macs-0.442"
+    assert label(method="l1", budget={"latency_ms": 12.5}) == "l1-latency_ms-12.5"
+    assert label(selection="knockoff_plus", fdr=0.2) == "scop-knockoff_plus-0.2"

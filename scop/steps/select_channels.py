@@ -37,7 +37,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     spec = spec_of(model)
     assert spec is not None
     scores = Scores.load(inputs.scores / "scores.safetensors")
-    plan = select_channels(model, scores, input_shape=spec.input_shape, variant=config.variant)
+    plan = select_channels(model, scores, input_shape=spec.input_shape, variant=config.variant, device=context.device)
     plan.save(outputs.plan / "plan.json")
     kept_channels(plan, outputs.plan / "plan.png")
     save_settings(outputs.plan, inputs.scores, variant=config.variant.model_dump(mode="json"))
@@ -46,4 +46,10 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         context.tracker.log_file(outputs.plan / name)
     kept, channels = sum(map(len, plan.kept.values())), sum(plan.channels.values())
     print(f"{config.variant.label}: keeps {kept} of {channels} channels in {len(plan.kept)} layers", flush=True)
-    return StepResult({"kept_channels": float(kept), "prunable_channels": float(channels)})
+    return StepResult(
+        {
+            "kept_channels": float(kept),
+            "prunable_channels": float(channels),
+            "unsure_channels": float(sum(map(len, plan.unsure.values()))),
+        }
+    )

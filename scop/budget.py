@@ -1,0 +1,182 @@
+"""Budgets: how strongly to prune so that a network has so many parameters or MACs, or takes so long.
+
+Parameters and MACs are counted on networks without numbers in them (PyTorch's meta device) that are not run, so that
+the search takes a second. Latency is measured: of real pruned networks, in turns with the dense one, for what can be
+known on a noisy machine is how two networks compare.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from scop.config import BudgetSection
+from scop.device import pick_device
+from scop.errors import UserError
+from scop.evaluation import count_macs, count_parameters, measure_latency
+from scop.graph import ChannelGraph
+from scop.plan import ChannelPlan
+from scop.surgery import apply_cuts, cuts_of
+
+if TYPE_CHECKING:
+    from scop.selection import Selection
+
+_STRONGEST = 0.99
+_HALVINGS = 12
+_CLOSE = 0.01
+"""Of a measured latency to its target: better than this it is not known."""
+
+
+class Sizes:
+    """What pruned networks would have: counted without running any.
+
+    Surgery changes the weights of convolutions and linear layers and not where they are applied: so the MACs are those
+    of the dense network less, for each layer, the weights that it loses times the places that they are applied at.
+
+    Args:
+        model: the dense network.
+        graph: its channels.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        self.model, self.graph = model, graph
+        self._skeleton = copy.deepcopy(model).to("meta").eval()
+        self._macs = count_macs(self._skeleton, graph.input_shape)
+        self._places = self._count_places()
+
+    def _count_places(self) -> dict[str, int]:
+        """For each convolution and linear layer, how often one image has each of its weights multiplied."""
+        places: dict[str, int] = {}
+
+        def note(name: str, module: nn.Module, _: Any, output: torch.Tensor) -> None:
+            channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
+            places[name] = places.get(name, 0) + output.numel() // channels
+
+        layers = [(n, m) for n, m in self._skeleton.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        hooks = [module.register_forward_hook(partial(note, name)) for name, module in layers]
+        with torch.no_grad():
+            self._skeleton(torch.zeros(1, *self.graph.input_shape, device="meta"))
+        for hook in hooks:
+            hook.remove()
+        return places
+
+    def count(self, what: str, plan: ChannelPlan | None = None) -> int:
+        """The params or macs of the network that a plan leaves, or of the whole one."""
+        network = self._skeleton
+        if plan is not None:
+            network = apply_cuts(copy.deepcopy(self._skeleton), cuts_of(self.graph, plan))
+        if what == "params":
+            return count_parameters(network)
+        lost = (places * (self._weights(name) - _weights_of(network, name)) for name, places in self._places.items())
+        return self._macs - sum(lost)
+
+    def _weights(self, name: str) -> int:
+        return _weights_of(self._skeleton, name)
+
+
+def _weights_of(network: nn.Module, name: str) -> int:
+    return int(network.get_submodule(name).weight.numel())  # type: ignore[operator]
+
+
+def unit_prices(selection: Selection, sizes: Sizes, what: str) -> list[float]:
+    """For each candidate, how many params or macs go with one channel of each of its blocks, at full width."""
+    everything = sizes.count(what)
+    whole, prices = [c.width for c in selection.candidates], []
+    for place, width in enumerate(whole):
+        fewer = [*whole[:place], max(1, width - 1), *whole[place + 1 :]]
+        prices.append(float(max(1, everything - sizes.count(what, selection.plan(0, fewer)))))
+    return prices
+
+
+def solve(selection: Selection, sizes: Sizes, budget: BudgetSection, device: torch.device | None) -> ChannelPlan:
+    """The plan of the least strength that keeps to the budget.
+
+    Raises:
+        UserError: even the strongest does not.
+    """
+    ((what, limit),) = budget.given.items()
+    if what == "latency_ms":
+        return solve_measured(selection, limit, Stopwatch(sizes.model, sizes.graph, budget, device or pick_device()))
+    target = limit * sizes.count(what) if limit <= 1 else limit
+    return _solve_counted(selection, target, lambda plan: sizes.count(what, plan), what)
+
+
+def _solve_counted(selection: Selection, target: float, cost: Callable[[ChannelPlan], float], what: str) -> ChannelPlan:
+    weak, strong = 0.0, _STRONGEST
+    if cost(plan := selection.plan(weak)) <= target:
+        return plan
+    best = selection.plan(strong)
+    if (least := cost(best)) > target:
+        raise UserError(_out_of_reach(what, target, f"{least:,.0f}", best))
+    for _ in range(_HALVINGS):
+        middle = (weak + strong) / 2
+        plan = selection.plan(middle)
+        if plan.kept == best.kept or cost(plan) <= target:
+            best, strong = plan, middle
+        else:
+            weak = middle
+    return best
+
+
+def solve_measured(selection: Selection, target: float, latency: Stopwatch) -> ChannelPlan:
+    """The plan of the least strength whose measured latency is at most the target, in milliseconds, or near it."""
+    weak, strong = 0.0, _STRONGEST
+    plan = selection.plan(weak)
+    if latency(plan) <= target:
+        return plan
+    best = selection.plan(strong)
+    if (least := latency(best)) > target:
+        raise UserError(_out_of_reach("latency_ms", target, f"{least:.3g}", best))
+    while (strong - weak) > 1 / max(candidate.width for candidate in selection.candidates):
+        middle = (weak + strong) / 2
+        plan = selection.plan(middle)
+        measured = latency(plan)
+        if abs(measured / target - 1) < _CLOSE:
+            return plan
+        if measured <= target:
+            best, strong = plan, middle
+        else:
+            weak = middle
+    return best
+
+
+def _out_of_reach(what: str, target: float, least: str, plan: ChannelPlan) -> str:
+    shown = f"{target:,.0f}" if target >= 100 else f"{target:.3g}"
+    return (
+        f"a budget of {shown} {what} is out of reach: with as little as rule {plan.residual!r} leaves there are "
+        f"{least}; raise the budget, lower min_channels or floor, or try residual: coupled"
+    )
+
+
+class Stopwatch:
+    """Latencies of pruned networks in milliseconds: the median pass of a batch.
+
+    Args:
+        model: the dense network.
+        graph: its channels.
+        budget: says of how many images, on how many threads.
+        device: where.
+
+    Attributes:
+        dense_ms: of the dense network, by itself.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, budget: BudgetSection, device: torch.device) -> None:
+        self._dense = copy.deepcopy(model).float().cpu()
+        self._graph, self._budget, self._device = graph, budget, device
+        self.dense_ms = self._measure({"dense": self._dense}, 60)["dense"]
+
+    def __call__(self, plan: ChannelPlan) -> float:
+        pruned = apply_cuts(copy.deepcopy(self._dense).cpu(), cuts_of(self._graph, plan))
+        times = self._measure({"dense": self._dense, "pruned": pruned}, 30)
+        return self.dense_ms * times["pruned"] / times["dense"]
+
+    def _measure(self, models: dict[str, nn.Module], repeats: int) -> dict[str, float]:
+        budget, shape = self._budget, self._graph.input_shape
+        found = measure_latency(models, shape, budget.batch_size, self._device, repeats, budget.threads)
+        return {name: latency.p50 for name, latency in found.items()}
