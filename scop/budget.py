@@ -75,6 +75,12 @@ class Sizes:
         lost = (places * (self._weights(name) - _weights_of(network, name)) for name, places in self._places.items())
         return self._macs - sum(lost)
 
+    def by_layer(self, plan: ChannelPlan) -> dict[str, tuple[int, int]]:
+        """The weights and MACs that the plan leaves of each convolution and linear layer."""
+        network = apply_cuts(copy.deepcopy(self._skeleton), cuts_of(self.graph, plan))
+        weights = {name: _weights_of(network, name) for name in self._places}
+        return {name: (own, own * self._places[name]) for name, own in weights.items()}
+
     def _weights(self, name: str) -> int:
         return _weights_of(self._skeleton, name)
 

@@ -112,6 +112,23 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("--runs", default="runs", metavar="DIR", help=where_runs)
     rerun.set_defaults(command=_rerun)
 
+    select = commands.add_parser(
+        "select",
+        help="see what a variant would remove",
+        description="Print, layer by layer, how many of its channels a variant removes, and what is left: of a run's "
+        "network by its scores, or of a configuration's before anything is trained. Rates and budgets can be tried "
+        "within seconds.",
+        epilog="such as: scop select RUN --dry-run --set variants.0.selection=global "
+        "--set variants.0.budget='{macs: 0.5}'",
+    )
+    select.add_argument("run", nargs="?", metavar="RUN", help="a run, by its name, folder or URI")
+    _add_config(select)
+    select.add_argument("--variant", metavar="NAME", help="which of the configuration's variants (default: the first)")
+    select.add_argument("--dry-run", action="store_true", help="print only")
+    select.add_argument("--output", type=Path, metavar="FILE", help="write the plan, a JSON file; needs RUN")
+    select.add_argument("--runs", default="runs", metavar="DIR", help=where_runs)
+    select.set_defaults(command=_select)
+
     compare = commands.add_parser(
         "compare",
         help="put results side by side",
@@ -294,6 +311,29 @@ def _step(options: argparse.Namespace) -> None:
         _pairs(options.input, "--input"),
         {name: values[-1] for name, values in _pairs(options.output, "--output").items()},
     )
+
+
+def _select(options: argparse.Namespace) -> None:
+    from pipelines import select
+    from pipelines.runs import find_run
+    from scop.errors import UserError
+
+    if not options.dry_run and options.output is None:
+        raise UserError("say where the plan goes, --output FILE, or look only, --dry-run")
+    if options.output and options.run is None:
+        raise UserError("--output writes a plan by a run's scores: name the RUN, or look only, --dry-run")
+    place = find_run(options.run, options.runs) if options.run else None
+    config = select.config_of(options.config, place, options.set)
+    variants = {variant.label: variant for variant in config.variants}
+    label = options.variant or next(iter(variants))
+    if label not in variants:
+        raise UserError(f"--variant {label!r} is not in the configuration (known: {', '.join(variants)})")
+    dense = select.dense_of_run(place) if place else select.dense_of(config)
+    plan = select.plan_of(dense, variants[label])
+    select.print_plan(dense, plan, label)
+    if options.output and not options.dry_run:
+        select.save(plan, options.output)
+        print(f"plan: {options.output}")
 
 
 def _rerun(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from scop.config import CIFAR_RESNETS
+from scop.config import CIFAR_RESNETS, DenseSection
 from scop.errors import UserError
 from scop.spec import ModelSpec, attach_spec
 
@@ -106,6 +106,20 @@ def make_model(factory: str, **arguments: Any) -> nn.Module:
         return attach_spec(model, ModelSpec(factory=factory, arguments=arguments))
     except ValidationError as error:
         raise UserError(f"arguments of model {factory!r} must be what JSON can hold, not {arguments}") from error
+
+
+def network_for(section: DenseSection, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The network of a configuration for images of a shape (C, H, W), with random weights.
+
+    Raises:
+        UserError: there is no such network, or it is not made for so many channels.
+    """
+    arguments = {"num_classes": classes, **section.arguments}
+    if accepts_channels(section.model):
+        arguments.setdefault("in_channels", shape[0])
+    elif section.model.startswith("torchvision:") and shape[0] != 3:
+        raise UserError(f"dense.model {section.model!r} takes colour images, these are grey; set data.channels: 3")
+    return make_model(section.model, **arguments)
 
 
 def accepts_channels(factory: str) -> bool:

@@ -54,6 +54,28 @@ def load_source(section: DataSection) -> Dataset:
             return _image_folder(section)
 
 
+def peek(section: DataSection) -> tuple[tuple[int, int, int], int]:
+    """The shape (C, H, W) that images will have, and the number of classes, without decoding more than one image.
+
+    Raises:
+        UserError: there are none, or the first cannot be decoded.
+    """
+    if section.source == "digits":
+        side = section.image_size or 8
+        return (section.channels or 1, side, side), 10
+    if section.source in ("cifar10", "cifar100"):
+        return (3, 32, 32), int(section.source.removeprefix("cifar"))
+    path, decoder = _existing(section), _Decoder(section.image_size, section.channels)
+    classes: set[str] = set()
+    for name, content in _members(path):
+        if not classes:
+            decoder.settle(name, content)
+        classes.add(_place(name, path)[1])
+    if decoder.shape is None or decoder.channels is None:
+        raise UserError(f"{path} has no images under SPLIT/CLASS/")
+    return (decoder.channels, *decoder.shape), len(classes)
+
+
 def _digits(section: DataSection) -> Dataset:
     """1,797 handwritten digits of 8x8 grey pixels (UCI, Alpaydin and Kaynak 1998); a fifth is the test split."""
     from sklearn.datasets import load_digits

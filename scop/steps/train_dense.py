@@ -14,7 +14,7 @@ from scop.data import Dataset, load_dataset
 from scop.errors import UserError
 from scop.evaluation import count_macs, count_parameters
 from scop.graph import ChannelGraph
-from scop.models import accepts_channels, make_model
+from scop.models import network_for
 from scop.parsing import Section
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
@@ -85,12 +85,7 @@ def build(section: DenseSection, dataset: Dataset) -> torch.nn.Module:
         UserError: no such network, or it is not made for so many channels.
     """
     info = dataset.info
-    arguments = {"num_classes": len(info.classes), **section.arguments}
-    if accepts_channels(section.model):
-        arguments.setdefault("in_channels", info.shape[0])
-    elif section.model.startswith("torchvision:") and info.shape[0] != 3:
-        raise UserError(f"dense.model {section.model!r} takes colour images, these are grey; set data.channels: 3")
-    model = make_model(section.model, **arguments)
+    model = network_for(section, info.shape, len(info.classes))
     spec = spec_of(model)
     assert spec is not None
     description = {"input_shape": info.shape, "mean": info.mean, "std": info.std, "classes": info.classes}

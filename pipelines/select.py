@@ -1,0 +1,140 @@
+"""`scop select`: what a variant removes, layer by layer, without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from pipelines.presets import find_config
+from pipelines.runs import CONFIG, records_of
+from scop import storage
+from scop.artifacts import load_model, load_weights
+from scop.budget import Sizes
+from scop.config import Config, VariantSection, load_config
+from scop.errors import UserError
+from scop.graph import ChannelGraph
+from scop.knockoff import Scores
+from scop.manifest import write_atomically
+from scop.models import network_for
+from scop.parsing import override, parse
+from scop.plan import ChannelPlan
+from scop.selection import select_channels
+from scop.sources import peek
+from scop.spec import spec_of
+from scop.steps.record import StepRecord
+from scop.text import human
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What there is to select from.
+
+    Attributes:
+        model: the dense network.
+        shape: (C, H, W) of an image.
+        scores: of its channels, where a knockoff phase has been.
+    """
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    scores: Scores | None
+
+
+def dense_of(config: Config) -> Dense:
+    """The network of a configuration, as it is before any step has run: its weights as given, or random.
+
+    Raises:
+        UserError: there are no images to tell their shape, or no such network.
+    """
+    shape, classes = peek(config.data)
+    torch.manual_seed(config.dense.seed)
+    model = network_for(config.dense, shape, classes)
+    if config.dense.weights is not None:
+        load_weights(model, config.dense.weights)
+    return Dense(model, shape, None)
+
+
+def dense_of_run(place: str) -> Dense:
+    """The network and the scores of a run.
+
+    Raises:
+        UserError: its dense training or its knockoff phase has not ended.
+    """
+    records = {record.step: record for record in records_of(place) if record.status == "done"}
+    folders: list[Path] = []
+    for step, output in (("train_dense", "model"), ("train_knockoff", "scores")):
+        if step not in records:
+            raise UserError(f"run {place} has no step {step} that is done")
+        folders.append(storage.local_folder(_place(records[step], output), output))
+    model = load_model(folders[0])
+    spec = spec_of(model)
+    assert spec is not None and spec.input_shape is not None
+    return Dense(model, spec.input_shape, Scores.load(folders[1] / "scores.safetensors"))
+
+
+def _place(record: StepRecord, output: str) -> str:
+    return str(record.outputs[output].uri)
+
+
+def config_of(given: str | None, run: str | None, changes: Sequence[str]) -> Config:
+    """The configuration that is named, or that of the run, or the default, with changes put in."""
+    if given is None and run is not None and (content := storage.read(storage.join(run, CONFIG), must_exist=False)):
+        values = yaml.safe_load(content)
+        for change in changes:
+            override(values, change)
+        return parse(Config, values)
+    return load_config(find_config(given or "digits-resnet20"), list(changes))
+
+
+def plan_of(dense: Dense, variant: VariantSection) -> ChannelPlan:
+    """What a variant selects; before there are scores, how many channels of each layer it does.
+
+    Raises:
+        UserError: which layers lose how much depends on scores that are not there.
+    """
+    if dense.scores is None and variant.method == "scop":
+        if variant.selection != "uniform":
+            raise UserError(
+                f"selection {variant.selection} of method scop needs scores: name a run, scop select RUN --dry-run, or "
+                "another method by --set variants.0.method=l1"
+            )
+        # How many go is then the same whatever the scores.
+        variant = variant.model_copy(update={"method": "random"})
+    return select_channels(dense.model, dense.scores, input_shape=dense.shape, variant=variant)
+
+
+def save(plan: ChannelPlan, path: Path) -> None:
+    """Write a plan, for `scop.prune` or another variant's sake."""
+    write_atomically(path, plan.model_dump_json(indent=1) + "\n")
+
+
+def print_plan(dense: Dense, plan: ChannelPlan, label: str) -> None:
+    """The table: for each layer that loses output channels how many stay, and what is left of it and of all."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    sizes = Sizes(dense.model, ChannelGraph(dense.model, dense.shape))
+    whole = plan.model_copy(update={"kept": {layer: list(range(n)) for layer, n in plan.channels.items()}})
+    before, after = sizes.by_layer(whole), sizes.by_layer(plan)
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    view.add_column("layer", no_wrap=True)
+    for title in ("channels", "kept", "removed", "parameters", "MACs"):
+        view.add_column(title, justify="right", no_wrap=True)
+    if plan.unsure:
+        view.add_column("unsure", justify="right", no_wrap=True)
+    for layer, kept in plan.kept.items():
+        channels = plan.channels[layer]
+        cells = [layer, str(channels), str(len(kept)), f"{1 - len(kept) / channels:.0%}"]
+        cells += [f"{human(old)} -> {human(new)}" for old, new in zip(before[layer], after[layer], strict=True)]
+        view.add_row(*map(Text, [*cells, *([str(len(plan.unsure.get(layer, [])))] if plan.unsure else [])]))
+    print(f"{label}: residual rule {plan.residual}, selection {plan.selection}, rate {plan.prune_rate:.4g}")
+    Console(width=max(Console().width, 100)).print(view)
+    for title, what in (("parameters", "params"), ("MACs", "macs")):
+        old, new = sizes.count(what), sizes.count(what, plan)
+        print(f"{title}: {human(old)} -> {human(new)}, {1 - new / old:.1%} removed")
