@@ -118,6 +118,8 @@ class TrainingSection(Section):
         sync_batch_norm: where several processes train, batch norms see the whole batch and not each its share; then the
             network does not depend on how many there are, but for rounding and dropout.
         keep: the weights of the last epoch, or of the best one on the validation split.
+        ema: what is kept is an exponential moving average of the weights with this decay a step, such as 0.999; 0 for
+            none.
         seed: of initial weights, order and augmentation.
     """
 
@@ -136,6 +138,7 @@ class TrainingSection(Section):
     compile: bool = False
     sync_batch_norm: bool = True
     keep: Literal["last", "best"] = "last"
+    ema: Fraction = 0.0
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -195,6 +198,18 @@ class GeneratorSection(Section):
     steps: PositiveInt = 16
 
 
+class SensitivitySection(Section):
+    """How accuracy depends on the rate of one layer alone.
+
+    Attributes:
+        rates: at which each layer is pruned in turn; none by default, then nothing is measured.
+        images: of the validation split, or of the training split where there is none.
+    """
+
+    rates: list[Fraction] = []
+    images: PositiveInt = 1000
+
+
 class KnockoffSection(Section):
     """The knockoff phase.
 
@@ -210,6 +225,7 @@ class KnockoffSection(Section):
         batch_size: images in a batch.
         lr, betas: of Adam on the gates, for score published.
         gaussian, generator: settings of these sources.
+        sensitivity: accuracy against the rate of one layer at a time.
         crop_padding, flip: augmentation.
         precision: see `TrainingSection`.
         seed: of order, augmentation and knockoffs.
@@ -225,6 +241,7 @@ class KnockoffSection(Section):
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)
     gaussian: GaussianSection = GaussianSection()
     generator: GeneratorSection = GeneratorSection()
+    sensitivity: SensitivitySection = SensitivitySection()
     crop_padding: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     precision: Precision = "auto"
@@ -316,15 +333,17 @@ class VariantSection(Section):
 
 
 class DistillationSection(Section):
-    """Learning from the dense network's answers (Hinton et al., 2015, arXiv 1503.02531).
+    """Learning from the dense network, see `scop.distillation`.
 
     Attributes:
         weight: share of the distillation loss, 0 for none.
         temperature: softens both networks' answers.
+        attention: weight of the distance between both networks' attention maps, stage by stage, 0 for none.
     """
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature: PositiveFloat = 4.0
+    attention: NonNegativeFloat = 0.0
 
 
 class FinetuneSection(TrainingSection):

@@ -76,6 +76,25 @@ def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
     figure.savefig(path)
 
 
+def sensitivity_curves(top1: Mapping[str, Sequence[float]], rates: Sequence[float], path: Path) -> None:
+    """Accuracy of the network with one layer pruned: a row per layer, a column per rate."""
+    import numpy as np
+
+    layers, values = list(top1), np.asarray(list(top1.values()))
+    figure, axes = _figure(2.5 + 0.9 * len(rates), max(2.5, 0.26 * len(layers) + 1.0))
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(rates)), [f"{rate:.0%}" for rate in rates], fontsize=8)
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        axes.text(
+            column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value > 0.5 else "#334"
+        )
+    axes.set_xlabel("share of the layer's channels that is removed")
+    axes.set_title("Top-1 with one layer pruned", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
 def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Path) -> None:
     """Images above their knockoffs.
 

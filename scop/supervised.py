@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scop import distributed
 from scop.config import DistillationSection, TrainingSection
 from scop.device import autocast, autocast_dtype, to_device
+from scop.distillation import Distillation
 from scop.errors import UserError
 from scop.narrow import NarrowBatchNorms
 from scop.sync_batch_norm import SynchronisedBatchNorms
@@ -20,9 +22,18 @@ from scop.training import TrainingBatches
 
 
 class Supervised:
-    """Cross-entropy of a network on its labels, with distillation from a teacher as an option.
+    """Cross-entropy of a network on its labels; as options a teacher's part, and a moving average of the weights.
 
-    The distillation loss is ``T^2 KL(teacher / T || student / T)`` (Hinton et al., 2015).
+    Args:
+        model: the network, on the device.
+        device: where to compute.
+        section: the settings.
+        teacher: in eval mode and without gradients, on the device.
+        distillation: what is learned from it.
+
+    Attributes:
+        average: the network with the exponential moving average of all weights and batch norm statistics, if the
+            settings ask for one.
     """
 
     def __init__(
@@ -36,7 +47,14 @@ class Supervised:
         self.model, self.device = model, device
         self.dtype = autocast_dtype(device, section.precision)
         self.smoothing = section.label_smoothing
-        self.teacher, self.distillation = teacher, distillation or DistillationSection()
+        self._distillation: Distillation | None = None
+        if teacher is not None and distillation is not None and (distillation.weight or distillation.attention):
+            if section.compile and distillation.attention:
+                raise UserError("compile leaves no place for distillation.attention; set one of the two off")
+            self._distillation = Distillation(model, teacher, distillation, self.dtype)
+        self.average: AveragedModel | None = None
+        if section.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True)  # type: ignore[no-untyped-call]
         synchronised = distributed.several() and section.sync_batch_norm
         if synchronised and section.compile:
             raise UserError("compile cannot synchronise batch norms; set sync_batch_norm: false, or compile: false")
@@ -50,32 +68,38 @@ class Supervised:
 
     @property
     def state(self) -> nn.Module:
-        return self.model
+        return self.model if self.average is None else nn.ModuleDict({"model": self.model, "average": self.average})
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that training is for: that which is trained, or the average."""
+        return self.model if self.average is None else self.average.module
+
+    def finish(self) -> None:
+        """Have the trained network take the average's weights, where there is one, and let go of it."""
+        if self._distillation is not None:
+            self._distillation.finish()
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
 
     def start_epoch(self) -> None:
         self.model.train()
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
+        if self._distillation is not None:
+            self._distillation.prepare(images)
         with autocast(self.device, self.dtype), self._batch_norms:
             logits = self._forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
-        if self.teacher is not None and self.distillation.weight:
-            share, temperature = self.distillation.weight, self.distillation.temperature
-            with torch.no_grad(), autocast(self.device, self.dtype):
-                target = self.teacher(images)
-            divergence = F.kl_div(
-                F.log_softmax(logits / temperature, dim=1),
-                F.log_softmax(target.float() / temperature, dim=1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            loss = (1 - share) * loss + share * temperature**2 * divergence
+        if self._distillation is not None:
+            loss = self._distillation.mixed(loss, images, logits)
         return loss, logits
 
     def after_step(self) -> None:
-        pass
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
 
 def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:

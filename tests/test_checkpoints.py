@@ -76,6 +76,18 @@ def test_knockoffs_are_drawn_on_where_they_stopped(score: str, model, batches: B
     assert all(torch.equal(whole[layer], resumed[layer]) for layer in whole)
 
 
+def test_an_average_of_weights_is_resumed_too(digits: Dataset, tmp_path: Path) -> None:
+    def weights(**keys) -> dict[str, torch.Tensor]:
+        return train(digits, epochs=3, ema=0.9, keep="best", **keys)[0].state_dict()
+
+    whole = weights()
+    checkpoints = Checkpoints(str(tmp_path), "abc")
+    with pytest.raises(Stopped):
+        weights(checkpoints=checkpoints, stopping=after(30))
+    resumed = weights(checkpoints=checkpoints)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_the_newest_ones_are_kept(digits: Dataset, place: str) -> None:
     train(digits, epochs=4, checkpoints=Checkpoints(place, "abc", keep=2))
     assert storage.names(place) == [f"0000{n}-00000000.{end}" for n in (3, 4) for end in ("json", "pt")]

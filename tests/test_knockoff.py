@@ -11,9 +11,11 @@ import scop
 from scop import UserError, make_model, train_knockoffs
 from scop.batches import Batches
 from scop.config import DenseSection
+from scop.evaluation import measure_accuracy
 from scop.graph import ChannelGraph
 from scop.knockoff import Competition, Scores, folded_copy, gated_layers
 from scop.knockoff_sources import shuffle
+from scop.sensitivity import measure_sensitivity
 from scop.supervised import Supervised, make_optimizer
 from scop.training import fit
 from tests.helpers import randomise_batch_norms
@@ -341,3 +343,16 @@ def test_a_network_that_only_coupled_can_prune_is_scored_all_the_same(batches: B
     assert len(scop.select_channels(model, scores, residual="coupled", prune_rate=0.5).kept["stem"]) == 4
     with pytest.raises(UserError, match="no branch is simply added"):
         scop.select_channels(model, scores, residual="scatter")
+
+
+def test_sensitivity_is_the_accuracy_of_the_network_with_one_layer_pruned(model, batches: Batches) -> None:
+    scores = train_knockoffs(model, batches, epochs=1)
+    images = list(batches)
+    found = measure_sensitivity(model, scores, [0.0, 0.5, 0.75], images, CPU, (1, 8, 8))
+    dense = measure_accuracy(model, images, CPU).top1
+    for layer in scores:
+        pruned = scop.prune(model, scop.select_channels(model, scores, prune_rate=0.5, include=[layer]))
+        assert found[layer][0] == pytest.approx(dense, abs=0.01)
+        assert found[layer][1] == pytest.approx(measure_accuracy(pruned, images, CPU).top1, abs=0.01)
+        assert found[layer][2] <= found[layer][0]
+    assert min(top1 for _, _, top1 in found.values()) < dense - 0.05

@@ -3,13 +3,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import scop
 from scop import UserError, make_model
 from scop.batches import Augmentation, Batches
 from scop.checkpoints import Checkpoints
 from scop.config import DenseSection, DistillationSection, FinetuneSection
 from scop.data import Dataset
+from scop.distillation import find_stages
 from scop.evaluation import measure_accuracy
 from scop.learning_rate import lr_factor
 from scop.supervised import Supervised, make_optimizer, recalibrate
@@ -34,8 +37,10 @@ def train(
     validation = Batches(digits["validation"], digits.info, 500, CPU)
 
     def validate() -> tuple[float, float]:
-        accuracy = measure_accuracy(model, validation, CPU)
+        accuracy = measure_accuracy(objective.result, validation, CPU)
         return accuracy.loss, accuracy.top1
+
+    objective = Supervised(model, CPU, section)
 
     class Killed(Exception):
         pass
@@ -46,7 +51,7 @@ def train(
 
     try:
         history = fit(
-            Supervised(model, CPU, section),
+            objective,
             batches,
             make_optimizer(model, section),
             epochs=epochs,
@@ -61,6 +66,7 @@ def train(
         )
     except Killed:
         history = []
+    objective.finish()
     return model, history
 
 
@@ -155,6 +161,67 @@ def test_label_smoothing_and_distillation_are_the_losses_they_claim(batches: Bat
     soft, log_soft = (target / 2).softmax(1), (target / 2).log_softmax(1)
     divergence = (soft * (log_soft - (logits / 2).log_softmax(1))).sum(1).mean()
     assert float(loss) == pytest.approx((0.75 * cross_entropy + 0.25 * 4 * divergence).item(), rel=1e-4)
+
+
+def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batches, model: nn.Module) -> None:
+    images, labels = next(iter(batches))
+    teacher = copy.deepcopy(model).eval()
+    plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
+    student = scop.prune(model, plan).eval()
+    section = FinetuneSection(precision="fp32")
+    objective = Supervised(student, CPU, section, teacher, DistillationSection(attention=3.0))
+    loss = objective.loss(images, labels)[0]
+
+    # Kept as they are, so behind the activation, which works in place.
+    seen: dict[str, list[torch.Tensor]] = {"first_norm": [], "second_norm": [], "third_norm": []}
+    for network in (student, teacher):
+        for name, kept in seen.items():
+            network.get_submodule(name).register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
+    logits = student(images)
+    teacher(images)
+    distances = []
+    for own, target in seen.values():
+        maps = [(part**2).mean(1).flatten(1) for part in (own, target)]
+        first, second = (part / part.norm(dim=1, keepdim=True) for part in maps)
+        distances.append(((first - second) ** 2).sum(1).mean())
+    expected = F.cross_entropy(logits, labels) + 3 * sum(distances) / 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    assert student.first.weight.grad.abs().sum() > 0
+    objective.finish()
+    assert not student.third_norm._forward_hooks or len(student.third_norm._forward_hooks) == 1  # this test's own
+
+
+def test_stages_end_where_the_resolution_does() -> None:
+    assert find_stages(make_model("resnet20"), torch.zeros(2, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
+
+
+def test_the_average_is_what_is_kept(digits: Dataset) -> None:
+    """Weights and batch norm statistics of the result are w <- d w + (1 - d) w' after each step, from the first one."""
+    torch.manual_seed(0)
+    model = make_model("tests.helpers:Plain")
+    batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation())
+    section = DenseSection(epochs=1, batch_size=64, lr=0.05, ema=0.9, precision="fp32")
+    objective = Supervised(model, CPU, section)
+    expected: dict[str, torch.Tensor] = {}
+
+    class Watched:
+        state, start_epoch, loss = objective.state, objective.start_epoch, objective.loss
+
+        def after_step(self) -> None:
+            objective.after_step()
+            for name, value in model.state_dict().items():
+                known = expected.get(name)
+                if not value.is_floating_point():
+                    continue
+                expected[name] = value.clone() if known is None else 0.9 * known + 0.1 * value
+
+    fit(Watched(), batches, make_optimizer(model, section), epochs=1, label="average")
+    last = copy.deepcopy(model.state_dict())
+    objective.finish()
+    for name, value in expected.items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-5), name
+    assert not torch.allclose(model.state_dict()["first.weight"], last["first.weight"], atol=1e-4)
 
 
 def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, model: nn.Module) -> None:

@@ -54,9 +54,9 @@ def train_supervised(
     objective = Supervised(model, device, section, teacher, distillation)
 
     def validate() -> tuple[float, float]:
-        distributed.spread_buffers(model)
+        distributed.spread_buffers(objective.result)
         count = len(validation.labels)
-        accuracy = measure_accuracy(model, validation, device, objective.dtype)
+        accuracy = measure_accuracy(objective.result, validation, device, objective.dtype)
         loss, top1, images = distributed.mean(accuracy.loss * count, accuracy.top1 * count, count)
         return loss / images, top1 / images
 
@@ -76,6 +76,7 @@ def train_supervised(
             checkpoints=context.checkpoints,
             stopping=stopping,
         )
+    objective.finish()
     distributed.spread_buffers(model)
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history

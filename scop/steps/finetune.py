@@ -104,7 +104,7 @@ def _reload_difference(model: nn.Module) -> float:
 
 
 def _teacher(dense: nn.Module, section: FinetuneSection, context: Context) -> nn.Module | None:
-    if not section.distillation.weight:
+    if not (section.distillation.weight or section.distillation.attention):
         return None
     teacher = dense.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return teacher.eval().requires_grad_(False)

@@ -7,20 +7,23 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scop import distributed
 from scop.artifacts import load_model, save_history, save_settings
+from scop.batches import Batches
 from scop.checkpoints import termination
-from scop.config import KnockoffSection
-from scop.data import load_dataset
-from scop.knockoff import train_knockoffs
+from scop.config import KnockoffSection, SensitivitySection
+from scop.data import Dataset, Split, SplitName, load_dataset
+from scop.knockoff import Scores, train_knockoffs
 from scop.knockoff_quality import measure_quality
 from scop.knockoff_sources import make_source
 from scop.manifest import write_manifest
 from scop.parsing import Section
-from scop.plots import knockoff_images, score_histograms
+from scop.plots import knockoff_images, score_histograms, sensitivity_curves
+from scop.sensitivity import measure_sensitivity
 from scop.steps.common import training_batches
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
@@ -69,10 +72,34 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     (outputs.scores / "scores.json").write_text(json.dumps(layers, indent=1) + "\n")
     (outputs.scores / "knockoffs.json").write_text(json.dumps(quality.as_dict(), indent=1) + "\n")
     score_histograms({layer: scores[layer].tolist() for layer in scores}, outputs.scores / "scores.png")
+    files = ["scores.json", "scores.png", "knockoffs.json", "knockoffs.png"]
+    if section.sensitivity.rates:
+        files += _sensitivity(section.sensitivity, model, dataset, scores, outputs.scores, device)
     write_manifest(outputs.scores, kind="scores")
-    for name in ("scores.json", "scores.png", "knockoffs.json", "knockoffs.png"):
+    for name in files:
         context.tracker.log_file(outputs.scores / name)
     return StepResult({"gated_layers": float(len(scores)), **quality.metrics()})
+
+
+def _sensitivity(
+    section: SensitivitySection,
+    model: nn.Module,
+    dataset: Dataset,
+    scores: Scores,
+    folder: Path,
+    device: torch.device,
+) -> list[str]:
+    """Measure it on the first images of a shuffled split, and write table and picture; their names."""
+    split: SplitName = "validation" if len(dataset["validation"]) else "train"
+    shuffled = torch.randperm(len(dataset[split]), generator=torch.Generator().manual_seed(0)).numpy()
+    chosen = np.sort(shuffled[: section.images])  # images lie by class
+    images = Split(dataset[split].images[chosen], dataset[split].labels[chosen])
+    batches = list(Batches(images, dataset.info, 500, device))
+    top1 = measure_sensitivity(model, scores, section.rates, batches, device, scores.input_shape)
+    table = {"split": split, "images": len(chosen), "rates": section.rates, "top1": top1}
+    (folder / "sensitivity.json").write_text(json.dumps(table, indent=1) + "\n")
+    sensitivity_curves(top1, section.rates, folder / "sensitivity.png")
+    return ["sensitivity.json", "sensitivity.png"]
 
 
 def _rounded(values: Tensor) -> list[float | None]:

@@ -1,0 +1,113 @@
+"""Learning from a teacher: from its answers, and from where it looks.
+
+Answers (Hinton et al., 2015, arXiv 1503.02531): ``T^2 KL(teacher / T || student / T)`` of the logits.
+
+Attention (Zagoruyko and Komodakis, 2017, arXiv 1612.03928): at the end of each stage the mean over channels of the
+squared features, one map for an image, brought to length 1; the squared distance between teacher and student. It does
+not care how many channels each of them has, which is what pruning changes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from scop.config import DistillationSection
+from scop.device import autocast
+
+
+class Distillation:
+    """The teacher's part of a loss.
+
+    Args:
+        student: that is trained; it is looked at by hooks.
+        teacher: in eval mode, without gradients, on the same device, with modules of the same names.
+        section: weights and temperature.
+        dtype: in which the teacher computes.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, section: DistillationSection, dtype: torch.dtype
+    ) -> None:
+        self._student, self._teacher, self._section, self._dtype = student, teacher, section, dtype
+        self._seen: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
+        self._hooks: list[RemovableHandle] = []
+        self.stages: list[str] | None = None
+
+    def prepare(self, images: Tensor) -> None:
+        """Find the stages, before the student sees its first images (B, C, H, W)."""
+        if self._section.attention and self.stages is None:
+            self.stages = find_stages(self._teacher, images[:2])
+            for whose, network in (("student", self._student), ("teacher", self._teacher)):
+                for stage in self.stages:
+                    hook = network.get_submodule(stage).register_forward_hook(partial(self._keep, whose, stage))
+                    self._hooks.append(hook)
+
+    def finish(self) -> None:
+        """Look no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, whose: str, stage: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._seen[whose][stage] = output
+
+    def mixed(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """The loss on the labels with the teacher's part, for images that the student has just seen.
+
+        Args:
+            loss: scalar, float32.
+            images: (B, C, H, W).
+            logits: of the student (B, classes), float32.
+        """
+        section = self._section
+        with torch.no_grad(), autocast(images.device, self._dtype):
+            target = self._teacher(images).float()
+        if section.weight:
+            loss = (1 - section.weight) * loss + section.weight * answers(logits, target, section.temperature)
+        if section.attention:
+            student, teacher = self._seen["student"], self._seen["teacher"]
+            distances = [attention(student.pop(stage), teacher.pop(stage)) for stage in self.stages or ()]
+            loss = loss + section.attention * torch.stack(distances).mean()
+        return loss
+
+
+def answers(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(target / T || logits / T)``, the mean over images: (B, classes), (B, classes) -> scalar."""
+    divergence = F.kl_div(
+        F.log_softmax(logits / temperature, dim=1),
+        F.log_softmax(target / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return temperature**2 * divergence
+
+
+def attention(features: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of two attention maps, the mean over images: (B, C, H, W), (B, C', H, W) -> scalar."""
+    maps = [F.normalize(part.float().square().mean(1).flatten(1)) for part in (features, target)]
+    return (maps[0] - maps[1]).square().sum(1).mean()
+
+
+def find_stages(network: nn.Module, images: Tensor) -> list[str]:
+    """For each height and width of feature maps the module that is the last to give one, in the network's order."""
+    last: dict[tuple[int, int], str] = {}
+
+    def note(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
+            size = (output.shape[2], output.shape[3])
+            last.pop(size, None)
+            last[size] = name
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(last.values())
