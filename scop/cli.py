@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.submit import Cluster, Submission
 
 DEFAULT_CONFIG = "digits-resnet20"
+_PAIRS_SHOWN = 12
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -372,6 +373,7 @@ def _compare(options: argparse.Namespace) -> int:
     from pipelines.compare import compare
     from pipelines.table import as_csv, as_json, print_table, tables
     from scop.manifest import write_atomically
+    from scop.paired import compare_pairs
 
     found = compare(options.targets, options.root, options.where, details=bool(options.html or options.png))
     keys = [key.strip() for key in options.group_by.split(",") if key.strip()]
@@ -379,6 +381,11 @@ def _compare(options: argparse.Namespace) -> int:
     for table in side_by_side:
         print_table(table)
         print()
+    pairs = compare_pairs(found.results)
+    for pair in pairs[:_PAIRS_SHOWN]:
+        print(f"paired:  {pair}")
+    if len(pairs) > _PAIRS_SHOWN:
+        print(f"paired:  and {len(pairs) - _PAIRS_SHOWN} more, see --json")
     for entry in found.spent:
         print(f"cost:    {entry.time} on {entry.device}, energy {entry.energy}, {entry.what}")
     if options.html:
@@ -386,7 +393,12 @@ def _compare(options: argparse.Namespace) -> int:
         print(f"report:  {options.html}")
     if options.json:
         content = found.summary or {"experiments": found.title, "missing": found.missing}
-        content = {**content, "spent": [asdict(entry) for entry in found.spent], "tables": as_json(side_by_side)}
+        content = {
+            **content,
+            "paired": [asdict(pair) for pair in pairs],
+            "spent": [asdict(entry) for entry in found.spent],
+            "tables": as_json(side_by_side),
+        }
         _written("--json", options.json, lambda path: write_atomically(path, json.dumps(content, indent=1) + "\n"))
         print(f"summary: {options.json}")
     if options.csv:

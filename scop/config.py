@@ -294,6 +294,7 @@ class VariantSection(Section):
         round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.
         min_channels: at least so many channels stay in each layer.
         seed: of the random control.
+        seeds: one network for each, NAME-seed0 and so on: what can be told from chance takes three and more.
         finetune: entries of section `finetune` that are different for this variant.
     """
 
@@ -311,6 +312,7 @@ class VariantSection(Section):
     round_to: PositiveInt = 1
     min_channels: PositiveInt = 1
     seed: Seed = 0
+    seeds: list[Seed] = []
     finetune: dict[str, Any] = {}
 
     @property
@@ -324,6 +326,23 @@ class VariantSection(Section):
             ((what, limit),) = self.budget.given.items()
             return f"{self.method}{rule}-{what}-{limit:g}".replace("+", "")
         return f"{self.method}{rule}-{self.fdr if self.selection == 'knockoff_plus' else self.prune_rate:g}"
+
+    @property
+    def each_seed(self) -> list[VariantSection]:
+        """A variant for each of `seeds`, by which it selects at random and is fine-tuned; itself without any."""
+        if not self.seeds:
+            return [self]
+        return [
+            self.model_copy(
+                update={
+                    "name": f"{self.label}-seed{seed}",
+                    "seed": seed,
+                    "seeds": [],
+                    "finetune": {**self.finetune, "seed": seed},
+                }
+            )
+            for seed in self.seeds
+        ]
 
     @model_validator(mode="after")
     def _scores_that_fit(self) -> VariantSection:
@@ -399,6 +418,11 @@ class Config(Section):
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+
+    @field_validator("variants")
+    @classmethod
+    def _seed_by_seed(cls, value: list[VariantSection]) -> list[VariantSection]:
+        return [one for variant in value for one in variant.each_seed]
 
     @model_validator(mode="after")
     def _variants_fit(self) -> Config:

@@ -149,11 +149,15 @@ def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> d
 
 
 def _recipe(sections: Mapping[str, Any]) -> str:
-    """A hash of all settings that a network was made by, its name and the seeds left out."""
+    """A hash of all settings that a network was made by, its name and the seeds left out.
+
+    What a variant changes of section finetune is in that section already.
+    """
     without = {
         name: {key: value for key, value in section.items() if key not in ("seed", "name")}
         for name, section in sections.items()
     }
+    without.get("variant", {}).pop("finetune", None)
     return hashlib.sha256(json.dumps(without, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -103,3 +103,15 @@ def test_every_setting_is_described_and_the_page_is_up_to_date() -> None:
 
     assert undocumented() == []
     assert PATH.read_text() == render(), "run make docs"
+
+
+def test_a_variant_with_seeds_is_one_for_each() -> None:
+    variants = [{"method": "random", "seeds": [3, 5], "finetune": {"epochs": 2}}, {"method": "none"}]
+    found = parse(Config, {"variants": variants}).variants
+    assert [variant.label for variant in found] == ["random-0.45-seed3", "random-0.45-seed5", "none"]
+    assert [variant.seed for variant in found] == [3, 5, 0]
+    assert found[1].finetune == {"epochs": 2, "seed": 5}
+    again = parse(Config, {"variants": [variant.model_dump() for variant in found]}).variants
+    assert again == found  # a recorded configuration means the same
+    with pytest.raises(UserError, match="'random-0.45-seed3' is used twice"):
+        parse(Config, {"variants": [{"method": "random", "seeds": [3, 3]}]})

@@ -51,6 +51,11 @@ def test_seeds_do_not_make_another_recipe(section: str) -> None:
     assert changed(section, "seed", 7).identity == Result.of(EVALUATION).identity
 
 
+def test_neither_do_those_of_a_variant_with_several() -> None:
+    rows = [changed("variant", "finetune", {"seed": seed}) for seed in (0, 1)]
+    assert rows[0].identity == rows[1].identity
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [("finetune", "schedule", "poly"), ("dense", "epochs", 4), ("knockoff", "lr", 0.1), ("finetune", "compile", True)],

@@ -14,11 +14,13 @@ from pydantic_core import to_json
 from scop.cost import Spent
 from scop.manifest import write_atomically
 from scop.metrics import Metric, describe, smallest_batch
+from scop.paired import compare_pairs
 from scop.plots import comparable
 from scop.results import Result
 
 _HERE = Path(__file__).parent
 _BINS = 50
+_PAIRS = 40
 # Of an evaluation, what the plots of a single network show.
 DETAILS = ("kept", "channels", "history", "dense_history", "confusion", "classes")
 _COLUMNS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params", "pruned_bytes")
@@ -66,6 +68,7 @@ class Page:
             facts=self._facts(),
             missing=self.missing,
             spent=self.spent,
+            pairs=[str(pair) for pair in compare_pairs(self.results)[:_PAIRS]],
             css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
             script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
             plotly=Markup(get_plotlyjs()),
