@@ -8,6 +8,7 @@ takes a finished run in: its summary, its configuration and the machine; DATA is
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,12 @@ def add(name: str, folder: Path, command: str, data: str) -> None:
 
 def render() -> str:
     """The page, as Markdown."""
-    runs = [path for path in sorted(FOLDER.glob("*.json")) if path.name != "speed.json"]
+    runs = [path for path in sorted(FOLDER.glob("*.json")) if path.stem != "speed" and "scores-" not in path.stem]
     sections = [_run(path.stem, json.loads(path.read_text())) for path in runs]
+    sections += [
+        _scores(path.stem.removeprefix("scores-"), json.loads(path.read_text()))
+        for path in sorted(FOLDER.glob("scores-*.json"))
+    ]
     speed = FOLDER / "speed.json"
     if speed.exists():
         sections.append(_speed(json.loads(speed.read_text())))
@@ -78,6 +83,39 @@ fine-tuned just as long.
 Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alone on the machine). Machine:
 {device["device"]}, Python {device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}.
 """
+
+
+def _scores(network: str, content: dict[str, Any]) -> str:
+    ways = content["ways"]
+    rates = list(next(iter(ways.values()))["top1"])
+    device = ways["fisher"]["machine"]
+    rows = []
+    for way, figures in ways.items():
+        cells = [way, str(figures["seeds"]), *(_percent(figures["top1"][rate]) for rate in rates)]
+        for key in ("rank_correlation_with_removal", "agreement_of_seeds"):
+            cells.append("" if figures.get(key) is None else f"{figures[key]:.2f}")
+        cells.append(f"{figures['seconds']:.0f} s")
+        rows.append(f"| {' | '.join(cells)} |")
+    return f"""## Scores: {network}, CIFAR-10 (JPEG q75)
+
+What a score knows before any fine-tuning: top-1 on 5,000 images of the validation split after surgery (rule scatter,
+the same rate in each layer) and recalibration of the batch norms, mean and standard deviation over seeds. The dense
+network has {content["dense_top1"]:.1%} there, for it was trained on most of these images. Then the rank correlation with
+what a channel is worth by itself (the loss that its removal costs), and between seeds. Scores see 10,240 images. What
+they mean says [knockoffs.md](knockoffs.md).
+
+| score | seeds | {" | ".join(f"rate {rate}" for rate in rates)} | correlation | seeds agree | time |
+| --- | --- | {"--- | " * len(rates)}--- | --- | --- |
+{chr(10).join(rows)}
+
+Command: `{content["command"]}`. Machine: {device["device"]}, Python {device["python"]}, torch {device["torch"]},
+revision {device["revision"]}, {device["date"]}.
+"""
+
+
+def _percent(values: list[float]) -> str:
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{deviation}"
 
 
 def _row(name: str, figures: dict[str, Any], reference: dict[str, Any] | None) -> str:
