@@ -100,7 +100,7 @@ def _scores(network: str, content: dict[str, Any]) -> str:
 
 What a score knows before any fine-tuning: top-1 on 5,000 images of the validation split after surgery (rule scatter,
 the same rate in each layer) and recalibration of the batch norms, mean and standard deviation over seeds. The dense
-What a score knows before any fine-tuning: top-1 on 5,000 images of the validation split after surgery (rule
+network has {content["dense_top1"]:.1%} there: it was trained on most of these images. Then the rank correlation with
 what a channel is worth by itself (the loss that its removal costs), and between seeds. Scores see 10,240 images. What
 they mean says [knockoffs.md](knockoffs.md).
 
