@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from scop import make_model, prune, select_channels, train_knockoffs
 from scop.artifacts import load_weights
 from scop.batches import Augmentation, Batches
-from scop.config import DenseSection, KnockoffSection
+from scop.config import DenseSection, KnockoffSection, VariantSection
 from scop.data import load_dataset
 from scop.device import autocast, autocast_dtype, pick_device
 from scop.evaluation import measure_accuracy
 from scop.graph import ChannelGraph
 from scop.knockoff import folded_copy, gated_layers
+from scop.selection import Selection
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit
 from tests.benchmarks.measure import machine
@@ -113,24 +114,24 @@ class Bench:
             rankings.append(self.ranking(way, seed))
             seconds.append(time.perf_counter() - started)
         top1 = [[self.top1(way, ranking, rate, seed) for rate in RATES] for seed, ranking in enumerate(rankings)]
-        pairs = [rank_correlation(a, b) for a, b in combinations(rankings, 2) if a]
-        result: dict[str, Any] = {
+        pairs = [rank_correlation(a, b) for a, b in combinations(rankings, 2)]
+        return {
             "settings": SETTINGS.get(way, {}),
             "seeds": len(rankings),
             "seconds": round(mean(seconds), 1),
             "top1": {str(rate): [row[place] for row in top1] for place, rate in enumerate(RATES)},
+            "rank_correlation_with_removal": round(mean(rank_correlation(r, self.truth) for r in rankings), 3),
+            "agreement_of_seeds": round(mean(pairs), 3) if pairs else None,
         }
-        if rankings[0]:
-            result["rank_correlation_with_removal"] = round(mean(rank_correlation(r, self.truth) for r in rankings), 3)
-            result["agreement_of_seeds"] = round(mean(pairs), 3) if pairs else None
-        return result
 
     def ranking(self, way: str, seed: int) -> Ranking:
-        """Scores by layer; empty for a control, which `select_channels` knows by itself."""
+        """Scores by layer."""
         if way == TRUTH:
             return self.truth
         if way in CONTROLS:
-            return {}
+            variant = VariantSection.model_validate({"method": way, "seed": seed})
+            graph = ChannelGraph(self.model, self.shape)
+            return {c.prunable.name: c.scores.flatten() for c in Selection(self.model, graph, variant).candidates}
         section = KnockoffSection.model_validate({"seed": seed, "crop_padding": 4, "flip": True} | SETTINGS[way])
         batches = Batches(
             dataset()["train"], dataset().info, 256, self.device, Augmentation(crop_padding=4, flip=True), seed
