@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ _HAS_COST = f"tags.`{COST_TAG}` != ''"
 _PATIENCE = "60"
 """Seconds for an answer: a server that shares a machine takes some for a thousand runs."""
 _NAMES_SHOWN = 10
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
+_SPOKEN_OF = re.compile(r"\b(param|metric)(?:eter)?s?\.[`\"]?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -81,22 +84,29 @@ class Mlflow:
 
     Args:
         root: where the database of local runs is, for where MLFLOW_TRACKING_URI names none.
+        purpose: what there would be nothing to do, without one.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or MLFLOW_TRACKING_URI is of no kind that keeps runs.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, purpose: str = "compare") -> None:
         own = Path(root) / "mlflow.db"
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (f"sqlite:///{own.absolute()}" if own.is_file() else None)
         if uri is None:
             raise UserError(
-                f"there is nothing to compare: MLFLOW_TRACKING_URI is not set, and {root} has no runs; set it, or name "
-                "another folder by --runs"
+                f"there is nothing to {purpose}: MLFLOW_TRACKING_URI is not set, and {root} has no runs; set it, or "
+                "name another folder by --runs"
             )
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
             raise UserError(f"there is no database at MLFLOW_TRACKING_URI {uri}; it would be made empty")
-        self._uri, self._shown = uri, shown(uri)
+        scheme = uri.partition("://")[0].partition("+")[0]
+        if scheme not in _SCHEMES:
+            raise UserError(
+                f"MLFLOW_TRACKING_URI {shown(uri)!r} is no server or database; such as http://HOST:5000 or "
+                "sqlite:///runs/mlflow.db (MLflow keeps no runs in plain folders any more)"
+            )
+        self.uri, self._shown = uri, shown(uri)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _PATIENCE)
         configure_mlflow()
         from mlflow.tracking import MlflowClient
@@ -120,6 +130,8 @@ class Mlflow:
                 latest.setdefault((parent, result.name), result)
             if where:  # of the last tries: an earlier one, that it fits, counts no more
                 fitting = {result.run for _, result in self._results(ids, f"{_IS_A_RESULT} and {where}")}
+                if not fitting:
+                    _check_names(where, list(latest.values()))
                 latest = {key: result for key, result in latest.items() if result.run in fitting}
             parents = {parent for parent, _ in latest} if where else None
             costs = [run for run in self._search(ids, _HAS_COST) if parents is None or run.id in parents]
@@ -203,7 +215,7 @@ class Mlflow:
     def _search(self, ids: list[str], where: str, order: str | None = None, size: int = _PAGE) -> Iterator[_Run]:
         """Runs, the newest first, in pages."""
         page: Callable[..., tuple[list[_Run], str | None]]
-        page = self._page_as_json if self._uri.startswith("http") else self._page
+        page = self._page_as_json if self.uri.startswith("http") else self._page
         token: str | None = ""
         while ids and token is not None:
             runs, token = page(ids, where, order, size, token)
@@ -233,7 +245,7 @@ class Mlflow:
 
         asked: dict[str, Any] = {"experiment_ids": ids, "filter": where, "max_results": size}
         asked |= ({"order_by": [order]} if order else {}) | ({"page_token": token} if token else {})
-        credentials = get_default_host_creds(self._uri)  # type: ignore[no-untyped-call]
+        credentials = get_default_host_creds(self.uri)  # type: ignore[no-untyped-call]
         answer = http_request_safe(credentials, _SEARCH, "POST", json=asked).json()  # type: ignore[no-untyped-call]
         runs = []
         for run in answer.get("runs", []):
@@ -277,6 +289,16 @@ class Mlflow:
         if message == "no answer in time":
             remedy += f", or set MLFLOW_HTTP_REQUEST_TIMEOUT above {os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT']} seconds"
         return UserError(f"MLflow at {self._shown} cannot be read ({message}); {remedy}")
+
+
+def _check_names(where: str, results: Sequence[Result]) -> None:
+    """Raise UserError where a filter that nothing fits speaks of what no result has."""
+    known = {"param": {k for r in results for k in r.params}, "metric": {k for r in results for k in r.metrics}}
+    for kind, name in _SPOKEN_OF.findall(where):
+        if results and name not in known[kind]:
+            near = difflib.get_close_matches(name, known[kind], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"they have {', '.join(sorted(known[kind]))}"
+            raise UserError(f"--where {where!r}: no result has a {kind} {name!r} ({hint})")
 
 
 def _read(data: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, float], Mapping[str, str]]:

@@ -45,12 +45,14 @@ class Promotion:
         name, number: of the model's version.
         before: the champion's number until then, or None.
         gates: that it had to pass.
+        tracking_uri: by which it is loaded.
     """
 
     name: str
     number: str
     before: str | None
     gates: list[Gate]
+    tracking_uri: str
 
     @property
     def promoted(self) -> bool:
@@ -70,11 +72,12 @@ def promote(version: str, root: str, limits: ExportSection | None = None) -> Pro
     """
     if (found := _VERSION.fullmatch(version)) is None:
         raise UserError(f"{version!r} names no version of a model; write NAME/NUMBER or NAME@ALIAS")
-    mlflow, name = Mlflow(root), found["name"]
+    mlflow, name = Mlflow(root, "promote"), found["name"]
     with mlflow.asking():
         entry = _entry(mlflow.client, version, name, found["number"], found["alias"])
         gates = _gates(entry.tags, limits, version)
-        promotion = Promotion(name, str(entry.version), _champion(mlflow.client, name), gates)
+        champion = _champion(mlflow.client, name)
+        promotion = Promotion(name, str(entry.version), champion, gates, mlflow.uri)
         if promotion.promoted:
             mlflow.client.set_registered_model_alias(name, CHAMPION, promotion.number)
     return promotion

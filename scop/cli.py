@@ -158,7 +158,12 @@ def _parser() -> argparse.ArgumentParser:
         help="one row for all results with the same values of these parameters: mean, standard deviation, n",
     )
     compare.add_argument("--baseline", metavar="NAME", help="tell changes against `dense`, or a variant")
-    compare.add_argument("--html", type=Path, metavar="FILE", help="write the page, one file with everything")
+    compare.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the page, one file with all results; it groups and sorts by itself",
+    )
     compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table, raw values")
     compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures; of runs, as their summary.json")
     compare.add_argument("--png", type=Path, metavar="DIR", help="write the plots as pictures")
@@ -372,9 +377,13 @@ def _compare(options: argparse.Namespace) -> int:
 
     from pipelines.compare import compare
     from pipelines.table import as_csv, as_json, print_table, tables
+    from scop.errors import UserError
     from scop.manifest import write_atomically
     from scop.paired import compare_pairs
 
+    given = [place for place in (options.html, options.csv, options.json, options.png) if place is not None]
+    if len({place.absolute() for place in given}) < len(given):
+        raise UserError("--html, --csv, --json and --png need a place each; two of them are the same")
     found = compare(options.targets, options.root, options.where, details=bool(options.html or options.png))
     keys = [key.strip() for key in options.group_by.split(",") if key.strip()]
     side_by_side = tables(found.results, options.metric, keys, options.baseline)
@@ -444,6 +453,8 @@ def _promote(options: argparse.Namespace) -> int:
         print(f"scop: version {outcome.number} is not promoted; {champion} stays {before}", file=sys.stderr)
         return 1
     print(f"{champion} is version {outcome.number} now (before: {before})")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        print(f"to load it: mlflow.set_tracking_uri({outcome.tracking_uri!r}); mlflow.pyfunc.load_model({champion!r})")
     return 0
 
 

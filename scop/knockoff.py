@@ -322,7 +322,7 @@ class Gates(nn.Module):
 class HeldGates(Gates):
     """Gates that stay where they are, and the moments of the examples' derivatives by them.
 
-    Scores come from the first half of each batch, at the mixing point; W from the second half, at 1/2: only there a
+    Scores come from every other image of a batch, at the mixing point; W from those between, at 1/2: only there a
     mixture stays as it is when real and knockoff change places, so that the derivative of a channel whose knockoff is
     as good has the mean 0.
     """
@@ -333,25 +333,26 @@ class HeldGates(Gates):
     def __init__(self, gammas: Mapping[str, Tensor], mixing: float) -> None:
         super().__init__(gammas, mixing)
         self._to_half = 0.5 - mixing
-        # Over the first halves the derivative's square and fourth power, over the second it and its square.
+        # At the mixing point the derivative's square and fourth power, at 1/2 it and its square.
         self.register_buffer("sums", torch.zeros(4, sum(map(len, gammas.values())), dtype=torch.float64))
         self.register_buffer("examples", torch.zeros(4, 1, dtype=torch.float64))
         self._step: dict[str, Tensor] = {}
         self._counts: list[int] = []
 
     def opened(self, layer: str, images: int) -> Tensor:
-        first = -(-images // 2)
-        self._counts = [first, first, images - first, images - first]
-        at_half = torch.arange(images, device=self.sums.device) >= first
+        at_mixing = -(-images // 2)
+        self._counts = [at_mixing, at_mixing, images - at_mixing, images - at_mixing]
+        # Every other one, so that it is the same ones where several processes share the batch.
+        at_half = torch.arange(images, device=self.sums.device) % 2
         gate = self._gates[layer.replace(".", "/")] + self._to_half * at_half[:, None]
-        gate.register_hook(partial(self._note, layer, first))
+        gate.register_hook(partial(self._note, layer))
         return gate
 
-    def _note(self, layer: str, first: int, gradient: Tensor) -> None:
+    def _note(self, layer: str, gradient: Tensor) -> None:
         # The loss is the mean over the images, and these are the derivatives of each one's own.
         own = gradient.double() * len(gradient)
         square = own.square()
-        sums = (square[:first], square[:first].square(), own[first:], square[first:])
+        sums = (square[::2], square[::2].square(), own[1::2], square[1::2])
         self._step[layer] = torch.stack([part.sum(0) for part in sums])
 
     def after_step(self) -> None:
@@ -395,7 +396,7 @@ class TrainedGates(Gates):
         late = self.ends[len(self.ends) // 2 :]
         spread = late.std(0) / math.sqrt(len(late)) if len(late) > 1 else torch.full_like(late[0], math.nan)
         error = {layer: 2 * self.gammas[layer] * part for layer, part in self._by_layer(spread).items()}
-        return score, error, score
+        return score, error, {layer: own.clone() for layer, own in score.items()}  # files hold no tensor twice
 
 
 class _TwoStreams(nn.Module):

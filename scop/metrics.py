@@ -45,7 +45,7 @@ class Metric:
             case "share":
                 return f"{value:.2%}"
             case "difference":
-                return f"{100 * value:+.2f} points"
+                return f"{_unsigned_zero(100 * value):+.2f} points"
             case "count":
                 return human(value)
             case "bytes":
@@ -70,7 +70,11 @@ class Metric:
 
     def shown_change(self, change: float) -> str:
         """What `change` gave."""
-        return f"{100 * change:+.2f}" if self.kind in ("share", "difference") else f"{change:.2f}x"
+        return f"{_unsigned_zero(100 * change):+.2f}" if self.kind in ("share", "difference") else f"{change:.2f}x"
+
+
+def _unsigned_zero(value: float) -> float:
+    return round(value, 2) + 0.0
 
 
 def describe(key: str) -> Metric:

@@ -48,6 +48,9 @@ def find_experiment(client: Any, name: str, artifact_location: str | None = None
     return str(found.experiment_id)
 
 
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
 def shown(text: str) -> str:
     """A tracking URI, or a message that has it, as it may be printed: without user and password."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
@@ -58,7 +61,7 @@ def first_line(error: BaseException) -> str:
 
     What the HTTP client says of a connection that failed is cut down to its cause.
     """
-    lines = shown(str(error)).strip().splitlines()
+    lines = _ESCAPE.sub("", shown(str(error))).strip().splitlines()
     if not lines:
         return type(error).__name__
     if "Max retries exceeded" in lines[0]:

@@ -130,9 +130,9 @@ def test_the_fisher_score_is_the_mean_square_of_each_examples_derivative() -> No
         loss, _ = competition.loss(real[part], labels[part])
         loss.backward()
         competition.after_step()
-    at_mixing, at_half = [0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]
+    at_mixing, at_half = range(0, 12, 2), range(1, 12, 2)
 
-    def derivatives(mixing: float, examples: list[int]) -> dict[str, torch.Tensor]:
+    def derivatives(mixing: float, examples: range) -> dict[str, torch.Tensor]:
         """One by one, without any of this: (examples, channels)."""
         gates = {layer: torch.full(gate.shape, mixing).requires_grad_() for layer, gate in competition.gates.named()}
         each = []
@@ -151,8 +151,12 @@ def test_the_fisher_score_is_the_mean_square_of_each_examples_derivative() -> No
         assert torch.allclose(signed[layer], t, rtol=1e-2, atol=1e-3), layer
 
 
-def test_the_published_score_is_gamma_times_the_gates_lead_over_its_knockoff(model, batches: Batches) -> None:
+def test_the_published_score_is_gamma_times_the_gates_lead_over_its_knockoff(
+    model, batches: Batches, tmp_path: Path
+) -> None:
     scores = train_knockoffs(model, batches, score="published", epochs=2)
+    scores.save(tmp_path / "scores.safetensors")
+    assert torch.equal(Scores.load(tmp_path / "scores.safetensors").signed["second"], scores["second"])
     gamma = model.second_norm.weight.detach().abs()
     assert torch.allclose(scores["second"], gamma * (2 * scores.gate["second"] - 1))
     assert torch.equal(scores.signed["second"], scores["second"])

@@ -262,7 +262,7 @@ function pareto() {
 
 const sortedBy = (points, metric) => [...points].sort((a, b) => metric.higher ? b.y - a.y : a.y - b.y);
 
-// Dense networks, one for each that the rows came from.
+// Dense networks, one for each that the rows came from; of times, which differ from row to row, the median.
 function denseOf(rows, x, y) {
   const keys = [x, y].map((key) => key.replace("pruned_", "dense_"));
   if (!x.startsWith("pruned_") || !(y.startsWith("pruned_"))) return [];
@@ -270,9 +270,14 @@ function denseOf(rows, x, y) {
   for (const row of rows) {
     const [across, up] = keys.map((key) => row.metrics[key]);
     const identity = `${row.metrics.dense_top1} ${row.metrics.dense_params}`;
-    if (across !== undefined && up !== undefined && !found.has(identity)) found.set(identity, { x: across, y: up });
+    if (across !== undefined && up !== undefined) found.set(identity, [...(found.get(identity) ?? []), [across, up]]);
   }
-  return [...found.values()].slice(0, 50);
+  return [...found.values()].slice(0, 50).map((own) => ({ x: median(own.map((pair) => pair[0])), y: median(own.map((pair) => pair[1])) }));
+}
+
+function median(values) {
+  const sorted = [...values].sort((a, b) => a - b), middle = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
 function frontOf(points, moreIsBetterAcross, moreIsBetterUp) {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from scop.metrics import Metric, describe, smallest_batch
@@ -156,9 +156,13 @@ def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str
     line = {"color": "#8a8a8a", "linestyle": ":", "linewidth": 1.2, "zorder": 1}
     axes.plot([point.x for point in front], [point.y for point in front], label="Pareto front", **line)
     own_dense = (metric.key.replace("pruned_", "dense_"), "dense_top1")
-    dense = {tuple(r.metrics[key] for key in own_dense) for r in results if all(key in r.metrics for key in own_dense)}
-    if dense:
-        places = zip(*sorted(dense), strict=True)
+    dense: dict[tuple[float, float], list[float]] = {}
+    for r in results:
+        if all(key in r.metrics for key in (*own_dense, "dense_params")):
+            identity = (r.metrics["dense_params"], r.metrics["dense_top1"])
+            dense.setdefault(identity, []).append(r.metrics[own_dense[0]])
+    if dense:  # of times, which differ from result to result, the median
+        places = zip(*((median(across), top1) for (_, top1), across in dense.items()), strict=True)
         axes.scatter(*places, marker="D", facecolors="none", edgecolors="#566270", label="dense")
     axes.set_xlim(left=0)
     axes.set_xlabel(

@@ -403,7 +403,15 @@ def _code(error: BaseException) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    return first_line(error) if isinstance(error, Exception | _Terminated) else type(error).__name__
+    """In a line; of an error of a library's also what caused it at first."""
+    if not isinstance(error, Exception | _Terminated):
+        return type(error).__name__
+    cause: BaseException = error
+    while not isinstance(error, UserError | Stopped | _Terminated) and (deeper := cause.__cause__ or cause.__context__):
+        cause = deeper
+    if cause is error or first_line(cause) in first_line(error):
+        return first_line(error)
+    return f"{first_line(error)} (because of {type(cause).__name__}: {first_line(cause)})"
 
 
 class _Terminated(SystemExit):
