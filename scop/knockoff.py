@@ -94,16 +94,15 @@ class Scores(Mapping[str, Tensor]):
     def save(self, path: Path) -> None:
         """Write all but the history to a safetensors file."""
         tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
-        shape = "x".join(map(str, self.input_shape))
-        save_file(tensors, path, metadata={"input_shape": shape, "kind": self.kind})
+        # One entry, for several come in any order, and the same scores must be the same bytes.
+        save_file(tensors, path, metadata={"scores": f"{self.kind} {'x'.join(map(str, self.input_shape))}"})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
         """Read what `save` wrote; the history is not part of it."""
         try:
             with safe_open(path, "pt") as file:
-                said = file.metadata()
-                channels, height, width = map(int, said["input_shape"].split("x"))
+                kind, _, shape = (file.metadata() or {}).get("scores", "").partition(" ")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no scores of the knockoff phase: {error}") from error
@@ -111,10 +110,10 @@ class Scores(Mapping[str, Tensor]):
         for key, tensor in tensors.items():
             part, _, layer = key.partition("/")
             parts.setdefault(part, {})[layer] = tensor
-        kind = said.get("kind")
         same = all(part.keys() == parts["score"].keys() for part in parts.values())
         if parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
             raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
+        channels, height, width = map(int, shape.split("x"))
         return cls(**parts, kind=kind, input_shape=(channels, height, width))  # type: ignore[arg-type]
 
 
