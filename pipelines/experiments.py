@@ -8,7 +8,9 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ _FAILED = ("FAILED", "KILLED")
 _HAS_COST = f"tags.`{COST_TAG}` != ''"
 _PATIENCE = "60"
 """Seconds for an answer: a server that shares a machine takes some for a thousand runs."""
+_SILENCE = 8.0
+"""Seconds, after which it is said what is waited for."""
 _NAMES_SHOWN = 10
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
 _SPOKEN_OF = re.compile(r"\b(param|metric)(?:eter)?s?\.[`\"]?(\w+)")
@@ -143,10 +147,18 @@ class Mlflow:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
+        waiting = threading.Timer(_SILENCE, self._say_that_it_waits)
+        waiting.daemon = True
+        waiting.start()
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are of OSError
             raise self._explained(error, where) from error
+        finally:
+            waiting.cancel()
+
+    def _say_that_it_waits(self) -> None:
+        print(f"scop: waiting for MLflow at {self._shown} ...", file=sys.stderr, flush=True)
 
     def details(self, result: Result) -> dict[str, Any]:
         """What was measured of a result, with the scores of its run's knockoff phase.

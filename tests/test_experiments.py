@@ -161,6 +161,8 @@ def test_a_failure_that_was_made_good_is_none(client, request) -> None:
         (["s3://none/run"], "bucket 'none' does not exist at"),
         (["{sweep}", "--where", "method is scop"], "--where 'method is scop' is not in MLflow's filter language"),
         (["{sweep}", "--where", "params.method = 'nets'"], "there is nothing to compare"),
+        (["{sweep}", "--where", "params.metod = 'scop'"], "no result has a param 'metod' (did you mean 'method'?)"),
+        (["{sweep}", "--where", "metrics.top1_dorp < 0.1"], "a metric 'top1_dorp' (did you mean 'top1_drop'?)"),
         (["{sweep}", "--metric", "top1"], "--metric 'top1' is nothing that these results have"),
         (
             ["{sweep}", "--where", "params.prune_rate > 0.3"],
@@ -249,6 +251,21 @@ def test_a_server_that_fails_is_one_line(
     assert before in said
     assert after.rpartition(".*")[2] in said
     assert said.count("\n") == 1
+
+
+def test_it_is_said_what_is_waited_for(failing: dict[str, int], monkeypatch, capsys) -> None:
+    monkeypatch.setattr("pipelines.experiments._SILENCE", 0.5)
+    failing["status"] = 0
+    assert compare() == 2
+    assert capsys.readouterr().err.startswith("scop: waiting for MLflow at http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("uri", ["nonsense", "file:///tmp/mlruns", "./mlruns"])
+@pytest.mark.parametrize("command", [["compare"], ["promote", "a-model/1"]])
+def test_an_address_of_no_server_or_database_is_one_line(command: list[str], uri: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert cli.main(command) == 2
+    assert f"MLFLOW_TRACKING_URI {uri!r} is no server or database; such as" in capsys.readouterr().err
 
 
 def test_a_server_that_is_down_is_one_line(monkeypatch, capsys) -> None:
