@@ -103,8 +103,8 @@ def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
     """The 95 % interval of the mean by Student's t; None for each where there is but one."""
     if len(differences) < 2:
         return None, None
-    from scipy.stats import t
+    from scipy.special import stdtrit  # Student's quantile; scipy.stats takes five times as long to import
 
     mean, n = fmean(differences), len(differences)
-    half = float(t.ppf((1 + _CONFIDENCE) / 2, n - 1)) * stdev(differences) / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + _CONFIDENCE) / 2)) * stdev(differences) / math.sqrt(n)
     return mean - half, mean + half

@@ -85,7 +85,6 @@ class Result:
             "method": evaluation["method"],
             "prune_rate": evaluation["prune_rate"],
             "residual": evaluation["residual"],
-            "threads": evaluation["threads"],
             **{name: value for name, value in made.items() if value is not None},
         }
         if sections:

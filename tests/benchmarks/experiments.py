@@ -75,7 +75,7 @@ def fill(database: Path, experiment: str, count: int) -> None:
         values |= {"start_time": now + number, "end_time": now + number + 1, "lifecycle_stage": "active"}
         values |= {"source_type": "UNKNOWN", "source_name": "", "entry_point_name": "", "user_id": ""}
         rows[models.SqlRun].append(values | {"source_version": "", "artifact_uri": f"mlflow-artifacts:/{run}"})
-        more = {f"finetune_{key}": key for key in range(23)}
+        more = {f"finetune_{key}": key for key in range(20)}
         for key, value in {**row.params, **more}.items():
             rows[models.SqlParam].append({"key": key, "value": str(value), "run_uuid": run})
         figures = {**row.metrics, **{f"pruned_figure_{key}": float(key) for key in range(16)}}
