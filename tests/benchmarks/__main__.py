@@ -38,10 +38,10 @@ def main(names: list[str]) -> int:
 def _figures(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     """(label, figure, bound, whether it is kept) of a benchmark, which has one figure or several with names."""
     if "at_most" in result or "at_least" in result:
-        value = result.get("ratio", result.get("seconds"))
+        value = float(result["ratio"] if "ratio" in result else result["seconds"])
         if "at_most" in result:
-            return [(name, value, f"at most {result['at_most']}", value <= result["at_most"])]
-        return [(name, value, f"at least {result['at_least']}", value >= result["at_least"])]
+            return [(name, value, f"at most {result['at_most']}", value <= float(result["at_most"]))]
+        return [(name, value, f"at least {result['at_least']}", value >= float(result["at_least"]))]
     parts = ((key, part) for key, part in result.items() if isinstance(part, dict))
     return [figure for key, part in parts for figure in _figures(f"{name} {key}", part)]
 

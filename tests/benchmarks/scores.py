@@ -20,7 +20,7 @@ from functools import cache, partial
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,8 +168,9 @@ class Bench:
         found: Ranking = {}
         for layer in gated_layers(graph):
             increases = []
-            for channel in range(int(network.get_submodule(layer).out_channels)):
-                hook = network.get_submodule(layer).register_forward_hook(partial(silence, channel))
+            convolution = cast(nn.Conv2d, network.get_submodule(layer))
+            for channel in range(convolution.out_channels):
+                hook = convolution.register_forward_hook(partial(silence, channel))
                 increases.append(loss() - whole)
                 hook.remove()
             found[layer] = torch.tensor(increases)
