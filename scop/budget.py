@@ -100,17 +100,32 @@ def unit_prices(selection: Selection, sizes: Sizes, what: str) -> list[float]:
     return prices
 
 
-def solve(selection: Selection, sizes: Sizes, budget: BudgetSection, device: torch.device | None) -> ChannelPlan:
+def solve(
+    selection: Selection, sizes: Sizes, budget: BudgetSection, device: torch.device | None, part: float = 1.0
+) -> ChannelPlan:
     """The plan of the least strength that keeps to the budget.
+
+    Args:
+        selection: what would be removed at any strength.
+        sizes: of the network.
+        budget: what it may cost.
+        device: on which latency is measured.
+        part: of the way to the budget, in its logarithm.
 
     Raises:
         UserError: even the strongest does not.
     """
     ((what, limit),) = budget.given.items()
     if what == "latency_ms":
-        return solve_measured(selection, limit, Stopwatch(sizes.model, sizes.graph, budget, device or pick_device()))
-    target = limit * sizes.count(what) if limit <= 1 else limit
+        stopwatch = Stopwatch(sizes.model, sizes.graph, budget, device or pick_device())
+        return solve_measured(selection, _on_the_way(stopwatch.dense_ms, limit, part), stopwatch)
+    whole = sizes.count(what)
+    target = _on_the_way(whole, limit * whole if limit <= 1 else limit, part)
     return _solve_counted(selection, target, lambda plan: sizes.count(what, plan), what)
+
+
+def _on_the_way(whole: float, target: float, part: float) -> float:
+    return float(whole ** (1 - part) * target**part)
 
 
 def _solve_counted(selection: Selection, target: float, cost: Callable[[ChannelPlan], float], what: str) -> ChannelPlan:

@@ -19,7 +19,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 """What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
 
 ResidualRule = Literal["scatter", "inner", "coupled"]
-Method = Literal["scop", "random", "l1", "bn_gamma", "fpgm", "none"]
+Method = Literal["scop", "random", "l1", "bn_gamma", "fpgm", "scratch", "none"]
 SelectionRule = Literal["uniform", "global", "knockoff_plus"]
 Precision = Literal["auto", "bf16", "fp32"]
 ScoreKind = Literal["fisher", "published"]
@@ -281,7 +281,8 @@ class VariantSection(Section):
 
     Attributes:
         name: names it in tables; made of method and rate or budget by default.
-        method: scop, the controls random, l1, bn_gamma and fpgm, or none, which removes nothing.
+        method: scop; the controls random, l1, bn_gamma and fpgm; scratch, a network of such widths with random weights,
+            trained by section `finetune` from the beginning; or none, which removes nothing.
         selection: uniform, the same rate in each layer; global, the lowest scores of all layers, under a budget for
             what a channel costs of it; knockoff_plus, what the knockoff filter does not keep at `fdr`.
         prune_rate: fraction of the channels removed, in each layer or of all.
@@ -293,6 +294,7 @@ class VariantSection(Section):
         residual: the rule for residual streams, see `scop.graph`.
         round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.
         min_channels: at least so many channels stay in each layer.
+        rounds: prune and fine-tune so many times, a step of the way each time; scores are taken anew in between.
         seed: of the random control.
         seeds: one network for each, NAME-seed0 and so on: what can be told from chance takes three and more.
         finetune: entries of section `finetune` that are different for this variant.
@@ -311,6 +313,7 @@ class VariantSection(Section):
     residual: ResidualRule = "scatter"
     round_to: PositiveInt = 1
     min_channels: PositiveInt = 1
+    rounds: PositiveInt = 1
     seed: Seed = 0
     seeds: list[Seed] = []
     finetune: dict[str, Any] = {}
@@ -348,6 +351,8 @@ class VariantSection(Section):
     def _scores_that_fit(self) -> VariantSection:
         if self.selection == "knockoff_plus" and self.method not in ("scop", "none"):
             raise ValueError(f"selection knockoff_plus needs knockoffs, and method {self.method} has none")
+        if self.method == "scratch" and (self.selection != "uniform" or self.rounds > 1):
+            raise ValueError("method scratch has no weights to select by: it takes selection uniform and one round")
         return self
 
 
@@ -370,10 +375,12 @@ class FinetuneSection(TrainingSection):
 
     Attributes:
         recalibration_batches: before training, batch norm statistics are taken anew from so many batches.
+        round_epochs: epochs after each of a variant's rounds but the last, which has `epochs`.
         distillation: learning from the dense network.
     """
 
     recalibration_batches: Annotated[int, Field(ge=0)] = 50
+    round_epochs: Annotated[int, Field(ge=0)] = 2
     distillation: DistillationSection = DistillationSection()
 
 

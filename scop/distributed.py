@@ -97,6 +97,18 @@ def gathered(tensors: list[Tensor]) -> list[list[Tensor]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+def of_the_first(text: str) -> str:
+    """The first process's text, in all of them."""
+    if not several():
+        return text
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    length = torch.tensor(len(content))
+    dist.broadcast(length, 0)
+    content = content if rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
+
+
 def spread_buffers(module: nn.Module) -> None:
     """Give all processes the first one's buffers."""
     if several():

@@ -3,7 +3,8 @@
 Every method gives one score per channel; low scores go. The controls differ from SCOP in nothing but the score:
 `random` draws it, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the
 absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519), `fpgm` its filter's distance from the others of
-its layer (He et al., 2019, arXiv 1811.00250). `none` removes nothing.
+its layer (He et al., 2019, arXiv 1811.00250). `scratch` takes the first of each layer, which is as good as any where
+all weights are drawn anew. `none` removes nothing.
 
 How many go, and from where, is the selection's. `uniform` takes the same share from each layer. `global` takes the
 lowest of all; under a budget, the lowest for what they cost of it: to lose little and save much is a knapsack, and
@@ -49,6 +50,8 @@ def select_channels(
     input_shape: tuple[int, int, int] | None = None,
     variant: VariantSection | None = None,
     device: torch.device | None = None,
+    before: ChannelPlan | None = None,
+    part: float = 1.0,
     **settings: object,
 ) -> ChannelPlan:
     """Decide which channels stay.
@@ -59,6 +62,8 @@ def select_channels(
         input_shape: (C, H, W) of an image; that of the scores by default.
         variant: the settings, or give them one by one as keywords: ``prune_rate=0.45, residual="coupled"``.
         device: on which a budget of latency is measured.
+        before: the plan of an earlier round; what it removed does not come back.
+        part: of the way, in the logarithm of what stays: at 0.5, and a rate of 0.75, half of the channels do.
 
     Raises:
         UserError: a setting is bad, scores are missing or do not fit, nothing can be pruned, or a budget is out of
@@ -69,13 +74,13 @@ def select_channels(
     if shape is None:
         raise UserError("select_channels needs input_shape=(C, H, W) where the scores do not tell it")
     graph = ChannelGraph(model, shape)
-    selection = Selection(model, graph, variant, scores)
+    selection = Selection(model, graph, variant, scores, before, part)
     if variant.budget is None or variant.method == "none":
         return selection.plan(selection.strength)
     sizes = Sizes(model, graph)
     if variant.selection == "global":
         selection.prices = unit_prices(selection, sizes, "params" if variant.budget.params else "macs")
-    return solve(selection, sizes, variant.budget, device)
+    return solve(selection, sizes, variant.budget, device, part)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,14 @@ class Candidate:
         scores: (blocks, width), by which they are ranked; from each block equally many go.
         errors: their standard errors, or None.
         rate: that of the layer itself, where there is one.
+        gone: so many channels of each block went in an earlier round; they have the lowest scores.
     """
 
     prunable: Prunable
     scores: Tensor
     errors: Tensor | None
     rate: float | None
+    gone: int = 0
 
     @property
     def blocks(self) -> int:
@@ -134,6 +141,7 @@ class Selection:
         graph: its channels.
         variant: the settings.
         scores: those of the knockoff phase.
+        before, part: see `select_channels`.
 
     Attributes:
         candidates: for each decision the layers and scores that it is about, in the model's order.
@@ -141,9 +149,15 @@ class Selection:
     """
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, variant: VariantSection, scores: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        variant: VariantSection,
+        scores: Mapping[str, Tensor] | None = None,
+        before: ChannelPlan | None = None,
+        part: float = 1.0,
     ) -> None:
-        self.graph, self.variant = graph, variant
+        self.graph, self.variant, self.before, self.part = graph, variant, before, part
         score = _score_of(variant, model, graph, scores)
         error = scores.error.get if isinstance(scores, Scores) and variant.method == "scop" else None
         if variant.selection == "knockoff_plus":
@@ -162,18 +176,27 @@ class Selection:
         blocks = prunable.blocks
         if self.variant.method == "none":
             return Candidate(prunable, torch.zeros(blocks, prunable.channels // blocks), None, 0.0)
-        rate = next((rate for pattern, rate in self.variant.rates.items() if _matches(prunable, [pattern])), None)
+        rates = (rate for pattern, rate in self.variant.rates.items() if _matches(prunable, [pattern]))
+        rate = next((self._on_the_way(rate) for rate in rates), None)
         errors = None
         if error is not None:
             known = [own.float().square() for conv in prunable.convs if (own := error(conv)) is not None]
             total = torch.stack(known).sum(0).sqrt() / len(known)
             errors = total.view(blocks, -1) if bool(torch.isfinite(total).all()) else None
-        return Candidate(prunable, _combined(prunable, score, self.variant).view(blocks, -1), errors, rate)
+        combined = _combined(prunable, score, self.variant)
+        gone = self.before.removed(prunable.name) if self.before and prunable.name in self.before.kept else []
+        combined[gone] = torch.nextafter(combined.min().clamp_max(0), torch.tensor(-math.inf))
+        return Candidate(prunable, combined.view(blocks, -1), errors, rate, len(gone) // blocks)
+
+    def _on_the_way(self, rate: float) -> float:
+        return 1 - (1 - rate) ** self.part
 
     @property
     def strength(self) -> float:
-        """That which the settings ask for."""
-        return 1 - self.variant.fdr if self.variant.selection == "knockoff_plus" else self.variant.prune_rate
+        """That which the settings ask for. A false-discovery rate is kept in every round."""
+        if self.variant.selection == "knockoff_plus":
+            return 1 - self.variant.fdr
+        return self._on_the_way(self.variant.prune_rate)
 
     def plan(self, strength: float, counts: list[int] | None = None) -> ChannelPlan:
         """The plan at a strength in [0, 1): a prune rate, or 1 less a false-discovery rate.
@@ -230,7 +253,7 @@ class Selection:
     def _rounded(self, candidate: Candidate, rate: float) -> int:
         per_block = -(-self.variant.min_channels // candidate.blocks)
         round_to = max(1, self.variant.round_to // math.gcd(self.variant.round_to, candidate.blocks))
-        return kept_count(candidate.width, rate, round_to, per_block)
+        return min(kept_count(candidate.width, rate, round_to, per_block), candidate.width - candidate.gone)
 
     def _lowest(self, share: float) -> list[int]:
         """How many of each candidate's channels are the lowest for their price, up to a share of the whole price."""
@@ -248,7 +271,7 @@ class Selection:
         """What the channels (width,) are worth, from the lowest, to be compared between layers."""
         scores = candidate.ascending.double()
         if not self._comparable:
-            scores = scores / scores.mean().clamp_min(1e-30)
+            scores = scores / scores[candidate.gone :].mean().clamp_min(1e-30)
         # Of layers that share their channels the mean is known, of those that have scores; all of them are lost.
         return scores * candidate.blocks * len(candidate.prunable.convs)
 
@@ -257,7 +280,7 @@ class Selection:
 
         Under a budget the threshold is what is solved for, and the strength the share of channels below it.
         """
-        statistics = torch.cat([c.ascending for c in self.candidates if c.rate is None])
+        statistics = torch.cat([c.ascending[c.gone :] for c in self.candidates if c.rate is None])
         if self.variant.budget is not None:
             threshold = float(statistics.quantile(strength))
         else:
@@ -349,7 +372,7 @@ def _score_of(
         return lambda conv: _distances(_conv(model, conv).weight.detach().flatten(1).float().cpu())
     if variant.method == "bn_gamma":
         return lambda conv: _gamma(model, graph, conv)
-    return lambda conv: None  # none
+    return lambda conv: torch.zeros(_conv(model, conv).out_channels)  # scratch, none
 
 
 def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
@@ -359,8 +382,12 @@ def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
 
 
 def _distances(filters: Tensor) -> Tensor:
-    """Each filter's sum of Euclidean distances to all of them; small near their geometric median: (C, D) -> (C,)."""
-    return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    """Each filter's sum of Euclidean distances to all of them; small near their geometric median: (C, D) -> (C,).
+
+    Filters of zeros, which an earlier round removed, are not among them.
+    """
+    present = filters[filters.any(1)]
+    return torch.cdist(filters, present, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
 
 
 def _conv(model: nn.Module, name: str) -> nn.Conv2d:

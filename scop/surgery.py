@@ -134,6 +134,25 @@ def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def regrow(pruned: nn.Module, dense: nn.Module) -> nn.Module:
+    """A copy of the dense network with the pruned one's weights at their places, and zeros where channels went.
+
+    It computes what the pruned network does, so that its channels can be scored and pruned again.
+    """
+    spec = spec_of(pruned)
+    assert spec is not None
+    # Cut numbers that tell their own places, and they tell where those that stayed came from, whatever the layer.
+    numbered = copy.deepcopy(dense).cpu().double()
+    for tensor in numbered.state_dict().values():
+        tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
+    places, weights = apply_cuts(numbered, spec.cuts).state_dict(), pruned.state_dict()
+    grown = copy.deepcopy(dense).cpu()
+    for name, tensor in grown.state_dict().items():
+        tensor.zero_().view(-1)[places[name].long().flatten()] = weights[name].cpu().flatten()
+    return grown
+
+
 def _pruner(layer: nn.Module) -> Any:
     return tp.pruner.function.PrunerBox[tp.ops.module2type(layer)]
 

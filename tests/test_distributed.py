@@ -210,7 +210,7 @@ def test_a_preempted_pod_goes_on_when_it_is_started_again(
 def test_a_pruned_network_is_fine_tuned_with_a_teacher_as_by_one_process(
     dense: dict[int, Path], digits_folder: Path, tmp_path: Path
 ) -> None:
-    variant = {"method": "l1", "prune_rate": 0.5}
+    variant = {"method": "l1", "prune_rate": 0.5, "rounds": 2}
     section = STEADY | {"recalibration_batches": 5, "distillation": {"weight": 0.5}}
     scores = tmp_path / "scores"
     knockoff = {"epochs": 1, "batch_size": 64}

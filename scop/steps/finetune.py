@@ -1,30 +1,41 @@
-"""Step 5: take the channels out, prove that this was exact, and train the small network."""
+"""Step 5: take the channels out, prove that this was exact, and train the small network.
+
+Where the variant has several rounds this happens in each of them. The network is then brought back to the dense one's
+shape, with zeros where channels went, its channels are scored anew, and more of them are taken.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from scop.artifacts import SETTINGS, SURGERY, load_model, save_model, save_settings
-from scop.config import FinetuneSection, VariantSection, finetune_for
-from scop.data import load_dataset
+from scop import distributed
+from scop.artifacts import SETTINGS, SURGERY, load_model, load_settings, save_model, save_settings
+from scop.checkpoints import termination
+from scop.config import FinetuneSection, KnockoffSection, VariantSection, finetune_for
+from scop.data import Dataset, load_dataset
 from scop.device import autocast_dtype
 from scop.evaluation import count_macs, count_parameters
 from scop.export import logit_difference
-from scop.parsing import Section
+from scop.knockoff import Scores, train_knockoffs
+from scop.models import make_model
+from scop.parsing import Section, parse
 from scop.plan import ChannelPlan
-from scop.spec import spec_of
+from scop.selection import select_channels
+from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
 from scop.supervised import recalibrate
-from scop.surgery import prune_exactly
+from scop.surgery import prune_exactly, regrow
 from scop.text import human
+from scop.training import EpochRecord
 
 
 class Config(Section):
@@ -45,11 +56,54 @@ class Outputs:
 
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
-    section, label = finetune_for(config.finetune, config.variant), config.variant.label
+    section, variant = finetune_for(config.finetune, config.variant), config.variant
     dataset, dense = load_dataset(inputs.dataset), load_model(inputs.dense)
-    pruned, difference = prune_exactly(dense, ChannelPlan.load(inputs.plan / "plan.json"))
-
+    teacher = _teacher(dense, section, context)
+    plan = ChannelPlan.load(inputs.plan / "plan.json")
+    pruned, difference = prune_exactly(dense if variant.method != "scratch" else _anew(dense, section.seed), plan)
+    history: list[EpochRecord] = []
     torch.manual_seed(section.seed)
+    for number in range(1, variant.rounds + 1):
+        label, training, work = variant.label, section, context
+        if variant.rounds > 1:
+            label, work = f"{label}, round {number}", context.part(f"round{number}", len(history))
+        if number < variant.rounds:
+            training = _shortened(section)
+        if number > 1:
+            whole = regrow(pruned, dense)
+            scores = _scores(whole, dataset, inputs.plan, work) if variant.method == "scop" else None
+            plan = _selected(whole, scores, variant, plan, number / variant.rounds, work)
+            pruned, difference = prune_exactly(whole, plan)
+        metrics = _recalibrated(pruned, dataset, training, work)
+        course = train_supervised(pruned, dataset, training, work, label, teacher)
+        history += [replace(record, epoch=work.epochs + record.epoch) for record in course]
+
+    figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
+    (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
+    made_by = {"finetune": section.model_dump(mode="json"), "variant": variant.model_dump(mode="json")}
+    save_settings(outputs.model, inputs.dense, inputs.plan, **made_by)
+    save_model(pruned, outputs.model, history=history, others=[SURGERY, SETTINGS])
+    if (after := validation_accuracy(pruned, dataset, context)) is not None:
+        metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
+    metrics |= {
+        "params": float(count_parameters(pruned)),
+        "macs": float(count_macs(pruned, dataset.info.shape)),
+        "train_seconds": sum(record.seconds for record in history),
+    }
+    print(f"{variant.label}: {_describe(metrics)}", flush=True)
+    return StepResult(metrics)
+
+
+def _anew(dense: nn.Module, seed: int) -> nn.Module:
+    """The dense network with random weights."""
+    spec = spec_of(dense)
+    assert spec is not None and spec.factory is not None
+    torch.manual_seed(seed)
+    return attach_spec(make_model(spec.factory, **spec.arguments), spec)
+
+
+def _recalibrated(pruned: nn.Module, dataset: Dataset, section: FinetuneSection, context: Context) -> dict[str, float]:
+    """Take the batch norms' statistics anew; accuracies on the validation split, where there is one."""
     metrics: dict[str, float] = {}
     if (before := validation_accuracy(pruned, dataset, context)) is not None:
         metrics["validation_top1_pruned"] = before.top1
@@ -60,23 +114,46 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         recalibrate(pruned, training_batches(dataset, section, device), section.recalibration_batches, device, dtype)
         if (recalibrated := validation_accuracy(pruned, dataset, context)) is not None:
             metrics["validation_top1_recalibrated"] = recalibrated.top1
+    return metrics
 
-    teacher = _teacher(dense, section, context)
-    history = train_supervised(pruned, dataset, section, context, label, teacher)
-    figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
-    (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
-    made_by = {"finetune": section.model_dump(mode="json"), "variant": config.variant.model_dump(mode="json")}
-    save_settings(outputs.model, inputs.dense, inputs.plan, **made_by)
-    save_model(pruned, outputs.model, history=history, others=[SURGERY, SETTINGS])
-    if (after := validation_accuracy(pruned, dataset, context)) is not None:
-        metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
-    metrics |= {
-        "params": float(count_parameters(pruned)),
-        "macs": float(count_macs(pruned, dataset.info.shape)),
-        "train_seconds": sum(record.seconds for record in history),
-    }
-    print(f"{label}: {_describe(metrics)}", flush=True)
-    return StepResult(metrics)
+
+def _shortened(section: FinetuneSection) -> FinetuneSection:
+    """The settings for all rounds but the last; the learning rate takes the same course in fewer epochs."""
+    epochs = section.round_epochs
+    warmup = section.warmup_epochs * epochs / max(1, section.epochs)
+    return section.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+
+
+def _scores(whole: nn.Module, dataset: Dataset, plan: Path, context: Context) -> Scores:
+    """Scores of what is left, by the settings with which the first ones were made."""
+    section = parse(KnockoffSection, load_settings(plan).get("knockoff", {}), "knockoff")
+    context = context.part("knockoff", 0)
+    batches = training_batches(dataset, section, context.device, distributed.share())
+    with termination() as stopping:
+        return train_knockoffs(
+            whole, batches, section, device=context.device, checkpoints=context.checkpoints, stopping=stopping
+        )
+
+
+def _selected(
+    whole: nn.Module,
+    scores: Scores | None,
+    variant: VariantSection,
+    before: ChannelPlan,
+    part: float,
+    context: Context,
+) -> ChannelPlan:
+    """The plan of a further round, the same in all processes, though each may have measured another latency."""
+    plan = select_channels(
+        whole,
+        scores,
+        input_shape=before.input_shape,
+        variant=variant,
+        device=context.device,
+        before=before,
+        part=part,
+    )
+    return ChannelPlan.model_validate_json(distributed.of_the_first(plan.model_dump_json()))
 
 
 def _describe(metrics: dict[str, float]) -> str:
@@ -106,5 +183,5 @@ def _reload_difference(model: nn.Module) -> float:
 def _teacher(dense: nn.Module, section: FinetuneSection, context: Context) -> nn.Module | None:
     if not (section.distillation.weight or section.distillation.attention):
         return None
-    teacher = dense.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = copy.deepcopy(dense).to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return teacher.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,11 +89,13 @@ class Context:
         tracker: where figures go.
         checkpoints: where a training keeps its states.
         places: of the inputs: absolute paths or URIs, by name.
+        epochs: that the step has tracked already.
     """
 
     tracker: Tracker
     checkpoints: CheckpointStore
     places: Places
+    epochs: int = 0
 
     @cached_property
     def device(self) -> torch.device:
@@ -104,7 +106,11 @@ class Context:
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Track an epoch."""
-        self.tracker.log_metrics(record.metrics, step=record.epoch)
+        self.tracker.log_metrics(record.metrics, step=self.epochs + record.epoch)
+
+    def part(self, name: str, epochs: int) -> Context:
+        """For a training within the step, with checkpoints of its own, that follows others of so many epochs."""
+        return replace(self, checkpoints=self.checkpoints.part(name), epochs=epochs)
 
 
 class StepModule(Protocol):

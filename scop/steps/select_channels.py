@@ -1,4 +1,4 @@
-"""Step 4: decide which channels stay."""
+"""Step 4: decide which channels stay, in the first round where there are several."""
 
 from __future__ import annotations
 
@@ -37,7 +37,14 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     spec = spec_of(model)
     assert spec is not None
     scores = Scores.load(inputs.scores / "scores.safetensors")
-    plan = select_channels(model, scores, input_shape=spec.input_shape, variant=config.variant, device=context.device)
+    plan = select_channels(
+        model,
+        scores,
+        input_shape=spec.input_shape,
+        variant=config.variant,
+        device=context.device,
+        part=1 / config.variant.rounds,
+    )
     plan.save(outputs.plan / "plan.json")
     kept_channels(plan, outputs.plan / "plan.png")
     save_settings(outputs.plan, inputs.scores, variant=config.variant.model_dump(mode="json"))

@@ -1,0 +1,127 @@
+"""Several rounds of prune and fine-tune, and the control that is trained from scratch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scop import load_model, make_model, prune, select_channels
+from scop.config import VariantSection
+from scop.graph import RESIDUAL_RULES
+from scop.knockoff import gated_layers
+from scop.plan import ChannelPlan
+from scop.spec import spec_of
+from scop.steps.runtime import run_step
+from scop.surgery import regrow
+from tests.helpers import GroupsAndBias, randomise_batch_norms
+
+
+@pytest.mark.parametrize("residual", RESIDUAL_RULES)
+@pytest.mark.parametrize("name", ["resnet20", "groups"])
+def test_a_regrown_network_is_the_pruned_one_and_has_zeros_where_channels_went(name: str, residual: str) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = make_model("resnet20") if name == "resnet20" else GroupsAndBias()
+    randomise_batch_norms(model.eval())
+    plan = select_channels(model, method="random", prune_rate=0.5, residual=residual, input_shape=(3, 16, 16))
+    pruned = prune(model, plan)
+    for parameter in pruned.parameters():  # as if it had been trained
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    grown = regrow(pruned, model)
+    images = torch.randn(3, 3, 16, 16)
+    assert torch.allclose(grown(images), pruned(images), atol=1e-4)
+    layer = next(iter(plan.kept))
+    assert not grown.get_submodule(layer).weight[plan.removed(layer)].any()
+    again = prune(grown, plan)
+    assert torch.equal(again(images), pruned(images))
+
+
+@pytest.mark.parametrize("method", ["scop", "l1", "bn_gamma", "fpgm", "random"])
+@pytest.mark.parametrize(
+    "selection",
+    [{"prune_rate": 0.75}, {"selection": "global", "budget": {"macs": 0.25}}, {"budget": {"params": 50_000}}],
+)
+def test_what_went_in_one_round_is_gone_in_the_next(method: str, selection: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model, shape = make_model("resnet20"), (3, 32, 32)
+    variant = VariantSection.model_validate({"method": method, "floor": 0.1, **selection})
+
+    def scores() -> dict[str, torch.Tensor] | None:
+        from scop.graph import ChannelGraph
+
+        return {n: torch.rand(model.get_submodule(n).out_channels) for n in gated_layers(ChannelGraph(model, shape))}
+
+    first = select_channels(model, scores(), input_shape=shape, variant=variant, part=0.5)
+    grown = regrow(prune(model, first), model)
+    second = select_channels(
+        grown, scores(), input_shape=shape, variant=variant.model_copy(update={"seed": 1}), before=first
+    )
+    for layer, kept in second.kept.items():
+        assert set(kept) <= set(first.kept[layer])
+    at_once = select_channels(model, scores(), input_shape=shape, variant=variant)
+    if "budget" not in selection:
+        assert [*map(len, second.kept.values())] == [*map(len, at_once.kept.values())]
+        assert [len(kept) for layer, kept in first.kept.items()] == [n // 2 for n in first.channels.values()]
+    else:
+        assert sum(map(len, second.kept.values())) < sum(map(len, first.kept.values()))
+
+
+def finetune(dataset: Path, dense: Path, folder: Path, variant: dict[str, object], **settings: object) -> Path:
+    """Select and fine-tune; the folder of the pruned model."""
+    knockoff = {"epochs": 1, "batch_size": 64}
+    given = {"dense": str(dense)}
+    run_step(
+        "train_knockoff",
+        {"knockoff": knockoff},
+        given | {"dataset": str(dataset)},
+        {"scores": f"{folder}/scores"},
+    )
+    run_step(
+        "select_channels", {"variant": variant}, given | {"scores": f"{folder}/scores"}, {"plan": f"{folder}/plan"}
+    )
+    section = {"epochs": 2, "batch_size": 64, "lr": 0.02} | settings
+    run_step(
+        "finetune",
+        {"finetune": section, "variant": variant},
+        given | {"dataset": str(dataset), "plan": f"{folder}/plan"},
+        {"model": f"{folder}/model"},
+    )
+    return folder / "model"
+
+
+def test_rounds_prune_further_and_train_in_between(
+    digits_folder: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variant = {"method": "scop", "prune_rate": 0.875, "rounds": 3, "residual": "coupled"}
+    folder = finetune(digits_folder, model_folder, tmp_path, variant, round_epochs=1)
+    said = capsys.readouterr().out
+    assert "scop-0.875, round 1: epoch 1/1" in said
+    assert "scop-0.875, round 3: epoch 2/2" in said
+    first = ChannelPlan.load(tmp_path / "plan" / "plan.json")
+    assert [len(kept) for kept in first.kept.values()] == [8, 12, 16]
+    model = load_model(folder)
+    spec = spec_of(model)
+    assert spec is not None
+    assert spec.plan is not None
+    assert [len(kept) for kept in spec.plan.kept.values()] == [2, 3, 4]
+    assert spec.plan.prune_rate == 0.875
+    assert all(set(kept) <= set(first.kept[layer]) for layer, kept in spec.plan.kept.items())
+    epochs = [record["epoch"] for record in json.loads((folder / "history.json").read_text())]
+    assert epochs == [1, 2, 3, 4]
+    surgery = json.loads((folder / "surgery.json").read_text())
+    assert surgery["masked_pruned"] < 1e-4
+
+
+def test_a_narrower_network_is_trained_from_random_weights(
+    digits_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    variant = {"method": "scratch", "prune_rate": 0.5}
+    untrained = load_model(finetune(digits_folder, model_folder, tmp_path, variant, epochs=0))
+    spec = spec_of(untrained)
+    assert spec is not None
+    assert spec.plan is not None
+    assert spec.plan.method == "scratch"
+    dense = load_model(model_folder)
+    assert untrained.first.out_channels == dense.first.out_channels // 2
+    assert not torch.equal(untrained.first.weight, dense.first.weight[: untrained.first.out_channels])
