@@ -20,7 +20,7 @@ from scop import storage
 from scop.config import Config
 from scop.errors import UserError
 from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment, first_line, shown
-from scop.steps.record import git_revision
+from scop.steps.record import EXTERNAL_FILES, git_revision
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,10 @@ def _python() -> Finding:
 
 
 def _files(config: Config) -> Iterator[Finding]:
-    for key, place in (("data.path", config.data.path), ("dense.weights", config.dense.weights)):
-        if place is None:
-            continue
-
-        yield _finding("data" if key == "data.path" else "weights", partial(_file, key, place))
+    for section, key in EXTERNAL_FILES:
+        place = getattr(getattr(config, section), key)
+        if place is not None:
+            yield _finding("data" if section == "data" else "weights", partial(_file, f"{section}.{key}", place))
 
 
 def _file(key: str, place: str) -> str:

@@ -192,9 +192,10 @@ def _send(files: list[Path], place: str) -> None:
 
 def _refuse_what_is_missing(config: Config) -> None:
     """What the steps would find missing minutes later is said at once."""
-    for key, value in (("data.path", config.data.path), ("dense.weights", config.dense.weights)):
+    for section, key in EXTERNAL_FILES:
+        value = getattr(getattr(config, section), key)
         if value is not None and not storage.is_uri(value) and not Path(value).exists():
-            raise UserError(f"{key} {value} does not exist; give another: --set {key}=...")
+            raise UserError(f"{section}.{key} {value} does not exist; give another: --set {section}.{key}=...")
     if config.dense.model not in CIFAR_RESNETS:
         from scop.models import find_factory
 
@@ -328,7 +329,8 @@ def _docker_runner(config: Config, folder: Path, image: str, gpus: bool) -> Any:
     for place in (os.environ[CHECKPOINTS_VARIABLE], os.environ.get(ARTIFACTS_VARIABLE, storage.SCHEME)):
         if not storage.is_uri(place):
             writable.append(Path(place))
-    places = (os.environ[RUN_ROOT_VARIABLE], config.data.path, config.dense.weights, config.run.checkpoints)
+    given = [getattr(getattr(config, section), key) for section, key in EXTERNAL_FILES]
+    places = (os.environ[RUN_ROOT_VARIABLE], *given, config.run.checkpoints)
     if in_s3 := any(storage.is_uri(place) for place in places if place):
         writable.append(storage.cache_folder())
         folders += [storage.cache_folder() / part for part in storage.CACHE_PARTS]
@@ -336,7 +338,7 @@ def _docker_runner(config: Config, folder: Path, image: str, gpus: bool) -> Any:
     for path in (*writable, *folders):
         path.mkdir(parents=True, exist_ok=True)
     files += folder.rglob("*")  # what an earlier try left, perhaps by another runner
-    readable = existing([config.data.path, config.dense.weights]) + certificates()
+    readable = existing(given) + certificates()
     in_s3 |= storage.is_uri(os.environ.get(ARTIFACTS_VARIABLE, ""))
     sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps(with_s3=in_s3), gpus)
     sandbox.open_to_user((*folders, *files))

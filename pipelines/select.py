@@ -13,7 +13,7 @@ from torch import nn
 from pipelines.presets import find_config
 from pipelines.runs import CONFIG, records_of
 from scop import storage
-from scop.artifacts import load_model, load_weights
+from scop.artifacts import load_model, load_pretrained, load_weights
 from scop.budget import Sizes
 from scop.config import Config, VariantSection, load_config
 from scop.errors import UserError
@@ -27,6 +27,7 @@ from scop.selection import select_channels
 from scop.sources import peek
 from scop.spec import spec_of
 from scop.steps.record import StepRecord
+from scop.storage import local
 from scop.text import human
 
 
@@ -55,7 +56,9 @@ def dense_of(config: Config) -> Dense:
     torch.manual_seed(config.dense.seed)
     model = network_for(config.dense, shape, classes)
     if config.dense.weights is not None:
-        load_weights(model, config.dense.weights)
+        load_weights(model, local(config.dense.weights))
+    elif config.dense.pretrained is not None:
+        load_pretrained(model, local(config.dense.pretrained), classes)
     return Dense(model, shape, None)
 
 

@@ -121,7 +121,36 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: the file is missing, damaged or unsafe, or its keys or shapes are not the model's.
     """
-    path = Path(path).expanduser()
+    _assign(model, _read_state(Path(path)), Path(path))
+
+
+def load_pretrained(model: nn.Module, path: str | Path, classes: int) -> list[str]:
+    """Load weights from which training is to start, into the model; see `load_weights`.
+
+    Args:
+        model: with a last layer for so many classes.
+        path: of the file.
+        classes: the size of the model's answer.
+
+    Returns:
+        The names of the layers that the file has for another number of classes; they stay as they are.
+
+    Raises:
+        UserError: the file is missing, damaged or unsafe, or does not fit in more than that.
+    """
+    state, own = _read_state(Path(path)), model.state_dict()
+    of_the_head = {key for key, mine in own.items() if mine.dim() and len(mine) == classes}
+    others = {
+        key: own[key]
+        for key in of_the_head & state.keys()
+        if len(state[key]) != classes and state[key].shape[1:] == own[key].shape[1:]
+    }
+    _assign(model, state | others, Path(path))
+    return sorted({key.rpartition(".")[0] for key in others})
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    path = path.expanduser()
     if not path.is_file():
         raise UserError(f"weights {path} do not exist")
     try:
@@ -138,7 +167,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {path} hold no state dict (a mapping of names to tensors)")
-    _assign(model, {key.removeprefix("module."): value for key, value in state.items()}, path)
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -160,7 +189,10 @@ def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     for key, value in state.items():
         if value.shape != own[key].shape:
             ours, theirs = "x".join(map(str, own[key].shape)), "x".join(map(str, value.shape))
-            raise UserError(f"weights {path} do not fit the model: {key!r} is {theirs}, the model's is {ours}")
+            raise UserError(
+                f"weights {path} do not fit the model: {key!r} is {theirs}, the model's is {ours} (weights for other "
+                "classes can be trained on: dense.pretrained)"
+            )
     model.load_state_dict(state, strict=False)
 
 
@@ -197,7 +229,8 @@ def save_settings(folder: Path, *made_of: Path, **sections: Mapping[str, Any]) -
     settings: dict[str, Any] = {}
     for ancestor in made_of:
         settings |= load_settings(ancestor)
-    settings |= {name: {k: v for k, v in section.items() if k != "weights"} for name, section in sections.items()}
+    for name, section in sections.items():
+        settings[name] = {key: value for key, value in section.items() if key not in ("weights", "pretrained")}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 

@@ -68,12 +68,13 @@ class DataSection(Section):
 
     Attributes:
         source: digits (scikit-learn), cifar10 or cifar100 (torchvision's layout at `path`), or imagefolder (a folder,
-            .tar, .tar.gz or .zip of SPLIT/CLASS/*.jpg|png at `path`).
+            .tar, .tar.gz or .zip of SPLIT/CLASS/*.jpg|png or CLASS/*.jpg|png at `path`).
         path: where they are.
         image_size: bring every image to this height and width; by default all must have the same already.
         channels: 1 for grey, 3 for colour; by default what the images are.
         validation: fraction of the training data cut off for validation, where the source has no such split.
-        seed: draws the validation split.
+        test: the same for the test split, cut off first.
+        seed: draws what is cut off.
         mean, std: per channel, for pixels in [0, 1]; by default those of the training split.
     """
 
@@ -82,6 +83,7 @@ class DataSection(Section):
     image_size: PositiveInt | None = None
     channels: Literal[1, 3] | None = None
     validation: Fraction = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Seed = 0
     mean: list[float] | None = None
     std: list[PositiveFloat] | None = None
@@ -155,17 +157,25 @@ class DenseSection(TrainingSection):
         model: a factory's name, see `scop.models`.
         arguments: further arguments for the factory.
         weights: a .safetensors file or a state dict saved by torch.save; then nothing is trained.
+        pretrained: such a file to start training from; its last layer may be for other classes, then that begins anew.
     """
 
     model: str = "resnet20"
     arguments: dict[str, Any] = {}
     weights: str | None = None
+    pretrained: str | None = None
 
     @field_validator("arguments")
     @classmethod
     def _whole_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
         """KFP hands all numbers over as doubles; a factory wants its whole numbers back."""
         return {key: _whole(entry) for key, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _one_file(self) -> DenseSection:
+        if self.weights is not None and self.pretrained is not None:
+            raise ValueError("give weights, which are taken as they are, or pretrained, from which training starts")
+        return self
 
 
 class GaussianSection(Section):
@@ -221,8 +231,9 @@ class KnockoffSection(Section):
         mixing: share of the real features in the mixture, for score fisher.
         batch_norm: its statistics in this phase: frozen, the running ones; own, those of each stream's batch; or joint,
             those of real images and knockoffs together.
-        epochs: passes over the training split. The paper trains gates for 20.
-        batch_size: images in a batch.
+        epochs: passes over the training split; by default as many as show score fisher 10,240 images, which may be part
+            of one, and 20 for score published, as in the paper.
+        batch_size: images in a batch; all there are where they are fewer.
         lr, betas: of Adam on the gates, for score published.
         gaussian, generator: settings of these sources.
         sensitivity: accuracy against the rate of one layer at a time.
@@ -235,7 +246,7 @@ class KnockoffSection(Section):
     score: ScoreKind = "fisher"
     mixing: Annotated[float, Field(gt=0, le=1)] = 0.8
     batch_norm: BatchNormMode = "frozen"
-    epochs: PositiveInt = 1
+    epochs: PositiveInt | None = None
     batch_size: PositiveInt = 256
     lr: PositiveFloat = 0.004
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)

@@ -87,7 +87,7 @@ def make_dataset(
         UserError: a class lacks images in a split.
     """
     if not isinstance(validation, Split):
-        train, validation = _stratified(train, validation, seed, classes)
+        train, validation = cut(train, validation, seed, classes)
     splits: dict[SplitName, Split] = {"train": train, "validation": validation, "test": test}
     for name, split in splits.items():
         missing = sorted(set(range(len(classes))) - set(np.unique(split.labels).tolist()))
@@ -110,8 +110,8 @@ def make_dataset(
     return Dataset(info, splits)
 
 
-def _stratified(train: Split, fraction: float, seed: int, classes: list[str]) -> tuple[Split, Split]:
-    """Split off the given fraction of each class; both parts keep the order of the images."""
+def cut(train: Split, fraction: float, seed: int, classes: list[str]) -> tuple[Split, Split]:
+    """Cut the given fraction of each class off: what stays, and what was cut, both in the order of the images."""
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(train), dtype=bool)
     for label in range(len(classes)):

@@ -1,8 +1,9 @@
 """Which channels of a network can go, and what goes with them.
 
 The network is traced with Torch-Pruning's dependency graph. Convolutions whose output channels must be removed
-together form a `ChannelGroup`; nothing is ever found by a layer's name. A rule for residual streams then says which
-groups are pruned, and how:
+together form a `ChannelGroup`; nothing is ever found by a layer's name. A linear layer that runs at each place of a
+feature map (N, H, W, C), as ConvNeXt's do, is a 1x1 convolution by another name and counts as one. A rule for residual
+streams then says which groups are pruned, and how:
 
 ``scatter``
     Every group outside a residual stream, and the last convolution of each residual branch on its own: the stream
@@ -19,6 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -26,9 +28,22 @@ from typing import Any, Literal, get_args
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency import index_mapping
 
 from scop.config import ResidualRule
 from scop.errors import UserError
+
+_follow_reshape = index_mapping.update_reshape_index_mapping
+
+
+def _follow_known_reshape(graph: Any, node: Any) -> None:
+    """Torch-Pruning divides by zero at some reshapes, and gives up on the whole network; channels through any but a
+    flattening one stay whole here anyway."""
+    with suppress(ZeroDivisionError):
+        _follow_reshape(graph, node)
+
+
+index_mapping.update_reshape_index_mapping = _follow_known_reshape
 
 RESIDUAL_RULES: tuple[ResidualRule, ...] = get_args(ResidualRule)
 
@@ -103,6 +118,8 @@ class ChannelGraph:
         self._model = copy.deepcopy(model).float().cpu().requires_grad_(True).eval()
         self.input_shape = tuple(input_shape)
         self._names = {module: name for name, module in self._model.named_modules()}
+        self._parameter_names: dict[Any, str] = {p: name for name, p in self._model.named_parameters()}
+        self._pointwise: set[nn.Module] = set()
         self._calls = self._count_calls()
         try:
             with torch.enable_grad():
@@ -121,8 +138,10 @@ class ChannelGraph:
         """How often each layer runs in one forward pass; a layer that runs twice has no channels of its own."""
         calls: dict[nn.Module, int] = {}
 
-        def count(module: nn.Module, *_: Any) -> None:
+        def count(module: nn.Module, _: Any, output: Any) -> None:
             calls[module] = calls.get(module, 0) + 1
+            if isinstance(module, nn.Linear) and output.dim() == 4:
+                self._pointwise.add(module)
 
         hooks = [m.register_forward_hook(count) for m in self._model.modules() if not list(m.children())]
         try:
@@ -142,23 +161,42 @@ class ChannelGraph:
     def groups(self) -> tuple[ChannelGroup, ...]:
         """All channel groups that a convolution produces, in the model's order."""
         order = {name: place for place, name in enumerate(self._names.values())}
-        found = [self._describe(group) for group in self._dependencies.get_all_groups(root_module_types=[nn.Conv2d])]
-        return tuple(sorted((g for g in found if g is not None), key=lambda g: order[g.name]))
+        return tuple(sorted(self._find_groups(), key=lambda group: order[group.name]))
+
+    def _find_groups(self) -> Iterator[ChannelGroup]:
+        seen: set[nn.Module] = set()
+        for module in self._nodes:
+            if module in seen or not self._produces(module):
+                continue
+            channels = out_channels(module)
+            prune = self._dependencies.get_pruner_of_module(module).prune_out_channels
+            try:
+                items = list(self._dependencies.get_pruning_group(module, prune, list(range(channels))))
+            except (IndexError, KeyError, ValueError):  # Torch-Pruning loses its way in splits and shuffles
+                refusal = "its channels pass through a split, slice or shuffle that cannot be followed"
+                yield ChannelGroup((self._names[module],), channels, residual=False, refusal=refusal)
+                continue
+            seen.update(dep.target.module for dep, _ in items if self._writes(dep))
+            if group := self._describe(items):
+                yield group
+
+    def _produces(self, module: nn.Module) -> bool:
+        """Whether a layer has output channels of its own, and not those of its input."""
+        return module in self._pointwise or (isinstance(module, nn.Conv2d) and not _is_depthwise(module))
 
     def _describe(self, items: Any) -> ChannelGroup | None:
-        producers: list[nn.Conv2d] = []
+        producers: list[nn.Conv2d | nn.Linear] = []
         blocks, refusal = 1, None
         for dep, indices in items:
             module, out = dep.target.module, self._dependencies.is_out_channel_pruning_fn(dep.handler)
             refusal = refusal or self._refusal(dep, indices)
-            if isinstance(module, nn.Conv2d) and not _is_depthwise(module):
-                if out and module not in producers:
-                    producers.append(module)
-                if module.groups > 1:
-                    blocks = math.lcm(blocks, module.groups)
+            if out and self._produces(module) and module not in producers:
+                producers.append(module)
+            if isinstance(module, nn.Conv2d) and not _is_depthwise(module) and module.groups > 1:
+                blocks = math.lcm(blocks, module.groups)
         if not producers:
             return None
-        channels = producers[0].out_channels
+        channels = out_channels(producers[0])
         for dep, indices in items:
             writes = dep.target.module in producers and self._dependencies.is_out_channel_pruning_fn(dep.handler)
             if writes and list(indices) != list(range(channels)):
@@ -170,13 +208,15 @@ class ChannelGraph:
 
     def _refusal(self, dep: Any, indices: list[int]) -> str | None:
         node, module = dep.target, dep.target.module
-        name = self._names.get(module, type(module).__name__)
+        name = self._names.get(module) or self._parameter_names.get(module)
         if node.type == _OP.OUTPUT or not node.outputs:
             # A group reaches a layer without consumers only by its output channels: they are the network's answer.
             return "its channels are the network's output" if self._writes(dep) else None
         convolution = isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d)
         if node.type not in _SUPPORTED or convolution:
-            return f"its channels pass through {name!r} ({node.type.name.lower()}), which is not supported"
+            kind = node.type.name.lower()
+            what = f"a {kind}" if name is None else f"{name!r} ({kind})"
+            return f"its channels pass through {what}, which is not supported"
         if node.type == _OP.RESHAPE and not _flattens(node):
             return "its channels pass through a reshape other than flattening"
         if self._calls.get(module, 1) > 1 and list(module.parameters(recurse=False)):
@@ -212,24 +252,27 @@ class ChannelGraph:
         refusals: list[str] = []
         streams = any(group.residual for group in self.groups)
         for group in self.groups:
-            if group.refusal:
+            # The stream stays as it is, so it does not matter what else happens to its channels.
+            ends = [conv for conv in group.convs if self._ends_branch(conv)] if rule == "scatter" else []
+            if group.residual and ends:
+                found += [Prunable((conv,), self._width(conv), self._groups_of(conv), scatter=True) for conv in ends]
+            elif group.refusal:
                 refusals.append(f"{group.name}: {group.refusal}")
             elif rule != "coupled" and streams and not group.residual and self._depth(self._node(group.name)) == 1:
                 refusals.append(f"{group.name}: the stem of a residual network")
             elif not group.residual or rule == "coupled":
                 found.append(Prunable(group.convs, group.channels, group.blocks, scatter=False))
-            elif rule == "scatter":
-                ends = [conv for conv in group.convs if self._ends_branch(conv)]
-                if not ends:
-                    refusals.append(f"{group.name}: part of a residual stream to which no branch is simply added")
-                found += [Prunable((conv,), group.channels, self._groups_of(conv), scatter=True) for conv in ends]
             else:
-                refusals.append(f"{group.name}: part of a residual stream")
+                simply = " to which no branch is simply added" if rule == "scatter" else ""
+                refusals.append(f"{group.name}: part of a residual stream{simply}")
         order = {name: place for place, name in enumerate(self._names.values())}
         return tuple(sorted(found, key=lambda p: order[p.name])), refusals
 
+    def _width(self, conv: str) -> int:
+        return out_channels(self._model.get_submodule(conv))
+
     def _groups_of(self, conv: str) -> int:
-        return int(self._model.get_submodule(conv).groups)  # type: ignore[arg-type]
+        return int(getattr(self._model.get_submodule(conv), "groups", 1))
 
     def batch_norm(self, conv: str) -> str | None:
         """The name of the batch norm that alone reads the convolution's output, or None."""
@@ -243,7 +286,7 @@ class ChannelGraph:
     def _ends_branch(self, conv: str) -> bool:
         """Whether the convolution, with its batch norm, ends the deeper of two branches that an addition joins."""
         last = self._node(self.batch_norm(conv) or conv)
-        if len(last.outputs) != 1 or not _is_add(last.outputs[0]):
+        if len(last.outputs) != 1 or not _is_add(last.outputs[0]) or self._calls.get(last.module) != 1:
             return False
         others = [node for node in last.outputs[0].inputs if node is not last]
         return len(others) == 1 and self._depth(last) > self._depth(others[0])
@@ -290,6 +333,11 @@ class ChannelGraph:
             two_sided = isinstance(target, nn.Conv2d | nn.Linear) and not _is_depthwise(target)
             into = two_sided and not self._dependencies.is_out_channel_pruning_fn(dep.handler)
             yield self._names[target], "in" if into else "out", sorted(set(indices))
+
+
+def out_channels(layer: nn.Module) -> int:
+    """How many channels a convolution, or a linear layer that acts as one, puts out."""
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,11 +50,16 @@ from scop import distributed
 from scop.config import BatchNormMode, KnockoffSection, ScoreKind
 from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
-from scop.graph import ChannelGraph
+from scop.graph import ChannelGraph, out_channels
 from scop.knockoff_sources import KnockoffSource, make_source
 from scop.parsing import parse
 from scop.sync_batch_norm import SynchronisedBatchNorms
 from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit
+
+IMAGES_FOR_FISHER = 10_240
+"""So many give scores that differ by less than those of two seeds do, see docs/knockoffs.md."""
+
+EPOCHS_AS_PUBLISHED = 20
 
 INITIAL_GATE = 0.5
 """Of trained gates."""
@@ -150,9 +156,10 @@ def train_knockoffs(
         source, settings = None, settings | {"source": source}
     section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
     device = device or pick_device()
-    channels, height, width = _image_shape(batches)
+    per_batch, channels, height, width = _batch_shape(batches)
     graph = ChannelGraph(model, (channels, height, width))
     source = source or make_source(section, batches, device, checkpoints, stopping)
+    epochs, batches = _passes(section, batches, per_batch)
     competition = Competition(model, graph, source, device, section)
 
     def after_epoch(record: EpochRecord) -> None:
@@ -163,7 +170,7 @@ def train_knockoffs(
         competition,
         batches,
         competition.optimizer(),
-        epochs=section.epochs,
+        epochs=epochs,
         label="knockoff",
         seed=section.seed,
         on_epoch=after_epoch,
@@ -175,7 +182,36 @@ def train_knockoffs(
     return Scores(score, error, signed, gates, section.score, (channels, height, width), history)
 
 
-def _image_shape(batches: TrainingBatches) -> tuple[int, int, int]:
+def _passes(section: KnockoffSection, batches: TrainingBatches, per_batch: int) -> tuple[int, TrainingBatches]:
+    """How many epochs there are, and of which batches."""
+    if section.epochs is not None:
+        return section.epochs, batches
+    if section.score == "published":
+        return EPOCHS_AS_PUBLISHED, batches
+    wanted = -(-IMAGES_FOR_FISHER // (per_batch * distributed.share()[1]))
+    if wanted < len(batches):
+        return 1, _First(batches, wanted)
+    return -(-wanted // len(batches)), batches
+
+
+class _First:
+    """The first batches of each epoch."""
+
+    def __init__(self, batches: TrainingBatches, count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return islice(iter(self._batches), self._count)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._batches, "set_epoch"):
+            self._batches.set_epoch(epoch)
+
+
+def _batch_shape(batches: TrainingBatches) -> tuple[int, ...]:
     if not isinstance(batches, Sized) or isinstance(batches, Iterator):
         raise UserError(
             f"batches must have a length and start anew for each epoch, as a DataLoader or a list does, not a "
@@ -184,8 +220,7 @@ def _image_shape(batches: TrainingBatches) -> tuple[int, int, int]:
     first = next(iter(batches), None)
     if first is None:
         raise UserError("batches are empty: there is nothing to train the gates on")
-    channels, height, width = first[0].shape[1:]
-    return channels, height, width
+    return tuple(first[0].shape)
 
 
 def gated_layers(graph: ChannelGraph) -> list[str]:
@@ -206,7 +241,7 @@ def _gamma(model: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
     norm = graph.batch_norm(layer)
     weight = None if norm is None else model.get_submodule(norm).weight
     if weight is None:
-        return torch.ones(model.get_submodule(layer).out_channels)  # type: ignore[call-overload]
+        return torch.ones(out_channels(model.get_submodule(layer)))
     return weight.detach().abs().float().cpu()  # type: ignore[operator]
 
 
@@ -235,7 +270,8 @@ class Competition:
         self.dtype = autocast_dtype(device, section.precision)
         self.trained = section.score == "published"
         gammas = {layer: _gamma(model, graph, layer) for layer in gated_layers(graph)}
-        self.gates: Gates = TrainedGates(gammas, section.epochs) if self.trained else HeldGates(gammas, section.mixing)
+        epochs = section.epochs or EPOCHS_AS_PUBLISHED
+        self.gates: Gates = TrainedGates(gammas, epochs) if self.trained else HeldGates(gammas, section.mixing)
         self.gates.to(device)
         network = frozen_copy(model, graph, self.dtype, section.batch_norm)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -438,23 +474,35 @@ class _TwoStreams(nn.Module):
 
     def _meet(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Forward hook: keep the knockoff stream's feature map; mix it into the real stream's."""
-        if self._mixing:
-            mixed: Tensor = _Mix.apply(output, self._features.pop(layer), gates.opened(layer, len(output)))
-            return mixed
-        self._features[layer] = output
-        return output.clone() if layer in self._overwritten else output
+        if not self._mixing:
+            self._features[layer] = output
+            return output.clone() if layer in self._overwritten else output
+        gate = gates.opened(layer, len(output))
+        real, knockoff = _channels_second(module, output), _channels_second(module, self._features.pop(layer))
+        mixed: Tensor = _Mix.apply(real, knockoff, gate)
+        return _channels_back(module, mixed)
 
     def _meet_within(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """The same where one half of the batch are knockoffs; the gradient goes on through them too."""
-        real, knockoff = output.chunk(2)
+        real, knockoff = _channels_second(module, output).chunk(2)
         gate = gates.opened(layer, len(real))[..., None, None].to(output.dtype)
-        return torch.cat([torch.lerp(knockoff, real, gate.expand_as(real)), knockoff])
+        mixed = torch.cat([torch.lerp(knockoff, real, gate.expand_as(real)), knockoff])
+        return _channels_back(module, mixed)
 
     def _find_overwritten(self, images: Tensor) -> set[str]:
         """Layers whose output the network changes in place (by a functional ``relu_``, say) after it was kept."""
         self.network(images)
         kept, self._features = self._features, {}
         return {layer for layer, output in kept.items() if output._version > 0}
+
+
+def _channels_second(module: nn.Module, features: Tensor) -> Tensor:
+    """A feature map as (N, C, H, W), which a linear layer puts out as (N, H, W, C)."""
+    return features.movedim(-1, 1) if isinstance(module, nn.Linear) else features
+
+
+def _channels_back(module: nn.Module, features: Tensor) -> Tensor:
+    return features.movedim(1, -1) if isinstance(module, nn.Linear) else features
 
 
 class _Mix(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import nn
 
 from scop.config import ResidualRule
 from scop.errors import UserError
+from scop.graph import out_channels
 
 
 class ChannelPlan(BaseModel):
@@ -59,17 +60,17 @@ class ChannelPlan(BaseModel):
         return all(len(kept) == self.channels[name] for name, kept in self.kept.items())
 
     def check(self, model: nn.Module) -> None:
-        """Raise UserError unless every layer of the plan is a convolution of the model with that many channels."""
-        convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        """Raise UserError unless every layer of the plan is one of the model with that many channels."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
         for name, channels in self.channels.items():
-            if name not in convs:
-                hint = difflib.get_close_matches(name, convs, n=1)
+            if name not in layers:
+                hint = difflib.get_close_matches(name, layers, n=1)
                 meant = f" (did you mean {hint[0]!r}?)" if hint else ""
                 raise UserError(f"layer {name!r} is in the plan but not in the model{meant}")
-            if convs[name].out_channels != channels:
+            if (own := out_channels(layers[name])) != channels:
                 raise UserError(
-                    f"layer {name!r} has {convs[name].out_channels} channels in the model but {channels} in the plan; "
-                    "was the plan made for another network?"
+                    f"layer {name!r} has {own} channels in the model but {channels} in the plan; was the plan made for "
+                    "another network?"
                 )
 
     def save(self, path: Path) -> None:

@@ -22,6 +22,7 @@ _OF_SECTIONS = {
     "knockoff.seed": "knockoff_seed",
     "variant.selection": "selection",
     "variant.round_to": "round_to",
+    "variant.rounds": "rounds",
     "variant.seed": "variant_seed",
     "finetune.epochs": "finetune_epochs",
     "finetune.batch_size": "finetune_batch_size",

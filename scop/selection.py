@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from scop.budget import Sizes, solve, unit_prices
 from scop.config import VariantSection
 from scop.errors import UserError
-from scop.graph import ChannelGraph, Prunable
+from scop.graph import ChannelGraph, Prunable, out_channels
 from scop.knockoff import Scores
 from scop.parsing import parse
 from scop.plan import ChannelPlan
@@ -365,14 +365,14 @@ def _score_of(
         return scores.get
     if variant.method == "random":
         generator = torch.Generator().manual_seed(variant.seed)
-        return lambda conv: torch.rand(_conv(model, conv).out_channels, generator=generator)
+        return lambda conv: torch.rand(out_channels(model.get_submodule(conv)), generator=generator)
     if variant.method == "l1":
-        return lambda conv: _conv(model, conv).weight.detach().abs().sum((1, 2, 3)).float().cpu()
+        return lambda conv: _filters(model, conv).abs().sum(1)
     if variant.method == "fpgm":
-        return lambda conv: _distances(_conv(model, conv).weight.detach().flatten(1).float().cpu())
+        return lambda conv: _distances(_filters(model, conv))
     if variant.method == "bn_gamma":
         return lambda conv: _gamma(model, graph, conv)
-    return lambda conv: torch.zeros(_conv(model, conv).out_channels)  # scratch, none
+    return lambda conv: torch.zeros(out_channels(model.get_submodule(conv)))  # scratch, none
 
 
 def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
@@ -390,7 +390,8 @@ def _distances(filters: Tensor) -> Tensor:
     return torch.cdist(filters, present, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
 
 
-def _conv(model: nn.Module, name: str) -> nn.Conv2d:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Conv2d)
-    return layer
+def _filters(model: nn.Module, conv: str) -> Tensor:
+    """A layer's weights, one row for each channel that it puts out: (C, D)."""
+    weight = model.get_submodule(conv).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().flatten(1).float().cpu()

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from scop.config import DataSection
-from scop.data import Dataset, Split, make_dataset
+from scop.data import Dataset, Split, cut, make_dataset
 from scop.errors import UserError
 from scop.progress import progress
 
@@ -72,7 +72,7 @@ def peek(section: DataSection) -> tuple[tuple[int, int, int], int]:
             decoder.settle(name, content)
         classes.add(_place(name, path)[1])
     if decoder.shape is None or decoder.channels is None:
-        raise UserError(f"{path} has no images under SPLIT/CLASS/")
+        raise UserError(f"{path} has no images under SPLIT/CLASS/ or CLASS/")
     return (decoder.channels, *decoder.shape), len(classes)
 
 
@@ -162,15 +162,17 @@ def _image_folder(section: DataSection) -> Dataset:
             bar.update(len(chunk))
     classes = sorted({class_name for _, class_name in pixels})
     splits = sorted({split for split, _ in pixels})
-    for needed in ("train", "test"):
-        if needed not in splits:
-            raise UserError(f"{path} has no images under {needed}/CLASS/ (found: {', '.join(splits) or 'no images'})")
+    if "train" not in splits:
+        raise UserError(f"{path} has no images under train/CLASS/ (found: {', '.join(splits) or 'no images'})")
     for split in splits:
         for class_name in classes:
             if not pixels.get((split, class_name)):
                 raise UserError(f"{path}: class {class_name!r} has no image in split {split!r}; it must be in each")
     made = {split: _stack([pixels.pop((split, name)) for name in classes]) for split in splits}
-    return _assemble(section, path.name, classes, made["train"], made["test"], made.get("validation"))
+    train, test = made["train"], made.get("test")
+    if test is None:
+        train, test = cut(train, section.test, section.seed, classes)
+    return _assemble(section, path.name, classes, train, test, made.get("validation"))
 
 
 def _stack(by_class: list[list[np.ndarray]]) -> Split:
@@ -179,10 +181,15 @@ def _stack(by_class: list[list[np.ndarray]]) -> Split:
 
 
 def _place(name: str, path: Path) -> tuple[str, str]:
-    """(split, class) of a member's path, which ends in SPLIT/CLASS/FILE."""
+    """(split, class) of a member's path: it ends in SPLIT/CLASS/FILE, or is CLASS/FILE, which is for training."""
     parts = PurePosixPath(name).parts
+    if len(parts) == 2 and parts[0] not in _SPLIT_NAMES:
+        return "train", parts[0]
     if len(parts) < 3 or parts[-3] not in _SPLIT_NAMES:
-        raise UserError(f"{path}: {name!r} does not lie at SPLIT/CLASS/FILE with SPLIT train, validation or test")
+        raise UserError(
+            f"{path}: {name!r} lies neither at SPLIT/CLASS/FILE, with SPLIT train, validation or test, nor at "
+            "CLASS/FILE"
+        )
     return _SPLIT_NAMES[parts[-3]], parts[-2]
 
 

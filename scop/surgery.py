@@ -9,7 +9,7 @@ the same function, and `exactness` measures by how much it does not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -96,18 +96,42 @@ def prune_exactly(model: nn.Module, plan: ChannelPlan) -> tuple[nn.Module, float
     if spec.cuts:
         raise UserError("the model is pruned already; make the plan for the dense model, and prune that")
     plan.check(model)
-    cuts = cuts_of(ChannelGraph(model, plan.input_shape), plan)
-    difference = exactness(model, cuts, plan.input_shape)
+    graph = ChannelGraph(model, plan.input_shape)
+    cuts = cuts_of(graph, plan)
+    try:
+        difference = exactness(model, cuts, plan.input_shape)
+    except UserError as error:
+        raise UserError(f"{_those_of(_culprits(model, graph, plan))} cannot be removed: {error}") from error
     if not difference <= TOLERANCE:
         raise UserError(
-            f"the pruned network differs from the masked one by {difference:.3g}, more than {TOLERANCE}: something in "
-            "this network makes a removed channel count (an activation that is not 0 at 0, say); "
-            "try another residual rule, and please report the network"
+            f"{_those_of(_culprits(model, graph, plan))} cannot be removed exactly: the network without them differs "
+            f"by {difference:.3g} from the one in which they are 0 (behind them is an activation that is not 0 at 0, a "
+            "mean over channels, or the like); name them in the variant's exclude, or try another residual rule"
         )
     pruned = apply_cuts(copy.deepcopy(model), cuts)
     return attach_spec(
         pruned, spec.model_copy(update={"cuts": cuts, "plan": plan, "input_shape": plan.input_shape})
     ), difference
+
+
+def _culprits(model: nn.Module, graph: ChannelGraph, plan: ChannelPlan) -> list[str]:
+    """The layers whose channels by themselves cannot be removed exactly."""
+    whole = {layer: list(range(channels)) for layer, channels in plan.channels.items()}
+
+    def removable(prunable: Prunable) -> bool:
+        kept = {layer: plan.kept[layer] for layer in prunable.convs if layer in plan.kept}
+        cuts = cuts_of(graph, plan.model_copy(update={"kept": whole | kept}))
+        try:
+            return exactness(model, cuts, plan.input_shape) <= TOLERANCE
+        except UserError:
+            return False
+
+    return [prunable.name for prunable in graph.prunable(plan.residual) if not removable(prunable)]
+
+
+def _those_of(layers: list[str]) -> str:
+    names = ", ".join(map(repr, layers[:4])) + (", ..." if len(layers) > 4 else "")
+    return f"channels of {names or 'some layers together'}"
 
 
 def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
@@ -287,28 +311,33 @@ class _Mask:
         return output * self.mask.to(output).view(shape)
 
 
+def _what_may_hide(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
+    """Numbers of a network that may be, or be near, zero, each tensor with the lower end of a range of width 1."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
+            ranges = {"running_mean": -0.5, "running_var": 0.5, "weight": 0.5, "bias": -0.5}
+            for name, low in ranges.items():
+                if isinstance(tensor := getattr(module, name, None), Tensor):
+                    yield tensor, low
+        elif not type(module).__module__.startswith("torch.nn"):  # ConvNeXt's layer_scale starts at 1e-6
+            yield from ((parameter, 0.5) for parameter in module.parameters(recurse=False))
+
+
 @torch.no_grad()
 def exactness(model: nn.Module, cuts: Cuts, input_shape: tuple[int, ...], seed: int = 0) -> float:
     """The largest absolute difference between the masked twin's and the pruned model's outputs.
 
-    Measured in float64 on random images, with the batch norms' statistics and affine parameters drawn at random, so
-    that a channel that should be gone cannot hide behind a zero; what remains is an error of the surgery, not rounding.
+    Measured in float64 on random images, with the norms' statistics and affine parameters drawn at random, and the
+    layers' scales where a network has some, so that a channel that should be gone cannot hide behind a zero; what
+    remains is an error of the surgery, not rounding.
 
     Raises:
         UserError: the pruned model does not run: the plan breaks a dependency that tracing did not see.
     """
     generator = torch.Generator().manual_seed(seed)
     dense = copy.deepcopy(model).cpu().double().eval()
-    for module in dense.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in (
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 1.5),
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.5, 0.5),
-            ):
-                if tensor is not None:
-                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    for tensor, low in _what_may_hide(dense):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
     images = torch.randn(2, *input_shape, generator=generator).double()
     try:
         expected = masked_twin(dense, cuts)(images)
@@ -322,6 +351,6 @@ def exactness(model: nn.Module, cuts: Cuts, input_shape: tuple[int, ...], seed: 
         raise
     except Exception as error:
         raise UserError(
-            f"the pruned {type(model).__name__} does not run ({error}); try another residual rule"
+            f"the pruned {type(model).__name__} does not run ({error}); name them in the variant's exclude"
         ) from error
     return float((expected - actual).abs().max())

@@ -13,7 +13,7 @@ from scop.batches import Augmentation, Batches
 from scop.config import DataSection
 from scop.data import Dataset, Split, load_dataset, make_dataset, save_dataset
 from scop.manifest import MANIFEST
-from scop.sources import load_source
+from scop.sources import load_source, peek
 from tests.helpers import SHARED, write_images
 
 CPU = torch.device("cpu")
@@ -288,11 +288,23 @@ def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
 
 def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path, {"training": 2}, CLASSES)
-    with pytest.raises(UserError, match="does not lie at SPLIT/CLASS/FILE"):
+    with pytest.raises(UserError, match="lies neither at SPLIT/CLASS/FILE.* nor at CLASS/FILE"):
         load_source(section(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no images under train/CLASS/ \(found: no images\)"):
         load_source(section(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("layout", ["classes alone", "no test split"])
+def test_a_folder_without_a_test_split_has_one_cut_off(layout: str, tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 20, **({"val": 2} if layout == "no test split" else {})}, CLASSES)
+    place = tmp_path / "train" if layout == "classes alone" else tmp_path
+    dataset = load_source(section(place, test=0.25, validation=0.2))
+    counts = {name: len(dataset[name]) // len(CLASSES) for name in ("train", "validation", "test")}
+    assert counts == {"train": 12 if layout == "classes alone" else 15, "validation": counts["validation"], "test": 5}
+    assert counts["validation"] == (3 if layout == "classes alone" else 2)
+    assert dataset.info.classes == CLASSES
+    assert peek(section(place)) == (dataset.info.shape, len(CLASSES))
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ from torch import nn
 
 import scop
 from scop import UserError, make_model, train_knockoffs
-from scop.batches import Batches
+from scop.batches import Augmentation, Batches
 from scop.config import DenseSection
+from scop.data import Dataset, Split
 from scop.evaluation import measure_accuracy
 from scop.graph import ChannelGraph
 from scop.knockoff import Competition, Scores, folded_copy, gated_layers
 from scop.knockoff_sources import shuffle
 from scop.sensitivity import measure_sensitivity
 from scop.supervised import Supervised, make_optimizer
-from scop.training import fit
+from scop.training import EpochRecord, fit
 from tests.helpers import randomise_batch_norms
 
 CPU = torch.device("cpu")
@@ -360,3 +361,25 @@ def test_sensitivity_is_the_accuracy_of_the_network_with_one_layer_pruned(model,
         assert found[layer][1] == pytest.approx(measure_accuracy(pruned, images, CPU).top1, abs=0.01)
         assert found[layer][2] <= found[layer][0]
     assert min(top1 for _, _, top1 in found.values()) < dense - 0.05
+
+
+def test_scores_see_as_many_images_as_it_takes(digits: Dataset, model: nn.Module) -> None:
+    few = Split(digits["train"].images[:100], digits["train"].labels[:100])
+    batches = Batches(few, digits.info, 50, CPU, Augmentation())
+    seen: list[EpochRecord] = []
+    train_knockoffs(model, batches, on_epoch=seen.append)
+    assert len(seen) == 10_240 // 100 + 1  # whole passes
+    many = [*Batches(digits["train"], digits.info, 1024, CPU, Augmentation())] * 20
+    shown = []
+
+    def source(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        shown.append(len(images))
+        return shuffle(images, labels)
+
+    assert len(train_knockoffs(model, many, source=source).history) == 1
+    assert sum(shown) == 10_240
+
+
+def test_trained_gates_take_as_many_epochs_as_in_the_paper(batches: Batches, model: nn.Module) -> None:
+    short = [next(iter(batches))]
+    assert len(train_knockoffs(model, short, score="published").history) == 20

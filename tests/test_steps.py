@@ -216,7 +216,7 @@ def test_the_exactness_gate_fails_the_step(digits_folder: Path, tmp_path: Path, 
     run_step("train_knockoff", {"knockoff": {"epochs": 1}}, inputs, {"scores": str(tmp_path / "scores")})
     select = {"dense": inputs["dense"], "scores": str(tmp_path / "scores")}
     run_step("select_channels", {"variant": variant}, select, {"plan": str(tmp_path / "plan")})
-    with pytest.raises(UserError, match="the pruned network differs from the masked one by"):
+    with pytest.raises(UserError, match="channels of 'conv' cannot be removed exactly"):
         run_step(
             "finetune",
             {"finetune": {"epochs": 1}, "variant": variant},

@@ -30,7 +30,10 @@ def training_batches(
 ) -> Batches:
     """The training split, or a share of each of its batches, shuffled and augmented as the section says."""
     augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
-    return Batches(dataset["train"], dataset.info, section.batch_size, device, augmentation, section.seed, share)
+    batch_size, images = section.batch_size, len(dataset["train"])
+    if isinstance(section, KnockoffSection) and batch_size > images:  # for scores it does not matter
+        batch_size = max(1, images // share[1]) * share[1]
+    return Batches(dataset["train"], dataset.info, batch_size, device, augmentation, section.seed, share)
 
 
 def train_supervised(

@@ -38,7 +38,7 @@ ATTEMPT_VARIABLE = "SCOP_ATTEMPT"
 """Set by `scop run`, another one each time: who started or kept the step last."""
 
 # Entries of the configuration that name files or folders; what they hold is recorded with the step.
-EXTERNAL_FILES = (("data", "path"), ("dense", "weights"))
+EXTERNAL_FILES = (("data", "path"), ("dense", "weights"), ("dense", "pretrained"))
 
 
 @dataclass(frozen=True)

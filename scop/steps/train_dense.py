@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scop.artifacts import SETTINGS, load_weights, save_model, save_settings
+from scop.artifacts import SETTINGS, load_pretrained, load_weights, save_model, save_settings
 from scop.config import DenseSection
 from scop.data import Dataset, load_dataset
 from scop.errors import UserError
@@ -16,11 +16,13 @@ from scop.evaluation import count_macs, count_parameters
 from scop.graph import ChannelGraph
 from scop.models import network_for
 from scop.parsing import Section
+from scop.selection import select_channels
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
 from scop.steps.record import StepResult
 from scop.steps.runtime import Context
 from scop.storage import local
+from scop.surgery import prune
 from scop.text import human
 
 
@@ -47,6 +49,10 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         load_weights(model, local(section.weights))
         history = []
     else:
+        if section.pretrained is not None:
+            begun_anew = load_pretrained(model, local(section.pretrained), len(dataset.info.classes))
+            but = f", but for {' and '.join(begun_anew)}, which had other classes" if begun_anew else ""
+            print(f"dense: starts from {section.pretrained}{but}", flush=True)
         history = train_supervised(model, dataset, section, context, label="dense")
     save_settings(outputs.model, dense=section.model_dump(mode="json"))
     save_model(model, outputs.model, history=history, others=[SETTINGS])
@@ -70,6 +76,10 @@ def check(model: torch.nn.Module, dataset: Dataset) -> None:
     """
     info = dataset.info
     ChannelGraph(model, info.shape).prunable("coupled")
+    try:
+        prune(model, select_channels(model, method="random", input_shape=info.shape))
+    except UserError as error:  # other variants may do
+        print(f"warning: with a variant's defaults this network cannot be pruned: {error}", flush=True)
     with torch.no_grad():
         logits = copy.deepcopy(model).eval()(torch.zeros(2, *info.shape))
     if isinstance(logits, torch.Tensor) and logits.shape == (2, len(info.classes)):
