@@ -71,7 +71,7 @@ class DataSection(Section):
             .tar, .tar.gz or .zip of SPLIT/CLASS/*.jpg|png or CLASS/*.jpg|png at `path`).
         path: where they are.
         image_size: bring every image to this height and width; by default all must have the same already.
-        channels: 1 for grey, 3 for colour; by default what the images are.
+        channels: 1 for grey, 3 for colour; by default what the images are, and 3 for networks of torchvision.
         validation: fraction of the training data cut off for validation, where the source has no such split.
         test: the same for the test split, cut off first.
         seed: draws what is cut off.
@@ -436,6 +436,16 @@ class Config(Section):
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _colour_for_torchvision(cls, values: Any) -> Any:
+        """Torchvision's networks take colour images: grey ones are given to them in three equal channels."""
+        data, dense = (values.get(name) or {} for name in ("data", "dense")) if isinstance(values, dict) else ({}, {})
+        if not isinstance(data, dict) or not isinstance(dense, dict) or data.get("channels") is not None:
+            return values
+        torchvision = str(dense.get("model", "")).startswith("torchvision:")
+        return {**values, "data": {**data, "channels": 3}} if torchvision else values
 
     @field_validator("variants")
     @classmethod

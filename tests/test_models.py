@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from scop import UserError, make_model
-from scop.artifacts import load_weights
+from scop.artifacts import load_pretrained, load_weights
 from scop.evaluation import count_macs, count_parameters
 from tests.helpers import SHARED
 
@@ -105,6 +107,23 @@ def test_bad_weights_are_refused_by_name(tmp_path, capsys) -> None:
     with pytest.raises(UserError, match="do not exist"):
         load_weights(model, tmp_path / "nothing.pt")
     assert "pickled code ran" not in capsys.readouterr().out
+
+
+def test_pretrained_weights_leave_a_head_for_other_classes_as_it_is(tmp_path: Path) -> None:
+    known, model = make_model("resnet20", num_classes=100), make_model("resnet20", num_classes=2)
+    head, path = model.fc.weight.clone(), tmp_path / "hundred.pt"
+    torch.save(known.state_dict(), path)
+    assert load_pretrained(model, path, classes=2) == ["fc"]
+    assert torch.equal(model.layer1[0].conv1.weight, known.layer1[0].conv1.weight)
+    assert torch.equal(model.fc.weight, head)
+    same = make_model("resnet20", num_classes=100)
+    assert load_pretrained(same, path, classes=100) == []
+    assert torch.equal(same.fc.weight, known.fc.weight)
+    with pytest.raises(UserError, match=r"the model's is 2x64 \(weights for other classes .*: dense.pretrained\)"):
+        load_weights(model, path)
+    grey = make_model("resnet20", num_classes=2, in_channels=1)
+    with pytest.raises(UserError, match="'conv1.weight' is 16x3x3x3, the model's is 16x1x3x3"):
+        load_pretrained(grey, path, classes=2)
 
 
 def test_the_shared_resnet20_loads_as_it_is() -> None:

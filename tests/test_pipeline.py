@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from mlflow.tracking import MlflowClient
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from pipelines.console import Console
 from pipelines.pipeline import compile_pipeline
-from scop import cli, load_model
+from scop import cli, load_model, make_model
 from scop.config import Config
 from scop.steps import STEPS
 from tests import services
@@ -241,6 +244,29 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         assert cli.main(["promote", "digits-resnet20-scop/1"]) == 2
         assert "does not say what was measured of it (tag 'difference')" in capsys.readouterr().err
         assert client.get_model_version_by_alias("digits-resnet20-scop", "champion").version == "1"
+
+
+@pytest.mark.slow
+def test_a_few_grey_images_of_ones_own_and_a_network_for_other_classes(tmp_path: Path) -> None:
+    images = load_digits()
+    for label in (3, 8):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True)
+        for number, image in enumerate(images.images[images.target == label]):
+            Image.fromarray((image * 15).astype("uint8")).save(tmp_path / "photos" / str(label) / f"{number}.png")
+    torch.manual_seed(0)
+    torch.save(make_model("torchvision:resnet18", num_classes=1000).state_dict(), tmp_path / "resnet18.pth")
+    settings = [f"data.path={tmp_path}/photos", f"dense.pretrained={tmp_path}/resnet18.pth", "data.image_size=32"]
+    settings += ["dense.epochs=10", "finetune.epochs=5", "dense.flip=false", "knockoff.flip=false"]
+    settings += ["finetune.flip=false", "evaluate.repeats=3", "variants=[{selection: global, budget: {macs: 0.5}}]"]
+    command = [sys.executable, "-m", "scop.cli", "run", "-f", "own-images", "--out", str(tmp_path / "runs")]
+    result = run([*command, *(f"--set={setting}" for setting in settings)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resnet18.pth, but for fc, which had other classes" in result.stdout
+    (summary,) = (tmp_path / "runs").glob("*/summary.json")
+    (variant,) = json.loads(summary.read_text())["variants"]
+    assert variant["dense"]["top1"] > 0.9
+    assert variant["pruned"]["top1"] > 0.9
+    assert variant["pruned"]["macs"] <= 0.5 * variant["dense"]["macs"]
 
 
 def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:
