@@ -55,6 +55,12 @@ class ChannelPlan(BaseModel):
         kept = set(self.kept[layer])
         return [channel for channel in range(self.channels[layer]) if channel not in kept]
 
+    def doubtful(self, layer: str) -> tuple[list[int], list[int]]:
+        """The channels of a layer that stay and those that go of which the selection was not sure, ascending."""
+        kept = set(self.kept[layer])
+        unsure = self.unsure.get(layer, [])
+        return [c for c in unsure if c in kept], [c for c in unsure if c not in kept]
+
     @property
     def removes_nothing(self) -> bool:
         return all(len(kept) == self.channels[name] for name, kept in self.kept.items())

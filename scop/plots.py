@@ -31,7 +31,9 @@ def kept_channels(plan: ChannelPlan, path: Path) -> None:
     figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
     kept = [len(plan.kept[layer]) for layer in layers]
     axes.barh(layers, [plan.channels[layer] for layer in layers], color=_REMOVED, label="removed")
-    axes.barh(layers, kept, color=_KEPT, label="kept")
+    doubtful = [[len(part) for part in plan.doubtful(layer)] for layer in layers]
+    unsure = {"xerr": list(zip(*doubtful, strict=True)), "error_kw": {"elinewidth": 0.8}} if plan.unsure else {}
+    axes.barh(layers, kept, color=_KEPT, label="kept; whiskers: not sure" if plan.unsure else "kept", **unsure)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel("channels")

@@ -19,6 +19,7 @@ HISTORY = [
 EVALUATION: dict[str, Any] = {
     "kept": {"conv1": 4, "conv2": 16},
     "channels": {"conv1": 16, "conv2": 32},
+    "unsure": {"conv1": {"kept": [3], "removed": [5, 7]}, "conv2": {"kept": [], "removed": []}},
     "history": HISTORY,
     "dense_history": HISTORY,
     "confusion": [[9, 1], [0, 10]],
@@ -89,6 +90,19 @@ def test_hover_tells_the_facts_and_a_click_goes_to_the_row(page: Any) -> None:
     page.wait_for_selector("tbody tr.chosen")
     assert page.locator("tbody tr.chosen th").inner_text().startswith("scop-0.")
     assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
+
+
+def test_a_layers_bar_tells_of_which_channels_the_selection_was_not_sure(page: Any) -> None:
+    bar = page.locator("#kept-channels .bars .point").first
+    bar.scroll_into_view_if_needed()
+    box = bar.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#kept-channels .hovertext")
+    told = page.locator("#kept-channels .hovertext").first.text_content()
+    assert "4 of 16 channels" in told
+    assert "not sure to keep 3" in told
+    assert "not sure to remove 5, 7" in told
+    assert page.locator("#kept-channels .errorbar").count() >= 1
 
 
 def test_every_plot_has_a_text_for_those_who_do_not_see_it(page: Any) -> None:

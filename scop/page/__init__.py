@@ -22,7 +22,7 @@ _HERE = Path(__file__).parent
 _BINS = 50
 _PAIRS = 40
 # Of an evaluation, what the plots of a single network show.
-DETAILS = ("kept", "channels", "history", "dense_history", "confusion", "classes")
+DETAILS = ("kept", "channels", "unsure", "history", "dense_history", "confusion", "classes")
 _COLUMNS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params", "pruned_bytes")
 # Parameters by which results are told apart, where they differ.
 _LABELS = ("network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed")

@@ -327,10 +327,19 @@ function keptChannels(rows) {
   const channels = Object.assign({}, ...rows.map((row) => row.details.channels));
   const layers = Object.keys(channels);
   const share = (row, layer) => (row.details.kept[layer] ?? channels[layer]) / channels[layer];
+  const unsure = (row, layer) => row.details.unsure[layer] ?? { kept: [], removed: [] };
+  const doubts = ({ kept, removed }) => (kept.length || removed.length
+    ? `<br>not sure to keep ${kept.join(", ") || "none"}<br>not sure to remove ${removed.join(", ") || "none"}` : "");
   const traces = rows.map((row, number) => ({ type: "bar", orientation: "h", name: plain(row.name), y: layers,
     x: layers.map((layer) => share(row, layer)), marker: { color: shades(rows)[number] },
-    customdata: layers.map((layer) => [row.details.kept[layer] ?? channels[layer], channels[layer]]),
-    hovertemplate: "%{y}: %{customdata[0]} of %{customdata[1]} channels<extra>%{fullData.name}</extra>" }));
+    error_x: { type: "data", symmetric: false, thickness: 1, width: 2,
+      visible: layers.some((layer) => doubts(unsure(row, layer))),
+      array: layers.map((layer) => unsure(row, layer).removed.length / channels[layer]),
+      arrayminus: layers.map((layer) => unsure(row, layer).kept.length / channels[layer]) },
+    customdata: layers.map((layer) =>
+      [row.details.kept[layer] ?? channels[layer], channels[layer], doubts(unsure(row, layer))]),
+    hovertemplate: "%{y}: %{customdata[0]} of %{customdata[1]} channels%{customdata[2]}<extra>%{fullData.name}</extra>",
+  }));
   const least = rows.map((row) => {
     const layer = layers.reduce((least, other) => share(row, other) < share(row, least) ? other : least, layers[0]);
     return `${row.name} keeps least in ${layer}: ${(100 * share(row, layer)).toFixed(0)}%`;

@@ -197,7 +197,13 @@ def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> 
     for number, (name, evaluation) in enumerate(evaluations.items()):
         shares = [evaluation["kept"].get(layer, count) / count for layer, count in channels.items()]
         places = [row + (number - (len(evaluations) - 1) / 2) * height for row in range(len(channels))]
-        axes.barh(places, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0])
+        unsure = [evaluation["unsure"].get(layer, {"kept": [], "removed": []}) for layer in channels]
+        reach = [
+            [len(own[part]) / count for own, count in zip(unsure, channels.values(), strict=True)]
+            for part in ("kept", "removed")
+        ]
+        whiskers = {"xerr": reach, "error_kw": {"elinewidth": 0.8, "alpha": 0.7}} if any(map(any, reach)) else {}
+        axes.barh(places, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0], **whiskers)
     axes.set_yticks(range(len(channels)), list(channels), fontsize=7)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(_percent())

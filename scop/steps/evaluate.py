@@ -18,6 +18,7 @@ from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accu
 from scop.manifest import TIMINGS, write_manifest
 from scop.parents import DATASET_TAG, DEVICE_TAG
 from scop.parsing import Section
+from scop.plan import ChannelPlan
 from scop.plots import confusion_matrix
 from scop.results import Result, with_timings
 from scop.spec import spec_of
@@ -68,10 +69,10 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             latencies[name][str(batch_size)] = {k: round(v, 4) for k, v in asdict(latency).items()}
 
     plan = _plan(models["pruned"])
-    evaluation = {
+    evaluation: dict[str, Any] = {
         "variant": variant.label,
         "method": variant.method,
-        "prune_rate": plan["prune_rate"],
+        "prune_rate": plan.prune_rate,
         "residual": variant.residual,
         **figures,
         "device": describe_device(device, section.threads),
@@ -83,8 +84,9 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         },
         "classes": dataset.info.classes,
         "confusion": accuracies["pruned"].confusion.tolist(),
-        "kept": {layer: len(kept) for layer, kept in plan["kept"].items()},
-        "channels": plan["channels"],
+        "kept": {layer: len(kept) for layer, kept in plan.kept.items()},
+        "channels": plan.channels,
+        "unsure": {layer: dict(zip(("kept", "removed"), plan.doubtful(layer), strict=True)) for layer in plan.unsure},
         "settings": load_settings(inputs.pruned),
         "surgery": surgery,
         "history": _curve(inputs.pruned),
@@ -108,7 +110,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     context.tracker.log_params(result.params)
     context.tracker.set_tags({DEVICE_TAG: result.device})
     context.tracker.set_tags({DATASET_TAG: result.dataset}, of_the_run=True)
-    kept = [{"layer": layer, "channels": plan["channels"][layer], "kept": len(k)} for layer, k in plan["kept"].items()]
+    kept = [{"layer": layer, "channels": plan.channels[layer], "kept": len(k)} for layer, k in plan.kept.items()]
     context.tracker.log_table({key: [row[key] for row in kept] for key in kept[0]} if kept else {}, "layers.json")
     metrics = result.metrics
     print(
@@ -135,7 +137,7 @@ def _curve(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in asdict(r).items() if key != "seconds"} for r in load_history(folder)]
 
 
-def _plan(model: nn.Module) -> dict[str, Any]:
+def _plan(model: nn.Module) -> ChannelPlan:
     spec = spec_of(model)
     assert spec is not None and spec.plan is not None
-    return spec.plan.model_dump()
+    return spec.plan
