@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scop.errors import UserError
@@ -88,8 +87,13 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+# YAML is imported where it is read: training by Python alone, on a machine that has little else, does without.
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; raises UserError where it does not."""
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -105,6 +109,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def override(values: dict[str, Any], change: str) -> None:
     """Put a ``section.key=value`` entry into a configuration's values; raises UserError where there is no place."""
+    import yaml
+
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise UserError(f"--set {change!r} must have the form section.key=value")

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from tqdm import tqdm
-
 # Set by `scop run` to its terminal's device file, since kfp.local reads a step's output through a pipe.
 TERMINAL_VARIABLE = "SCOP_TERMINAL"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -53,6 +51,8 @@ def progress(total: int | None, label: str, unit: str = "batch") -> Any:
     terminal = _terminal()
     if terminal is None:
         return _Lines(total, label, unit)
+    from tqdm import tqdm  # late: what only trains, without a terminal, does without
+
     return tqdm(total=total, desc=label, unit=unit, file=terminal, leave=False, dynamic_ncols=True, mininterval=0.2)
 
 

@@ -1,0 +1,53 @@
+"""The benchmark for GPUs, on digits and a processor: it stops when time is up, and goes on where it stopped."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from scop.config import DenseSection, FinetuneSection
+from scop.data import Dataset
+from tests.benchmarks.gpu import WORK_LEFT, Plan, work_through
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -> None:
+    dense = DenseSection.model_validate(
+        {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}, "epochs": 6, "batch_size": 64, "lr": 0.05}
+    )
+    finetune = FinetuneSection.model_validate({"epochs": 2, "batch_size": 64, "lr": 0.02, "ema": 0.9})
+    plan = Plan(dense, finetune, {"macs": 0.5}, seeds=(0, 1))
+    steps = 0
+
+    def soon() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps % 30 == 0
+
+    calls = 0
+    while (code := work_through({"plain": plan}, digits, tmp_path, tmp_path, 2, soon)) == WORK_LEFT:
+        calls += 1
+        assert calls < 30
+    assert code == 0
+    assert calls > 4
+    report = json.loads((tmp_path / "gpu-plain.json").read_text())
+    assert set(report["variants"]) == {"none-0", "none-1", "scop-0", "scop-1", "l1-0"}
+    assert report["dense"]["top1"] > 0.8
+    assert report["variants"]["scop-0"]["macs"] <= 0.5 * report["dense"]["macs"]
+    assert report["variants"]["none-0"]["params"] == report["dense"]["params"]
+
+
+def test_it_needs_little_to_be_installed() -> None:
+    """What a bare machine with PyTorch has not got."""
+    absent = "boto3 botocore mlflow tqdm kfp rich plotly jinja2 yaml sklearn scipy matplotlib psutil docker onnx pynvml"
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent.split()!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+import tests.benchmarks.gpu
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
