@@ -46,16 +46,47 @@ def add(name: str, folder: Path, command: str, data: str) -> None:
 
 def render() -> str:
     """The page, as Markdown."""
-    runs = [path for path in sorted(FOLDER.glob("*.json")) if path.stem != "speed" and "scores-" not in path.stem]
-    sections = [_run(path.stem, json.loads(path.read_text())) for path in runs]
-    sections += [
-        _scores(path.stem.removeprefix("scores-"), json.loads(path.read_text()))
-        for path in sorted(FOLDER.glob("scores-*.json"))
-    ]
-    speed = FOLDER / "speed.json"
-    if speed.exists():
-        sections.append(_speed(json.loads(speed.read_text())))
-    return "\n".join([_INTRODUCTION, *sections])
+    sections: dict[str, list[str]] = {kind: [] for kind in ("run", "gpu", "scores", "speed")}
+    for path in sorted(FOLDER.glob("*.json")):
+        kind, _, name = path.stem.partition("-")
+        content = json.loads(path.read_text())
+        match kind:
+            case "gpu":
+                sections[kind].append(_gpu(content))
+            case "scores":
+                sections[kind].append(_scores(name, content))
+            case "speed":
+                sections[kind].append(_speed(content))
+            case _:
+                sections["run"].append(_run(path.stem, content))
+    return "\n".join([_INTRODUCTION, *(section for kind in sections.values() for section in kind)])
+
+
+def _gpu(content: dict[str, Any]) -> str:
+    """A network of `make bench-gpu`: each variant over its seeds, against `none`."""
+    dense, device, finetune = content["dense"], content["machine"], content["settings"]["finetune"]
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for key, figures in content["variants"].items():
+        by_variant.setdefault(key.rpartition("-")[0], []).append(figures)
+    reference = statistics.fmean(figures["top1"] for figures in by_variant["none"])
+    rows = [f"| dense | | {dense['top1']:.2%} | | {human(dense['params'])} | {human(dense['macs'])} |"]
+    for name, found in by_variant.items():
+        top1 = [figures["top1"] for figures in found]
+        cells = [name, str(len(found)), _percent(top1), f"{100 * (reference - statistics.fmean(top1)):+.2f}"]
+        rows.append(f"| {' | '.join([*cells, human(found[0]['params']), human(found[0]['macs'])])} |")
+    ((what, limit),) = content["budget"].items()
+    return f"""## {content["network"]} on a GPU
+
+At most {limit:g} {what}; fine-tuned for {finetune["epochs"]} epochs, `none` just as long; top-1 on the test split, mean
+and standard deviation over seeds.
+
+| network | seeds | top-1 | drop | parameters | MACs |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Command: `{content["command"]}`. Settings {content["settings_hash"]}. Machine: {device["device"]}, Python
+{device["python"]}, torch {device["torch"]}, {device["date"]}.
+"""
 
 
 def _run(name: str, content: dict[str, Any]) -> str:
@@ -66,10 +97,11 @@ def _run(name: str, content: dict[str, Any]) -> str:
     ]
     rows += [_row(v["name"], v["pruned"], reference and reference["pruned"]) for v in variants]
     config, device = content["config"], content["machine"]
-    finetune = config["finetune"]
+    finetune, epochs = config["finetune"], config["knockoff"].get("epochs")
+    phase = f"of {epochs} epochs" if epochs else f"by score {config['knockoff'].get('score', 'fisher')}"
     return f"""## {name}: {content["data"]}
 
-{config["dense"]["model"]}; knockoff phase of {config["knockoff"]["epochs"]} epochs; fine-tuning of {finetune["epochs"]}
+{config["dense"]["model"]}; knockoff phase {phase}; fine-tuning of {finetune["epochs"]}
 epochs, batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]};
 residual rule {config["variants"][0]["residual"]}; one seed. The last column compares with `none`: nothing removed,
 fine-tuned just as long.
@@ -94,7 +126,6 @@ def _scores(network: str, content: dict[str, Any]) -> str:
         cells = [way, str(figures["seeds"]), *(_percent(figures["top1"][rate]) for rate in rates)]
         for key in ("rank_correlation_with_removal", "agreement_of_seeds"):
             cells.append("" if figures.get(key) is None else f"{figures[key]:.2f}")
-        cells.append(f"{figures['seconds']:.0f} s")
         rows.append(f"| {' | '.join(cells)} |")
     return f"""## Scores: {network}, CIFAR-10 (JPEG q75)
 
@@ -104,8 +135,8 @@ network has {content["dense_top1"]:.1%} there: it was trained on most of these i
 what a channel is worth by itself (the loss that its removal costs), and between seeds. Scores see 10,240 images. What
 they mean says [knockoffs.md](knockoffs.md).
 
-| score | seeds | {" | ".join(f"rate {rate}" for rate in rates)} | correlation | seeds agree | time |
-| --- | --- | {"--- | " * len(rates)}--- | --- | --- |
+| score | seeds | {" | ".join(f"rate {rate}" for rate in rates)} | correlation | seeds agree |
+| --- | --- | {"--- | " * len(rates)}--- | --- |
 {chr(10).join(rows)}
 
 Command: `{content["command"]}`. Machine: {device["device"]}, Python {device["python"]}, torch {device["torch"]},
