@@ -8,7 +8,7 @@ ARGS ?=
 # Test files run side by side; WORKERS=0 runs them in one process, where a debugger works.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-gpu docs results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-gpu bench-rules docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ bench-scores: $(READY)  ## judge scores on ResNet-20 and a VGG without fine-tuni
 
 bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it again until it says that all is done
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
+
+bench-rules: $(READY)  ## residual rules at equal MACs and latency; an hour on two cores, in parts too
+	$(BIN)/python -m tests.benchmarks.rules $(ARGS)
 
 docs: $(READY)  ## make docs/configuration.md from the docstrings
 	$(BIN)/python -m pipelines.reference

@@ -17,6 +17,8 @@ _ACCURACY = "pruned_top1"
 _SAME_BUDGET = 0.03
 """MACs may differ by this share and are the same budget."""
 _CONFIDENCE = 0.95
+_ALIKE = ("network", "dense_seed", "seed")
+"""Parameters that both of a pair share."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def compare_pairs(results: Sequence[Result]) -> list[Paired]:
 
 
 def _paired(first: Sequence[Result], second: Sequence[Result]) -> Paired | None:
-    ours, theirs = ({_pair(result): result for result in own} for own in (first, second))
+    # From scratch it takes longer, so that is compared whatever the epochs.
+    alike = [*_ALIKE] if second[0].params["method"] == "scratch" else [*_ALIKE, "finetune_epochs"]
+    ours, theirs = ({_pair(result, alike): result for result in own} for own in (first, second))
     common = [key for key in ours if key in theirs]
     if not common:
         return None
@@ -94,9 +98,9 @@ def _paired(first: Sequence[Result], second: Sequence[Result]) -> Paired | None:
     return Paired(first[0].name, second[0].name, fmean(differences), low, high, len(common), reference)
 
 
-def _pair(result: Result) -> tuple[object, ...]:
+def _pair(result: Result, alike: Sequence[str]) -> tuple[object, ...]:
     """What both of a pair have in common."""
-    return (result.dataset, *(result.params.get(key) for key in ("network", "dense_seed", "seed", "finetune_epochs")))
+    return (result.dataset, *(result.params.get(key) for key in alike))
 
 
 def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:

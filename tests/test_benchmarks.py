@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scop.config import DenseSection, FinetuneSection
+from scop.config import DenseSection, FinetuneSection, VariantSection
 from scop.data import Dataset
-from tests.benchmarks.gpu import WORK_LEFT, Plan, work_through
+from tests.benchmarks.work import WORK_LEFT, Plan, work_through
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +17,10 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
         {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}, "epochs": 6, "batch_size": 64, "lr": 0.05}
     )
     finetune = FinetuneSection.model_validate({"epochs": 2, "batch_size": 64, "lr": 0.02, "ema": 0.9})
-    plan = Plan(dense, finetune, {"macs": 0.5}, seeds=(0, 1))
+    under = {"selection": "global", "budget": {"macs": 0.5}}
+    variants = {"none": {"method": "none"}, "scop": under, "l1": under | {"method": "l1"}}
+    sections = {name: VariantSection.model_validate(variant) for name, variant in variants.items()}
+    plan = Plan(dense, finetune, sections, seeds=(0, 1), once=("l1",))
     steps = 0
 
     def soon() -> bool:

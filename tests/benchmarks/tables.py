@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from scop.paired import interval
 from scop.text import human
 from tests.benchmarks.measure import machine
 
@@ -46,13 +47,15 @@ def add(name: str, folder: Path, command: str, data: str) -> None:
 
 def render() -> str:
     """The page, as Markdown."""
-    sections: dict[str, list[str]] = {kind: [] for kind in ("run", "gpu", "scores", "speed")}
+    sections: dict[str, list[str]] = {kind: [] for kind in ("run", "gpu", "rules", "scores", "speed")}
     for path in sorted(FOLDER.glob("*.json")):
         kind, _, name = path.stem.partition("-")
         content = json.loads(path.read_text())
         match kind:
             case "gpu":
                 sections[kind].append(_gpu(content))
+            case "rules":
+                sections[kind].append(_rules(content))
             case "scores":
                 sections[kind].append(_scores(name, content))
             case "speed":
@@ -74,7 +77,7 @@ def _gpu(content: dict[str, Any]) -> str:
         top1 = [figures["top1"] for figures in found]
         cells = [name, str(len(found)), _percent(top1), f"{100 * (reference - statistics.fmean(top1)):+.2f}"]
         rows.append(f"| {' | '.join([*cells, human(found[0]['params']), human(found[0]['macs'])])} |")
-    ((what, limit),) = content["budget"].items()
+    ((what, limit),) = content["settings"]["variants"]["scop"]["budget"].items()
     return f"""## {content["network"]} on a GPU
 
 At most {limit:g} {what}; fine-tuned for {finetune["epochs"]} epochs, `none` just as long; top-1 on the test split, mean
@@ -89,25 +92,62 @@ Command: `{content["command"]}`. Settings {content["settings_hash"]}. Machine: {
 """
 
 
+def _rules(content: dict[str, Any]) -> str:
+    """Residual rules at equal MACs and at equal latency."""
+    device, budgets = content["machine"], content["settings"]["variants"]
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for key, figures in content["variants"].items():
+        by_variant.setdefault(key.rpartition("-")[0], []).append(figures)
+    rows = []
+    for name in budgets:
+        found = by_variant[name]
+        rule, _, what = name.partition("-")
+        cells = [rule, what, human(found[0]["params"]), human(found[0]["macs"])]
+        cells.append(f"{statistics.fmean(figures['speedup'] for figures in found):.2f}x")
+        cells += [_percent([figures[key] for figures in found], 2) for key in ("recalibrated_top1", "top1")]
+        rows.append(f"| {' | '.join(cells)} |")
+    (latency,) = {v["budget"]["latency_ms"] for v in budgets.values() if "latency_ms" in v.get("budget", {})}
+    epochs = content["settings"]["finetune"]["epochs"]
+    return f"""## Residual rules: {content["network"]}, CIFAR-10 (JPEG q75)
+
+Each rule at the same MACs, and then at the same latency ({latency:g} ms for a batch of 64, measured while selecting),
+selection global. Top-1 on the test split before fine-tuning and after {epochs} epochs of it, mean and standard
+deviation over {len(by_variant["none"])} seeds.
+
+| rule | same | parameters | MACs | speed, batch 64 | before | after |
+| --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Command: `{content["command"]}`. Settings {content["settings_hash"]}. Machine: {device["device"]}, Python
+{device["python"]}, torch {device["torch"]}, {device["date"]}.
+"""
+
+
 def _run(name: str, content: dict[str, Any]) -> str:
-    variants = content["variants"]
-    reference = next((v for v in variants if v["method"] == "none"), None)
-    rows = [
-        _row("dense, as given" if content["config"]["dense"].get("weights") else "dense", variants[0]["dense"], None)
-    ]
-    rows += [_row(v["name"], v["pruned"], reference and reference["pruned"]) for v in variants]
+    groups: dict[str, dict[str, dict[str, Any]]] = {}  # variant -> seed -> figures
+    for variant in content["variants"]:
+        base, _, seed = variant["name"].partition("-seed")
+        groups.setdefault(base, {})[seed] = variant["pruned"]
+    none = {v["name"].partition("-seed")[0] for v in content["variants"] if v["method"] == "none"}
+    reference = groups[none.pop()] if none else {}
     config, device = content["config"], content["machine"]
     finetune, epochs = config["finetune"], config["knockoff"].get("epochs")
     phase = f"of {epochs} epochs" if epochs else f"by score {config['knockoff'].get('score', 'fisher')}"
+    rules = sorted({variant["residual"] for variant in config["variants"] if variant["method"] != "none"})
+    dense = "dense, as given" if config["dense"].get("weights") else "dense"
+    first = content["variants"][0]["dense"]
+    rows = [_row(dense, {"": first}, {}), *(_row(*item, reference) for item in groups.items())]
+    titles = ["network", "seeds", "top-1", "top-5", "parameters", "MACs"]
+    titles += [*(f"ms, batch {batch}" for batch in first["latency_ms"]), "against `none`"]
     return f"""## {name}: {content["data"]}
 
 {config["dense"]["model"]}; knockoff phase {phase}; fine-tuning of {finetune["epochs"]}
 epochs, batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]};
-residual rule {config["variants"][0]["residual"]}; one seed. The last column compares with `none`: nothing removed,
-fine-tuned just as long.
+residual rule {", ".join(rules)}. Top-1 is the mean over seeds with its standard deviation. The last column compares
+with `none`, nothing removed and fine-tuned just as long, seed by seed: the mean difference and its 95 % interval.
 
-| network | top-1 | top-5 | parameters | MACs | ms, batch 1 | ms, batch 64 | against `none` |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| {" | ".join(titles)} |
+|{" --- |" * len(titles)}
 {chr(10).join(rows)}
 
 {content.get("remark", "")}
@@ -144,22 +184,29 @@ revision {device["revision"]}, {device["date"]}.
 """
 
 
-def _percent(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{deviation}"
+def _percent(values: list[float], digits: int = 1) -> str:
+    deviation = f" ± {100 * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.{digits}f}{deviation}"
 
 
-def _row(name: str, figures: dict[str, Any], reference: dict[str, Any] | None) -> str:
+def _row(name: str, by_seed: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]) -> str:
+    found = list(by_seed.values())
+    pairs = [100 * (own["top1"] - reference[seed]["top1"]) for seed, own in by_seed.items() if seed in reference]
+    low, high = interval(pairs)
+    against = f"{statistics.fmean(pairs):+.2f}" if pairs else ""
+    if low is not None and high is not None and by_seed != reference:
+        against += f" ({low:+.2f} to {high:+.2f})"
     cells = [
         name,
-        f"{figures['top1']:.2%}",
-        f"{figures['top5']:.2%}",
-        human(figures["params"]),
-        human(figures["macs"]),
-        *(f"{value['p50']:.2f}" for value in figures["latency_ms"].values()),
-        f"{(figures['top1'] - reference['top1']) * 100:+.2f}" if reference else "",
+        str(len(found)) if any(by_seed) else "",
+        _percent([figures["top1"] for figures in found], 2),
+        _percent([figures["top5"] for figures in found], 2),
+        human(found[0]["params"]),
+        human(found[0]["macs"]),
     ]
-    return f"| {' | '.join(cells)} |"
+    for batch in found[0]["latency_ms"]:
+        cells.append(f"{statistics.fmean(figures['latency_ms'][batch]['p50'] for figures in found):.2f}")
+    return f"| {' | '.join([*cells, against])} |"
 
 
 def _speed(content: dict[str, Any]) -> str:
