@@ -212,7 +212,7 @@ def test_linear_layers_at_each_place_compete_like_convolutions(settings: dict[st
     torch.manual_seed(0)
     model = small_convnext().eval()
     batches = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 10) for _ in range(3)]
-    scores = train_knockoffs(model, batches, **settings)
+    scores = train_knockoffs(model, batches, epochs=1, **settings)
     layers = ["features.1.0.block.3", "features.1.1.block.3", "features.3.0.block.3", "features.3.1.block.3"]
     assert list(scores) == layers
     assert all(len(torch.unique(scores[layer])) > 1 for layer in layers)
@@ -240,7 +240,9 @@ def test_a_linear_layers_score_is_that_of_the_same_convolution() -> None:
     state = convolution.state_dict()
     linear.load_state_dict(state | {"hidden.weight": state["hidden.weight"].flatten(1)})
     batches = [(torch.randn(16, 3, 4, 4), torch.arange(16) % 5)]
-    scores = [train_knockoffs(model.eval(), batches, precision="fp32")["hidden"] for model in (convolution, linear)]
+    scores = [
+        train_knockoffs(model.eval(), batches, epochs=1, precision="fp32")["hidden"] for model in (convolution, linear)
+    ]
     assert torch.allclose(scores[0], scores[1], rtol=1e-4)
 
 
