@@ -1,6 +1,8 @@
 """Several rounds of prune and fine-tune, and the control that is trained from scratch."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from scop.spec import spec_of
 from scop.steps.runtime import run_step
 from scop.surgery import regrow
 from tests.helpers import GroupsAndBias, randomise_batch_norms
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
@@ -128,3 +132,28 @@ def test_a_narrower_network_is_trained_from_random_weights(
     dense = load_model(model_folder)
     assert untrained.first.out_channels == dense.first.out_channels // 2
     assert not torch.equal(untrained.first.weight, dense.first.weight[: untrained.first.out_channels])
+
+
+@pytest.mark.slow
+def test_a_killed_round_is_gone_on_with_to_the_same_weights(
+    digits_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    variant = {"method": "scop", "prune_rate": 0.75, "rounds": 3}
+    finetune(digits_folder, model_folder, tmp_path, variant, epochs=0, round_epochs=0)  # for scores and plan
+    section = {"epochs": 20, "round_epochs": 10, "batch_size": 64, "lr": 0.02, "precision": "fp32"}
+    config = {"finetune": section, "variant": variant}
+    inputs = {"dataset": str(digits_folder), "dense": str(model_folder), "plan": f"{tmp_path}/plan"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    code = (
+        "from scop.steps.runtime import run_step; "
+        f"run_step('finetune', {config!r}, {inputs!r}, {{'model': {str(killed)!r}}})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while not list(killed.glob("checkpoints/*/round2/*.json")):
+            assert process.poll() is None
+        process.kill()
+    for folder in (killed, whole):
+        run_step("finetune", config, inputs, {"model": str(folder)})
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not list(killed.glob("checkpoints/*/*"))
+    assert len(json.loads((killed / "history.json").read_text())) == 40
