@@ -331,8 +331,8 @@ function keptChannels(rows) {
   const doubts = ({ kept, removed }) => (kept.length || removed.length
     ? `<br>not sure to keep ${kept.join(", ") || "none"}<br>not sure to remove ${removed.join(", ") || "none"}` : "");
   const traces = rows.map((row, number) => ({ type: "bar", orientation: "h", name: plain(row.name), y: layers,
-    x: layers.map((layer) => share(row, layer)), marker: { color: shades(rows)[number] },
-    error_x: { type: "data", symmetric: false, thickness: 1, width: 2,
+    x: layers.map((layer) => share(row, layer)), marker: { color: shades(rows)[number], opacity: 0.75 },
+    error_x: { type: "data", symmetric: false, thickness: 1.5, width: 2, color: of("--text"),
       visible: layers.some((layer) => doubts(unsure(row, layer))),
       array: layers.map((layer) => unsure(row, layer).removed.length / channels[layer]),
       arrayminus: layers.map((layer) => unsure(row, layer).kept.length / channels[layer]) },

@@ -202,8 +202,8 @@ def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> 
             [len(own[part]) / count for own, count in zip(unsure, channels.values(), strict=True)]
             for part in ("kept", "removed")
         ]
-        whiskers = {"xerr": reach, "error_kw": {"elinewidth": 0.8, "alpha": 0.7}} if any(map(any, reach)) else {}
-        axes.barh(places, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0], **whiskers)
+        whiskers = {"xerr": reach, "error_kw": {"elinewidth": 1.0}} if any(map(any, reach)) else {}
+        axes.barh(places, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0], alpha=0.75, **whiskers)
     axes.set_yticks(range(len(channels)), list(channels), fontsize=7)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(_percent())
