@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,14 +73,17 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image (half of PyTorch's count of FLOPs)."""
-    parameter = next(model.parameters())
+    """Multiply-accumulates of convolutions and matrix products for one image (half of PyTorch's count of FLOPs).
+
+    The network's memory format makes no difference to the count, nor is the network changed.
+    """
+    # In channels-last memory scattered channels are added by a convolution with zeros and ones, which is no work of
+    # the network's: contiguous, they are not.
+    network = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
+    parameter = next(network.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    was_training = model.training
-    model.eval()
     with FlopCounterMode(display=False) as counter:
-        model(image)
-    model.train(was_training)
+        network(image)
     return int(counter.get_total_flops()) // 2
 
 

@@ -1,12 +1,16 @@
-"""The benchmark for GPUs, on digits and a processor: it stops when time is up, and goes on where it stopped."""
+"""The benchmark of accuracy, on digits: it stops when time is up, and goes on where it stopped."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from scop.config import DenseSection, FinetuneSection, VariantSection
+import pytest
+
+from pipelines.presets import find_config
+from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
 from scop.data import Dataset
+from tests.benchmarks.accuracy import plans
 from tests.benchmarks.work import WORK_LEFT, Plan, work_through
 
 ROOT = Path(__file__).parents[1]
@@ -34,11 +38,22 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
         assert calls < 30
     assert code == 0
     assert calls > 4
-    report = json.loads((tmp_path / "gpu-plain.json").read_text())
+    report = json.loads((tmp_path / "accuracy-plain.json").read_text())
     assert set(report["variants"]) == {"none-0", "none-1", "scop-0", "scop-1", "l1-0"}
     assert report["dense"]["top1"] > 0.8
     assert report["variants"]["scop-0"]["macs"] <= 0.5 * report["dense"]["macs"]
     assert report["variants"]["none-0"]["params"] == report["dense"]["params"]
+
+
+@pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet50"])
+def test_what_is_measured_is_the_preset(network: str) -> None:
+    config, plan = load_config(find_config(f"cifar10-{network}")), plans()[network]
+    assert plan.dense.model_dump(exclude={"weights"}) == config.dense.model_dump(exclude={"weights"})
+    assert plan.finetune == config.finetune
+    by_name = {variant.label.partition("-seed")[0]: variant for variant in config.variants}
+    for name, variant in plan.variants.items():
+        same = {"name", "seed", "seeds", "finetune"}
+        assert variant.model_dump(exclude=same) == by_name[name].model_dump(exclude=same)
 
 
 def test_it_needs_little_to_be_installed() -> None:
@@ -51,6 +66,6 @@ class Absent:
         if name.partition(".")[0] in {absent.split()!r}:
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
-import tests.benchmarks.gpu
+import tests.benchmarks.accuracy
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

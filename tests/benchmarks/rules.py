@@ -2,7 +2,7 @@
 
 At the same rate `coupled` removes most and `inner` least, so that says nothing. Here each rule gets the same MACs, and
 then the same measured latency, takes what it may from where it hurts least, and is fine-tuned for two epochs. Like
-`make bench-gpu` it goes on where it stopped.
+`make bench-accuracy` it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scop.budget import Stopwatch
 from scop.config import BudgetSection, DenseSection, FinetuneSection, VariantSection
 from scop.device import pick_device
 from scop.graph import RESIDUAL_RULES, ChannelGraph
-from tests.benchmarks.gpu import ARCHIVE, RESULTS, ROOT
+from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT
 from tests.benchmarks.work import LATENCY_BATCH, WORK_LEFT, Plan, images, work_through
 from tests.helpers import SHARED
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -83,10 +83,11 @@ class Work:
         self.folder = folder / f"{name}-{self.fingerprint}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, seed: int) -> None:
-        """All variants by one seed."""
+    def run(self, seed: int, only: Container[str] | None = None) -> None:
+        """All variants, or only these, by one seed."""
         for variant in self.plan.variants:
-            if variant in self.plan.once and seed != self.plan.seeds[0]:
+            enough = variant in self.plan.once and seed != self.plan.seeds[0]
+            if enough or (only is not None and variant not in only):
                 continue
             self.once(f"{variant}-{seed}.json", partial(self.finetuned, variant, seed))
 
@@ -240,7 +241,8 @@ def work_through(
     results: Path,
     seeds: int,
     stopping: Callable[[], bool],
-    prefix: str = "gpu",
+    prefix: str = "accuracy",
+    only: Container[str] | None = None,
 ) -> int:
     """Seed by seed, so that each network has figures as early as possible."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -251,7 +253,7 @@ def work_through(
                 continue
             work = Work(name, plan, dataset, folder, stopping)
             try:
-                work.run(plan.seeds[number])
+                work.run(plan.seeds[number], only)
             except Stopped as stop:
                 print(f"{stop}; the same command goes on", flush=True)
                 return WORK_LEFT

@@ -1,0 +1,116 @@
+"""`make bench-accuracy`, `make bench-gpu`: what networks lose by pruning, on the shared CIFAR-10.
+
+Each is given or trained, then pruned and fine-tuned in several ways and by several seeds, by the presets' settings. A
+call works for some minutes, stops by itself, and goes on where it stopped when it is called again; exit code 3 says
+that work is left. It needs torch, torchvision, numpy, safetensors, pydantic and torch-pruning, and writes
+accuracy-NETWORK.json after each seed that is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scop.config import DenseSection, FinetuneSection, VariantSection
+from tests.benchmarks.work import Plan, images, work_through
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / "runs" / "benchmarks" / "accuracy"
+RESULTS = Path(__file__).parent / "results"
+ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
+WEIGHTS = ROOT.parent / "shared" / "weights" / "resnet20-cifar10.safetensors"
+
+_AUGMENTED: dict[str, Any] = {"crop_padding": 4, "flip": True, "schedule": "one_cycle"}
+_DENSE: dict[str, Any] = _AUGMENTED | {"label_smoothing": 0.1, "batch_size": 256}
+_FINE: dict[str, Any] = _AUGMENTED | {"ema": 0.998, "distillation": {"weight": 0.9}}
+
+
+def _variants(budget: dict[str, float]) -> dict[str, VariantSection]:
+    under = {"selection": "global", "budget": budget}
+    return {
+        "none": VariantSection(method="none"),
+        "scop": VariantSection.model_validate(under),
+        "l1": VariantSection.model_validate(under | {"method": "l1"}),
+    }
+
+
+def plans(weights: Path | None = WEIGHTS, compiled: bool = False) -> dict[str, Plan]:
+    """By name; those of ResNet-56 and ResNet-50 are sized for 25 minutes on one data-centre GPU with one seed.
+
+    Args:
+        weights: of ResNet-20; it is trained where there are none.
+        compiled: train through torch.compile.
+    """
+    more = {"compile": compiled}
+    given = {"weights": str(weights)} if weights is not None and weights.exists() else {}
+    return {
+        "resnet20": Plan(
+            DenseSection.model_validate(
+                {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
+            ),
+            FinetuneSection.model_validate({"epochs": 6, "lr": 0.05, "warmup_epochs": 1, **_FINE, **more}),
+            _variants({"macs": 0.442}),
+            once=("l1",),
+            command="make bench-accuracy",
+        ),
+        "resnet56": Plan(
+            DenseSection.model_validate(
+                {"model": "resnet56", "epochs": 60, "lr": 0.4, "warmup_epochs": 12, **_DENSE, **more}
+            ),
+            FinetuneSection.model_validate(
+                {"epochs": 30, "lr": 0.1, "warmup_epochs": 3, "batch_size": 256, **_FINE, **more}
+            ),
+            _variants({"macs": 0.44}),
+            once=("l1",),
+        ),
+        "resnet50": Plan(
+            DenseSection.model_validate(
+                {"model": "torchvision:resnet50", "epochs": 40, "lr": 0.2, "warmup_epochs": 8, **_DENSE, **more}
+            ),
+            FinetuneSection.model_validate(
+                {"epochs": 20, "lr": 0.05, "warmup_epochs": 2, "batch_size": 256, **_FINE, **more}
+            ),
+            _variants({"params": 10_587_835}),
+            once=("l1",),
+        ),
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 when all is done, 3 while work is left."""
+    parser = argparse.ArgumentParser(prog="tests.benchmarks.accuracy", description=__doc__)
+    parser.add_argument("networks", nargs="*", help="resnet20, resnet56, resnet50; all by default")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="the images (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of ResNet-20 (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=WORK, help="what is kept between calls (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON goes (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="of each network, three at most (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", help="these variants, so that two calls can share the work")
+    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile on a GPU")
+    options = parser.parse_args(arguments)
+    until = time.monotonic() + 60 * options.minutes
+    every = plans(options.weights, compiled=torch.cuda.is_available() and not options.no_compile)
+    unknown = [name for name in options.networks if name not in every]
+    if unknown:
+        parser.error(f"no network {unknown[0]!r} (known: {', '.join(every)})")
+    dataset = images(options.archive, options.work / "cifar10")
+    return work_through(
+        {name: every[name] for name in options.networks or every},
+        dataset,
+        options.work,
+        options.results,
+        options.seeds,
+        lambda: time.monotonic() > until,
+        only=options.only,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
