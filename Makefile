@@ -8,7 +8,7 @@ ARGS ?=
 # Test files run side by side; WORKERS=0 runs them in one process, where a debugger works.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-accuracy bench-gpu bench-rules docs results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-accuracy bench-gpu bench-variants docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,8 +72,8 @@ bench-accuracy: $(READY)  ## what ResNet-20 loses, three seeds; six hours on two
 bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it again until it says that all is done
 	$(BIN)/python -m tests.benchmarks.accuracy resnet56 resnet50 $(ARGS)
 
-bench-rules: $(READY)  ## residual rules at equal MACs and latency; an hour on two cores, in parts too
-	$(BIN)/python -m tests.benchmarks.rules $(ARGS)
+bench-variants: $(READY)  ## residual rules, and SCOP against its controls, shortly fine-tuned; an hour and more
+	$(BIN)/python -m tests.benchmarks.variants $(ARGS)
 
 docs: $(READY)  ## make docs/configuration.md from the docstrings
 	$(BIN)/python -m pipelines.reference

@@ -20,7 +20,8 @@ from scop import storage
 from scop.config import Config
 from scop.errors import UserError
 from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment, first_line, shown
-from scop.steps.record import EXTERNAL_FILES, git_revision
+from scop.revision import git_revision
+from scop.steps.record import EXTERNAL_FILES
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from scop.config import Config
 from scop.errors import UserError
 from scop.manifest import TIMINGS, read_folder
 from scop.parsing import override, parse
+from scop.revision import git_revision
 from scop.steps import STEPS
-from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord, git_revision
+from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord
 from scop.steps.runtime import CHECKPOINTS_VARIABLE, PLACES_VARIABLE
 from scop.tracking import PARENT_VARIABLE
 

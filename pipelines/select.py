@@ -117,12 +117,14 @@ def save(plan: ChannelPlan, path: Path) -> None:
 
 
 def print_plan(dense: Dense, plan: ChannelPlan, label: str) -> None:
-    """The table: for each layer that loses output channels how many stay, and what is left of it and of all."""
+    """The table: for each layer that loses output channels how many stay, what is left of it and of all, and what
+    stays whole and why."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    sizes = Sizes(dense.model, ChannelGraph(dense.model, dense.shape))
+    graph = ChannelGraph(dense.model, dense.shape)
+    sizes = Sizes(dense.model, graph)
     whole = plan.model_copy(update={"kept": {layer: list(range(n)) for layer, n in plan.channels.items()}})
     before, after = sizes.by_layer(whole), sizes.by_layer(plan)
     view = Table(box=None, pad_edge=False, header_style="bold")
@@ -138,6 +140,8 @@ def print_plan(dense: Dense, plan: ChannelPlan, label: str) -> None:
         view.add_row(*map(Text, [*cells, *([str(len(plan.unsure.get(layer, [])))] if plan.unsure else [])]))
     print(f"{label}: residual rule {plan.residual}, selection {plan.selection}, rate {plan.prune_rate:.4g}")
     Console(width=max(Console().width, 100)).print(view)
+    for line in graph.left_whole(plan.residual):
+        print(f"stays whole: {line}")
     for title, what in (("parameters", "params"), ("MACs", "macs")):
         old, new = sizes.count(what), sizes.count(what, plan)
         print(f"{title}: {human(old)} -> {human(new)}, {1 - new / old:.1%} removed")

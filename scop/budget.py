@@ -47,7 +47,11 @@ class Sizes:
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
         self.model, self.graph = model, graph
         self._skeleton = copy.deepcopy(model).to("meta").eval()
-        self._macs = count_macs(self._skeleton, graph.input_shape)
+        try:
+            self._macs = count_macs(self._skeleton, graph.input_shape)
+        except Exception:  # whatever a forward that looks at its numbers does where there are none
+            self._skeleton = copy.deepcopy(model).cpu().eval()
+            self._macs = count_macs(self._skeleton, graph.input_shape)
         self._places = self._count_places()
 
     def _count_places(self) -> dict[str, int]:
@@ -61,7 +65,7 @@ class Sizes:
         layers = [(n, m) for n, m in self._skeleton.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         hooks = [module.register_forward_hook(partial(note, name)) for name, module in layers]
         with torch.no_grad():
-            self._skeleton(torch.zeros(1, *self.graph.input_shape, device="meta"))
+            self._skeleton(torch.zeros(1, *self.graph.input_shape, device=next(self._skeleton.parameters()).device))
         for hook in hooks:
             hook.remove()
         return places

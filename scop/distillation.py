@@ -42,7 +42,7 @@ class Distillation:
     def prepare(self, images: Tensor) -> None:
         """Find the stages, before the student sees its first images (B, C, H, W)."""
         if self._section.attention and self.stages is None:
-            self.stages = find_stages(self._teacher, images[:2])
+            self.stages = find_stages(self._teacher, self._student, images[:2])
             for whose, network in (("student", self._student), ("teacher", self._teacher)):
                 for stage in self.stages:
                     hook = network.get_submodule(stage).register_forward_hook(partial(self._keep, whose, stage))
@@ -93,21 +93,40 @@ def attention(features: Tensor, target: Tensor) -> Tensor:
     return (maps[0] - maps[1]).square().sum(1).mean()
 
 
-def find_stages(network: nn.Module, images: Tensor) -> list[str]:
-    """For each height and width of feature maps the module that is the last to give one, in the network's order."""
-    last: dict[tuple[int, int], str] = {}
+def find_stages(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[str]:
+    """For each height and width of feature maps the module that is the last to give one, in the network's order.
 
-    def note(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-            size = (output.shape[2], output.shape[3])
+    Both networks must give one there, of that size and of the images' proportions, which no map with its channels last
+    has; a scattered branch is none.
+    """
+    theirs, own = _map_sizes(teacher, images), _map_sizes(student, images)
+    last: dict[tuple[int, int], str] = {}
+    for name, size in theirs.items():
+        if own.get(name) == size:
             last.pop(size, None)
             last[size] = name
+    return list(last.values())
+
+
+def _map_sizes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
+    """Module -> (height, width) of its feature map, in the order in which they are made."""
+    sizes: dict[str, tuple[int, int]] = {}
+    proportions = images.shape[3] / images.shape[2]
+
+    def note(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            height, width = output.shape[2:]
+            if min(height, width) > 1 and abs(width - proportions * height) <= max(1, proportions) / 2:
+                sizes[name] = (height, width)
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
+    modes = {module: module.training for module in network.modules()}
     try:
         with torch.no_grad():
-            network(images)
+            network.eval()(images)  # or the student's batch norms would take note of these images
     finally:
         for hook in hooks:
             hook.remove()
-    return list(last.values())
+        for module, training in modes.items():
+            module.training = training
+    return sizes

@@ -256,6 +256,8 @@ class ChannelGraph:
             ends = [conv for conv in group.convs if self._ends_branch(conv)] if rule == "scatter" else []
             if group.residual and ends:
                 found += [Prunable((conv,), self._width(conv), self._groups_of(conv), scatter=True) for conv in ends]
+                others = (conv for conv in group.convs if conv not in ends)
+                refusals += [f"{conv}: writes to a residual stream, which keeps its width" for conv in others]
             elif group.refusal:
                 refusals.append(f"{group.name}: {group.refusal}")
             elif rule != "coupled" and streams and not group.residual and self._depth(self._node(group.name)) == 1:
@@ -267,6 +269,14 @@ class ChannelGraph:
                 refusals.append(f"{group.name}: part of a residual stream{simply}")
         order = {name: place for place, name in enumerate(self._names.values())}
         return tuple(sorted(found, key=lambda p: order[p.name])), refusals
+
+    def left_whole(self, rule: ResidualRule) -> list[str]:
+        """What a rule leaves whole, a line for each reason: ``layer1.2.conv2 and 4 others: part of a ...``."""
+        by_reason: dict[str, list[str]] = {}
+        for refusal in self.survey(rule)[1]:
+            name, _, reason = refusal.partition(": ")
+            by_reason.setdefault(reason, []).append(name)
+        return [f"{_listed(names)}: {reason}" for reason, names in by_reason.items()]
 
     def _width(self, conv: str) -> int:
         return out_channels(self._model.get_submodule(conv))
@@ -333,6 +343,11 @@ class ChannelGraph:
             two_sided = isinstance(target, nn.Conv2d | nn.Linear) and not _is_depthwise(target)
             into = two_sided and not self._dependencies.is_out_channel_pruning_fn(dep.handler)
             yield self._names[target], "in" if into else "out", sorted(set(indices))
+
+
+def _listed(names: list[str]) -> str:
+    few = names if len(names) <= 4 else names[:3]
+    return ", ".join(few) + (f" and {len(names) - len(few)} others" if len(few) < len(names) else "")
 
 
 def out_channels(layer: nn.Module) -> int:

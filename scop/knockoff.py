@@ -8,11 +8,13 @@ its gate; the knockoff stream stays pure. The loss is that of the real stream. T
     The gates stay at a mixing point s, 0.8 say, and for each example the derivative g of its loss by each gate is
     taken. A channel's score is the empirical Fisher information of its gate,
 
-        F_j = E[g_j^2],
+        F_j = E[g_j^2]:
 
-    to second order twice the loss that exchanging the real feature for its knockoff costs. It wants one pass over some
-    thousand examples and no training. At s = 1 it would ask what one channel is worth while all others are whole; at a
-    mixing point it asks while the others are weakened too, as they will be in the pruned network.
+    how much it matters to an image's loss, either way, whether the feature is the real one. (Where the gates are at a
+    minimum of the loss, F is the curvature there, and half of it times the step's square is what the step costs. At a
+    mixing point they are not, and F is no estimate of a loss but a ranking, which is judged by what it selects.) It
+    wants one pass over some thousand examples and no training. At s = 1 it would ask what one channel is worth while
+    all others are whole; at a mixing point it asks while the others are weakened too, as in the pruned network.
 
 ``published``
     The gates are trained within [0, 1], from 0.5, and scored by ``W_j = |gamma_j| (s_j - (1 - s_j))``, gamma the weight
@@ -71,11 +73,12 @@ class Scores(Mapping[str, Tensor]):
 
     Attributes:
         score: layer -> scores.
-        error: layer -> their standard errors: over examples, for trained gates over the last half of the epochs.
+        error: layer -> their standard errors: over images; for trained gates the standard deviation from epoch to
+            epoch, over the last half of them.
         signed: layer -> W, antisymmetric under swapping real and knockoff, as a knockoff filter needs it: by how many
             standard errors the loss falls when a gate opens; for trained gates the score itself.
         gate: layer -> s, in [0, 1].
-        kind: fisher, whose scores are losses and can be compared between layers, or published.
+        kind: fisher, whose scores are of one loss and can be compared between layers, or published.
         input_shape: (C, H, W) of the images.
         history: epoch by epoch.
     """
@@ -271,7 +274,10 @@ class Competition:
         self.trained = section.score == "published"
         gammas = {layer: _gamma(model, graph, layer) for layer in gated_layers(graph)}
         epochs = section.epochs or EPOCHS_AS_PUBLISHED
-        self.gates: Gates = TrainedGates(gammas, epochs) if self.trained else HeldGates(gammas, section.mixing)
+        by_batch = section.batch_norm != "frozen"
+        self.gates: Gates = (
+            TrainedGates(gammas, epochs) if self.trained else HeldGates(gammas, section.mixing, by_batch)
+        )
         self.gates.to(device)
         network = frozen_copy(model, graph, self.dtype, section.batch_norm)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -357,28 +363,38 @@ class Gates(nn.Module):
 class HeldGates(Gates):
     """Gates that stay where they are, and the moments of the examples' derivatives by them.
 
-    Scores come from every other image of a batch, at the mixing point; W from those between, at 1/2: only there a
-    mixture stays as it is when real and knockoff change places, so that the derivative of a channel whose knockoff is
-    as good has the mean 0.
+    Scores come from one half of the images, at the mixing point; W from the other half, at 1/2: only there a mixture
+    stays as it is when real and knockoff change places, so that the derivative of a channel whose knockoff is as good
+    has the mean 0.
+
+    Args:
+        gammas: layer -> |gamma| (channels,).
+        mixing: value of the gates.
+        by_batch: the halves are every other batch, for networks in which images of a batch see each other, and not
+            every other image.
     """
 
     sums: Tensor
     examples: Tensor
+    distinct: Tensor
 
-    def __init__(self, gammas: Mapping[str, Tensor], mixing: float) -> None:
+    def __init__(self, gammas: Mapping[str, Tensor], mixing: float, by_batch: bool = False) -> None:
         super().__init__(gammas, mixing)
-        self._to_half = 0.5 - mixing
+        self._to_half, self._by_batch = 0.5 - mixing, by_batch
         # At the mixing point the derivative's square and fourth power, at 1/2 it and its square.
         self.register_buffer("sums", torch.zeros(4, sum(map(len, gammas.values())), dtype=torch.float64))
-        self.register_buffer("examples", torch.zeros(4, 1, dtype=torch.float64))
+        self.register_buffer("examples", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("distinct", torch.zeros((), dtype=torch.float64))
         self._step: dict[str, Tensor] = {}
-        self._counts: list[int] = []
+        self._at_half = torch.zeros(0, dtype=torch.bool)
 
     def opened(self, layer: str, images: int) -> Tensor:
-        at_mixing = -(-images // 2)
-        self._counts = [at_mixing, at_mixing, images - at_mixing, images - at_mixing]
-        # Every other one, so that it is the same ones where several processes share the batch.
-        at_half = torch.arange(images, device=self.sums.device) % 2
+        if self._by_batch:
+            at_half = (self.examples[0] > self.examples[1]).expand(images)
+        else:
+            # Every other one, so that it is the same ones where several processes share the batch.
+            at_half = torch.arange(images, device=self.sums.device) % 2 == 1
+        self._at_half = at_half
         gate = self._gates[layer.replace(".", "/")] + self._to_half * at_half[:, None]
         gate.register_hook(partial(self._note, layer))
         return gate
@@ -386,20 +402,30 @@ class HeldGates(Gates):
     def _note(self, layer: str, gradient: Tensor) -> None:
         # The loss is the mean over the images, and these are the derivatives of each one's own.
         own = gradient.double() * len(gradient)
-        square = own.square()
-        sums = (square[::2], square[::2].square(), own[1::2], square[1::2])
+        at_mixing, at_half = own[~self._at_half], own[self._at_half]
+        square = at_mixing.square()
+        sums = (square, square.square(), at_half, at_half.square())
         self._step[layer] = torch.stack([part.sum(0) for part in sums])
 
     def after_step(self) -> None:
-        counts = torch.tensor(self._counts, dtype=torch.float64, device=self.sums.device)
+        at_half = self._at_half.sum()
+        counts = torch.stack([len(self._at_half) - at_half, at_half]).double().repeat_interleave(2)
         total = distributed.summed(torch.cat([*(self._step[layer] for layer in self.gammas), counts[:, None]], 1))
         self.sums += total[:, :-1]
-        self.examples += total[:, -1:]
+        self.examples += total[::2, -1]
+
+    def after_epoch(self, epoch: int) -> None:
+        if epoch == 1:
+            self.distinct.copy_(self.examples.sum())
 
     def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        square, fourth, mean_at_half, square_at_half = self.sums / self.examples.clamp_min(1)
-        error = ((fourth - square**2).clamp_min(0) / self.examples[0]).sqrt()
-        error_of_mean = ((square_at_half - mean_at_half**2).clamp_min(0) / self.examples[2].clamp_min(1)).sqrt()
+        square, fourth, mean_at_half, square_at_half = (
+            self.sums / self.examples.clamp_min(1).repeat_interleave(2)[:, None]
+        )
+        # An image that is seen again is no new one, though its knockoff is.
+        counts = torch.where(self.distinct > 0, self.examples.minimum(self.distinct), self.examples).clamp_min(1)
+        error = ((fourth - square**2).clamp_min(0) / counts[0]).sqrt()
+        error_of_mean = ((square_at_half - mean_at_half**2).clamp_min(0) / counts[1]).sqrt()
         # The loss falls where a gate opens: then the real feature helps more than its knockoff.
         signed = torch.where(error_of_mean > 0, -mean_at_half / error_of_mean, 0.0)
         return self._by_layer(square), self._by_layer(error), self._by_layer(signed)
@@ -429,7 +455,8 @@ class TrainedGates(Gates):
     def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         score = {layer: self.gammas[layer] * (2 * gate - 1) for layer, gate in self.values().items()}
         late = self.ends[len(self.ends) // 2 :]
-        spread = late.std(0) / math.sqrt(len(late)) if len(late) > 1 else torch.full_like(late[0], math.nan)
+        # The score is of the last epoch and no mean over epochs, and so is its error.
+        spread = late.std(0) if len(late) > 1 else torch.full_like(late[0], math.nan)
         error = {layer: 2 * self.gammas[layer] * part for layer, part in self._by_layer(spread).items()}
         return score, error, {layer: own.clone() for layer, own in score.items()}  # files hold no tensor twice
 

@@ -60,7 +60,7 @@ def make_source(
         case "shuffle":
             return shuffle
         case "gaussian":
-            return Gaussian.fit(batches, section.gaussian, section.seed)
+            return Gaussian.fit(batches, section.gaussian, section.seed).to(device)
         case "generator":
             from scop.generator import train_generator
 
@@ -134,6 +134,10 @@ class Gaussian:
             torch.manual_seed(seed)
             _, singular, basis = torch.pca_lowrank(images - mean, components, center=False, niter=4)
         return cls(mean, basis, singular / math.sqrt(len(images) - 1), section.distance)
+
+    def to(self, device: torch.device) -> Gaussian:
+        """The same on another device, on which the images will be."""
+        return Gaussian(self.mean.to(device), self.basis.to(device), self.deviations.to(device), self.distance)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         flat = images.flatten(1).float() - self.mean

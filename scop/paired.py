@@ -1,13 +1,14 @@
 """Is one way of pruning better than another? Differences pair by pair, and an interval for their mean.
 
 Two recipes are compared seed by seed: what the same dense network and the same order of images do to both drops out.
-The mean difference has a 95 % interval by Student's t over the pairs. A claim is made only where it leaves 0 out.
+Only networks that were trained alike are, and only at the same cost. The mean difference has a 95 % interval by
+Student's t over the pairs. A claim is made only where it leaves 0 out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -15,10 +16,13 @@ from scop.results import Result
 
 _ACCURACY = "pruned_top1"
 _SAME_BUDGET = 0.03
-"""MACs may differ by this share and are the same budget."""
+"""Costs may differ by this share and are the same budget."""
+_COSTS = {"pruned_macs": "MACs", "pruned_params": "number of parameters"}
+"""What a budget may be of, in the order of preference; then latency, as the speed-up over the dense network."""
+_SPEED = "speedup_batch"
 _CONFIDENCE = 0.95
 _ALIKE = ("network", "dense_seed", "seed")
-"""Parameters that both of a pair share."""
+"""Parameters that both of a pair share, besides their training."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Paired:
         difference: mean of the first's top-1 less the second's, a share.
         low, high: its 95 % interval; None of one pair.
         pairs: so many.
+        same: what both cost the same of.
         reference: the second is the unpruned network, fine-tuned just as long, and no control.
     """
 
@@ -39,6 +44,7 @@ class Paired:
     low: float | None
     high: float | None
     pairs: int
+    same: str
     reference: bool
 
     @property
@@ -55,52 +61,68 @@ class Paired:
         if self.reference:
             return f"{self.first} against {self.second}, which is not pruned and fine-tuned just as long: {evidence}"
         if not self.told:
-            return f"{self.first} against {self.second} at the same MACs: {evidence}; no difference can be told"
+            return f"{self.first} against {self.second} at the same {self.same}: {evidence}; no difference can be told"
         word = "better" if self.difference > 0 else "worse"
-        return f"{self.first} is {word} than {self.second} at the same MACs: {evidence}"
+        return f"{self.first} is {word} than {self.second} at the same {self.same}: {evidence}"
 
 
 def compare_pairs(results: Sequence[Result]) -> list[Paired]:
-    """SCOP's recipes against each control at the same MACs, and against the unpruned network.
+    """SCOP's recipes against each control at the same budget, and against the unpruned network.
 
     Args:
-        results: any; those on other data, or of another network, are never paired.
+        results: any; those on other data, of another network, or trained in another way are never paired. But a
+            network from scratch may take its time.
     """
     recipes: dict[str, list[Result]] = {}
     for result in results:
-        if _ACCURACY in result.metrics and "pruned_macs" in result.metrics and "recipe" in result.params:
+        if _ACCURACY in result.metrics and result.training is not None:
             recipes.setdefault(result.identity, []).append(result)
-    ours = [own for own in recipes.values() if own[0].params.get("method") == "scop"]
-    others = [
-        (fmean(r.metrics["pruned_macs"] for r in own), own)
-        for own in recipes.values()
-        if own[0].params.get("method") != "scop"
-    ]
+    costs = {identity: _costs(own) for identity, own in recipes.items()}
     found = []
-    for first in ours:
-        macs = fmean(result.metrics["pruned_macs"] for result in first)
-        for cost, second in others:  # of which there may be thousands
-            if second[0].params.get("method") == "none" or abs(macs / cost - 1) <= _SAME_BUDGET:
-                found.append(_paired(first, second))
+    for first, ours in recipes.items():
+        if ours[0].params.get("method") != "scop":
+            continue
+        for second, theirs in recipes.items():  # of which there may be thousands
+            method = theirs[0].params.get("method")
+            same = "" if method == "none" else _same(costs[first], costs[second])
+            if method != "scop" and same is not None:
+                found.append(_paired(ours, theirs, same))
     return sorted((one for one in found if one), key=lambda one: (one.first, one.reference, one.second))
 
 
-def _paired(first: Sequence[Result], second: Sequence[Result]) -> Paired | None:
-    # From scratch it takes longer, so that is compared whatever the epochs.
-    alike = [*_ALIKE] if second[0].params["method"] == "scratch" else [*_ALIKE, "finetune_epochs"]
-    ours, theirs = ({_pair(result, alike): result for result in own} for own in (first, second))
+def _costs(results: Sequence[Result]) -> dict[str, float]:
+    """Means of what networks of one recipe cost; speed-ups only where all were measured on one device."""
+    device = results[0].device if len({result.device for result in results}) == 1 else None
+    keys = [key for key in results[0].metrics if key in _COSTS or (device and key.startswith(_SPEED))]
+    named = {key: key if key in _COSTS else f"{device} {key}" for key in keys}
+    return {
+        named[key]: fmean(r.metrics[key] for r in results) for key in keys if all(key in r.metrics for r in results)
+    }
+
+
+def _same(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str | None:
+    """What two recipes cost the same of, or None."""
+    for key in [*_COSTS, *(key for key in ours if key not in _COSTS)]:
+        if key in ours and key in theirs and abs(ours[key] / theirs[key] - 1) <= _SAME_BUDGET:
+            return _COSTS.get(key, f"latency (batch {key.rpartition(_SPEED)[2]})")
+    return None
+
+
+def _paired(first: Sequence[Result], second: Sequence[Result], same: str) -> Paired | None:
+    ours, theirs = ({_pair(result, second[0]): result for result in own} for own in (first, second))
     common = [key for key in ours if key in theirs]
     if not common:
         return None
     differences = [ours[key].metrics[_ACCURACY] - theirs[key].metrics[_ACCURACY] for key in common]
     low, high = interval(differences)
     reference = second[0].params["method"] == "none"
-    return Paired(first[0].name, second[0].name, fmean(differences), low, high, len(common), reference)
+    return Paired(first[0].name, second[0].name, fmean(differences), low, high, len(common), same, reference)
 
 
-def _pair(result: Result, alike: Sequence[str]) -> tuple[object, ...]:
+def _pair(result: Result, other: Result) -> tuple[object, ...]:
     """What both of a pair have in common."""
-    return (result.dataset, *(result.params.get(key) for key in alike))
+    training = None if other.params["method"] == "scratch" else result.training
+    return (result.dataset, training, *(result.params.get(key) for key in _ALIKE))
 
 
 def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:

@@ -76,6 +76,12 @@ class Result:
             return f"{self.run} {self.place} {self.name}"
         return f"{self.dataset} {self.params['recipe']}"
 
+    @property
+    def training(self) -> str | None:
+        """The same for results of networks that were trained alike, whatever was pruned; None where that is unknown."""
+        first, dash, _ = str(self.params.get("recipe", "")).partition("-")
+        return first if dash else None
+
     @classmethod
     def of(cls, evaluation: Mapping[str, Any], place: str | None = None) -> Result:
         """What an evaluation says, as step evaluate has it, with the timings put in."""
@@ -149,16 +155,23 @@ def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> d
 
 
 def _recipe(sections: Mapping[str, Any]) -> str:
-    """A hash of all settings that a network was made by, its name and the seeds left out.
+    """A hash of all settings that a network was trained by, and one of all that it was made by.
 
-    What a variant changes of section finetune is in that section already.
+    Its name and the seeds are left out. What a variant changes of section finetune is in that section already; in
+    each of its rounds there are epochs of training too.
     """
     without = {
         name: {key: value for key, value in section.items() if key not in ("seed", "name")}
         for name, section in sections.items()
     }
-    without.get("variant", {}).pop("finetune", None)
-    return hashlib.sha256(json.dumps(without, sort_keys=True).encode()).hexdigest()[:12]
+    variant = without.get("variant", {})
+    variant.pop("finetune", None)
+    training = {"rounds": variant.get("rounds", 1), **{name: without.get(name) for name in ("dense", "finetune")}}
+    return f"{_hash(training, 8)}-{_hash(without, 12)}"
+
+
+def _hash(settings: Mapping[str, Any], digits: int) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def _entry(sections: Mapping[str, Any], path: str) -> Any:

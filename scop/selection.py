@@ -8,9 +8,9 @@ all weights are drawn anew. `none` removes nothing.
 
 How many go, and from where, is the selection's. `uniform` takes the same share from each layer. `global` takes the
 lowest of all; under a budget, the lowest for what they cost of it: to lose little and save much is a knapsack, and
-taking by the ratio solves it but for the last item. Fisher scores are losses and comparable as they are, other scores
-are first divided by their layer's mean. `knockoff_plus` takes what the knockoff filter does not keep; under a budget,
-what lies below a threshold of W.
+taking by the ratio solves it but for the last item. Fisher scores are of the same loss and comparable as they are,
+other scores are first divided by their layer's mean size. `knockoff_plus` takes what the knockoff filter does not keep;
+under a budget, what lies below a threshold of W.
 
 All have a strength in [0, 1), of which the network's size is a falling function: so a budget is met by bisection, see
 `scop.budget`.
@@ -166,6 +166,8 @@ class Selection:
         _check_patterns([*variant.include, *variant.exclude, *variant.rates], prunables)
         self._comparable = variant.method == "scop" and isinstance(scores, Scores) and scores.kind == "fisher"
         self.candidates = [self._candidate(p, score, error) for p in prunables if self._is_chosen(p)]
+        if not self.candidates:
+            raise UserError("include and exclude leave no layer to prune; what exclude names is left out of include")
         self.prices = [float(c.blocks * len(c.prunable.convs)) for c in self.candidates]
 
     def _is_chosen(self, prunable: Prunable) -> bool:
@@ -202,7 +204,7 @@ class Selection:
         """The plan at a strength in [0, 1): a prune rate, or 1 less a false-discovery rate.
 
         Args:
-            strength: how strongly to prune.
+            strength: how strongly to prune; `fdr` decides where that is what the settings ask for.
             counts: of the channels that stay in each block of each candidate, if not those of `counts`.
 
         Raises:
@@ -271,7 +273,7 @@ class Selection:
         """What the channels (width,) are worth, from the lowest, to be compared between layers."""
         scores = candidate.ascending.double()
         if not self._comparable:
-            scores = scores / scores[candidate.gone :].mean().clamp_min(1e-30)
+            scores = scores / scores[candidate.gone :].abs().mean().clamp_min(1e-30)  # W may be below 0
         # Of layers that share their channels the mean is known, of those that have scores; all of them are lost.
         return scores * candidate.blocks * len(candidate.prunable.convs)
 
@@ -280,11 +282,14 @@ class Selection:
 
         Under a budget the threshold is what is solved for, and the strength the share of channels below it.
         """
-        statistics = torch.cat([c.ascending[c.gone :] for c in self.candidates if c.rate is None])
+        free = [c.ascending[c.gone :] for c in self.candidates if c.rate is None]
+        if not free:
+            return [0] * len(self.candidates)
+        statistics = torch.cat(free)
         if self.variant.budget is not None:
             threshold = float(statistics.quantile(strength))
         else:
-            threshold = knockoff_threshold(statistics, 1 - strength)
+            threshold = knockoff_threshold(statistics, self.variant.fdr)
         if math.isinf(threshold):
             raise UserError(
                 f"the knockoff filter keeps no channel at fdr {self.variant.fdr:g}: too few of them beat their "
@@ -299,7 +304,8 @@ def knockoff_threshold(statistics: Tensor, fdr: float) -> float:
     The smallest t > 0 with ``(1 + #{W <= -t}) / max(1, #{W >= t}) <= fdr``; W >= t is kept.
     """
     for t in torch.unique(statistics.abs()).tolist():
-        if t > 0 and (1 + int((statistics <= -t).sum())) <= fdr * max(1, int((statistics >= t).sum())):
+        allowed = fdr * max(1, int((statistics >= t).sum())) * (1 + 1e-9)  # 0.1 * 10 must do for 1
+        if t > 0 and 1 + int((statistics <= -t).sum()) <= allowed:
             return float(t)
     return math.inf
 

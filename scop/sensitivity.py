@@ -1,8 +1,8 @@
 """Sensitivity: what pruning one layer alone does to accuracy, at several rates.
 
-The lowest-scored channels of one layer are held at 0 behind its batch norm, which is what surgery makes of them; the
-others stay whole, and nothing is recalibrated or trained. What comes of it is a lower bound, layer by layer, and tells
-where rates of one's own (`variants.rates`) are worth while.
+The lowest-scored channels of one layer are held at 0 wherever surgery would remove them; the others stay whole, and
+nothing is recalibrated or trained. What comes of it is a lower bound, layer by layer, and tells where rates of one's
+own (`variants.rates`) are worth while.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from scop.config import VariantSection
 from scop.device import autocast_dtype
 from scop.evaluation import measure_accuracy
 from scop.graph import ChannelGraph
-from scop.knockoff import folded_copy
 from scop.progress import progress
-from scop.selection import kept_count
+from scop.selection import Selection
+from scop.surgery import cuts_of, masked_twin
 
 
 def measure_sensitivity(
@@ -28,7 +29,7 @@ def measure_sensitivity(
     device: torch.device,
     input_shape: tuple[int, int, int],
 ) -> dict[str, list[float]]:
-    """Top-1 in [0, 1] of the network with one layer pruned.
+    """Top-1 in [0, 1] of the network with one layer pruned, together with those that must lose the same channels.
 
     Args:
         model: the dense network.
@@ -42,27 +43,31 @@ def measure_sensitivity(
         Layer -> top-1 at each rate.
     """
     dtype = autocast_dtype(device, "auto")
-    network = folded_copy(model, ChannelGraph(model, input_shape), dtype)
-    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    graph = ChannelGraph(model, input_shape)
+    alone = one_by_one(model, graph, scores)
     found: dict[str, list[float]] = {}
-    with progress(len(scores) * len(rates), "sensitivity", unit="network") as bar:
-        for layer, score in scores.items():
+    with progress(len(alone) * len(rates), "sensitivity", unit="network") as bar:
+        for layer, selection in alone.items():
             found[layer] = []
-            ascending = score.argsort(stable=True)
             for rate in rates:
-                gone = ascending[: len(score) - kept_count(len(score), rate)].to(device)
-                hook = network.get_submodule(layer).register_forward_hook(_Silenced(gone))
-                found[layer].append(measure_accuracy(network, batches, device, dtype).top1)
-                hook.remove()
+                twin = masked_twin(model, cuts_of(graph, selection.plan(rate))).eval()
+                twin.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                found[layer].append(measure_accuracy(twin, batches, device, dtype).top1)
                 bar.update(1)
     return found
 
 
-class _Silenced:
-    """Forward hook: channels held at 0."""
+def one_by_one(model: nn.Module, graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Selection]:
+    """For each layer with scores a selection from it alone, by rule `scatter`, or `coupled` where that leaves it whole.
 
-    def __init__(self, channels: Tensor) -> None:
-        self.channels = channels
-
-    def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        return output.index_fill(1, self.channels, 0)
+    Layers that lose their channels together are one, under the name of the first.
+    """
+    found: dict[str, Selection] = {}
+    seen: set[str] = set()
+    for rule in ("scatter", "coupled"):
+        for prunable in graph.survey(rule)[0]:
+            if seen.isdisjoint(prunable.convs) and not scores.keys().isdisjoint(prunable.convs):
+                variant = VariantSection(residual=rule, include=[prunable.name])
+                found[prunable.name] = Selection(model, graph, variant, scores)
+                seen.update(prunable.convs)
+    return found

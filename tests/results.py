@@ -19,7 +19,7 @@ def result(method: str = "scop", rate: float = 0.5, seed: int = 0, **changes: An
     metrics |= {"dense_latency_ms_batch1_p50": 2.0, "pruned_latency_ms_batch1_p50": 1 + kept}
     metrics |= {"speedup_batch1": 2 / (1 + kept), "device_seconds": 10.0}
     params = {"network": "resnet20", "dataset": "digits", "method": method, "prune_rate": rate, "seed": seed}
-    params["recipe"] = f"{method}-{rate}"
+    params["recipe"] = f"alike-{method}-{rate}"
     values = {"name": f"{method}-{rate}", "params": params, "metrics": metrics, "dataset": "d0" * 32, "device": "a CPU"}
     return Result(**(values | {"run": f"run-{method}-{rate}-{seed}", "place": None} | changes))
 

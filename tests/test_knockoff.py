@@ -163,7 +163,7 @@ def test_the_published_score_is_gamma_times_the_gates_lead_over_its_knockoff(
     assert torch.equal(scores.signed["second"], scores["second"])
     assert torch.isnan(scores.error["second"]).all()  # of one late epoch nobody can tell
     late = train_knockoffs(model, batches, score="published", epochs=4).error["second"]
-    assert 0 < late.max() < 0.1
+    assert 0 < late.max() < 0.2
 
 
 def test_standard_errors_are_those_between_seeds(model, batches: Batches) -> None:
@@ -173,6 +173,29 @@ def test_standard_errors_are_those_between_seeds(model, batches: Batches) -> Non
         between = torch.stack([run[layer] for run in runs]).std(0).median()
         within = torch.stack([run.error[layer] for run in runs]).mean(0).median()
         assert 0.3 < between / within < 2, layer
+
+
+def test_an_image_that_is_seen_again_makes_a_score_no_surer(model, batches: Batches) -> None:
+    once = train_knockoffs(model, batches, epochs=1, precision="fp32")
+    often = train_knockoffs(model, batches, epochs=8, precision="fp32")
+    for layer in once:
+        assert often.error[layer].median() > 0.6 * once.error[layer].median(), layer
+
+
+def test_where_images_of_a_batch_see_each_other_a_batch_has_one_mixing_point(model) -> None:
+    graph = ChannelGraph(model, (1, 8, 8))
+    for batch_norm, kinds in (("own", [1, 1, 1, 1]), ("joint", [1, 1, 1, 1]), ("frozen", [2, 2, 2, 2])):
+        competition = Competition(model, graph, shuffle, CPU, batch_norm=batch_norm, precision="fp32")
+        met: list[int] = []
+        gates = competition.gates
+        for _ in range(4):
+            gate = gates.opened("first", 6)
+            met.append(len(torch.unique(gate.detach()[:, 0])))
+            loss, _ = competition.loss(torch.randn(6, 1, 8, 8), torch.arange(6))
+            loss.backward()
+            competition.after_step()
+        assert met == kinds
+        assert gates.examples.tolist() == [12, 12]  # as many for the score as for W
 
 
 def silence(model: nn.Module, planted: dict[str, list[int]]) -> None:
@@ -361,6 +384,31 @@ def test_sensitivity_is_the_accuracy_of_the_network_with_one_layer_pruned(model,
         assert found[layer][1] == pytest.approx(measure_accuracy(pruned, images, CPU).top1, abs=0.01)
         assert found[layer][2] <= found[layer][0]
     assert min(top1 for _, _, top1 in found.values()) < dense - 0.05
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        ("tests.helpers:small_convnext", (3, 32, 32)),
+        ("tests.helpers:small_densenet", (3, 16, 16)),
+        ("tests.helpers:GroupsAndBias", (3, 16, 16)),
+    ],
+)
+def test_sensitivity_prunes_a_layer_as_surgery_does(make: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = make_model(make)
+    randomise_batch_norms(model.eval())
+    images = torch.randn(64, *shape)
+    with torch.no_grad():
+        batches = [(images, model(images).argmax(1))]
+    scores = train_knockoffs(model, batches, epochs=1)
+    found = measure_sensitivity(model, scores, [0.5], batches, CPU, shape)
+    assert found
+    for layer, (top1,) in found.items():
+        plan = scop.select_channels(model, scores, prune_rate=0.5, include=[layer], residual="coupled")
+        assert top1 == pytest.approx(measure_accuracy(scop.prune(model, plan).eval(), batches, CPU).top1, abs=0.02), (
+            layer
+        )
 
 
 def test_scores_see_as_many_images_as_it_takes(digits: Dataset, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scop import UserError, make_model, prune, select_channels, train_knockoffs
-from scop.evaluation import count_parameters
+from scop.evaluation import count_macs, count_parameters
 from scop.graph import RESIDUAL_RULES, ChannelGraph
 from scop.surgery import prune_exactly
 from tests.helpers import padded_resnet, randomise_batch_norms, small_convnext
@@ -142,6 +142,9 @@ def test_an_unusual_forward_is_pruned_where_that_is_exact(
     assert refusals == ([] if reason is None else [reason])
     plan = select_channels(model, method="random", input_shape=(3, 8, 8))
     assert prune_exactly(model, plan)[1] < EXACT
+    macs = count_macs(model, (3, 8, 8))
+    plan = select_channels(model, method="l1", input_shape=(3, 8, 8), budget={"macs": 0.8})
+    assert count_macs(prune_exactly(model, plan)[0], (3, 8, 8)) <= 0.8 * macs
 
 
 class Sigmoid(Odd):

@@ -14,7 +14,7 @@ def results(tops: dict[str, list[float]], **macs: float) -> list[Result]:
     for method, values in tops.items():
         for seed, top1 in enumerate(values):
             row = result("scop", 0.5, seed)
-            params = dict(row.params) | {"method": method, "recipe": method}
+            params = dict(row.params) | {"method": method, "recipe": f"alike-{method}"}
             metrics = dict(row.metrics) | {"pruned_top1": top1, "pruned_macs": macs.get(method, 10e6)}
             found.append(Result(method, params, metrics, row.dataset, row.device))
     return found
@@ -51,9 +51,41 @@ def test_nothing_is_claimed_that_the_interval_does_not_say() -> None:
     assert str(one).endswith("one pair, from which nothing can be told")
 
 
+def changed(rows: list[Result], method: str, **params: str) -> list[Result]:
+    return [Result(**{**vars(r), "params": {**r.params, **params}}) if r.name == method else r for r in rows]
+
+
+def test_only_what_was_trained_alike_is_compared() -> None:
+    rows = results({"scop": [0.90, 0.92], "l1": [0.80, 0.82], "none": [0.93, 0.95], "scratch": [0.70, 0.71]})
+    assert [one.second for one in compare_pairs(rows)] == ["l1", "scratch", "none"]
+    # A longer training is none that a claim could rest on, but from scratch takes what it takes.
+    longer = rows
+    for method in ("l1", "none", "scratch"):
+        longer = changed(longer, method, recipe=f"longer-{method}")
+    assert [one.second for one in compare_pairs(longer)] == ["scratch"]
+    unknown = changed(rows, "l1", recipe="fromanearlierversion")
+    assert [one.second for one in compare_pairs(unknown)] == ["scratch", "none"]
+
+
+def test_the_same_budget_is_one_of_macs_of_parameters_or_of_latency() -> None:
+    def said(**metrics: float) -> list[str]:
+        rows = results({"scop": [0.90, 0.92], "l1": [0.89, 0.90]})
+        l1 = [Result(**{**vars(r), "metrics": {**r.metrics, **metrics}}) if r.name == "l1" else r for r in rows]
+        return [str(one) for one in compare_pairs(l1)]
+
+    scop = results({"scop": [0.9]})[0].metrics
+    assert "at the same MACs" in said()[0]
+    assert "at the same number of parameters" in said(pruned_macs=20e6)[0]
+    assert "at the same latency (batch 1)" in said(pruned_macs=20e6, pruned_params=1e6)[0]
+    assert said(pruned_macs=20e6, pruned_params=1e6, speedup_batch1=scop["speedup_batch1"] * 1.1) == []
+
+
 def test_only_what_costs_the_same_is_compared_and_the_unpruned_network_is_the_reference() -> None:
     tops = {"scop": [0.90, 0.92], "l1": [0.89, 0.90], "random": [0.80, 0.82], "none": [0.93, 0.95]}
-    found = compare_pairs(results(tops, l1=12e6, none=40e6))
+    rows = results(tops, l1=12e6, none=40e6)
+    dear = {"pruned_params": 250e3, "speedup_batch1": 1.0}
+    rows = [Result(**{**vars(r), "metrics": {**r.metrics, **dear}}) if r.name in ("l1", "none") else r for r in rows]
+    found = compare_pairs(rows)
     assert [(one.second, one.reference) for one in found] == [("random", False), ("none", True)]
     assert "scop against none, which is not pruned and fine-tuned just as long: -3.00 points" in str(found[1])
 

@@ -64,6 +64,22 @@ def test_any_other_setting_does(section: str, key: str, value: object) -> None:
     assert changed(section, key, value).identity != Result.of(EVALUATION).identity
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "alike"),
+    [
+        ("variant", "method", "l1", True),
+        ("variant", "prune_rate", 0.7, True),
+        ("knockoff", "source", "gaussian", True),
+        ("finetune", "seed", 3, True),
+        ("finetune", "epochs", 6, False),
+        ("dense", "epochs", 4, False),
+        ("variant", "rounds", 3, False),
+    ],
+)
+def test_networks_were_trained_alike_whatever_was_pruned(section: str, key: str, value: object, alike: bool) -> None:
+    assert (changed(section, key, value).training == Result.of(EVALUATION).training) is alike
+
+
 def test_other_data_and_results_of_unknown_making_are_their_own() -> None:
     other = Result.of(EVALUATION | {"dataset": {"source": "digits", "content": "e1"}})
     assert other.identity != Result.of(EVALUATION).identity

@@ -38,6 +38,9 @@ def test_a_configuration_is_shown_before_anything_is_trained(capsys) -> None:
     row = next(line for line in lines if line.startswith("layer1.1.conv1"))
     assert row.split()[:4] == ["layer1.1.conv1", "16", "8", "50%"]
     assert row.split()[4:7] == ["2.3", "k", "->"]
+    assert lines[-3].startswith(
+        "stays whole: conv1, layer2.0.downsample.0, layer3.0.downsample.0: writes to a residual"
+    )
     assert lines[-2].startswith("parameters: 272 k -> ")
     assert lines[-1].startswith("MACs: 2.5")
 

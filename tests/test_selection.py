@@ -180,6 +180,32 @@ def test_scores_that_are_no_losses_are_put_in_proportion_first() -> None:
     assert len(plans[1].kept["layer3.2.conv1"]) == pytest.approx(0.6 * 64, abs=6)
 
 
+def test_scores_below_zero_do_not_make_a_layer_go_first() -> None:
+    """W of a layer may be below 0 on the whole; what is taken from it still depends on the rate."""
+    model = make_model("resnet20")
+    scores = scores_of(model, "published")
+    for layer, own in scores.score.items():
+        scores.score[layer] = own * 2 - (1.2 if layer == "layer3.2.conv1" else 0.2)
+    gone = [
+        len(select_channels(model, scores, selection="global", prune_rate=rate).removed("layer3.2.conv1"))
+        for rate in (0.05, 0.2, 0.5)
+    ]
+    assert 0 < gone[0] < gone[1] < gone[2]
+
+
+def test_a_large_group_of_coupled_layers_loses_no_other_share_than_a_small_one() -> None:
+    model = make_model("resnet20")
+    prunables = ChannelGraph(model, SHAPE).prunable("coupled")
+    assert {len(prunable.convs) for prunable in prunables} == {1, 4}
+    score = {conv: torch.linspace(0.1, 1, p.channels) for p in prunables for conv in p.convs}
+    for kind in ("fisher", "published"):
+        scores = Scores(score, score, score, score, kind, SHAPE)
+        plan = select_channels(model, scores, residual="coupled", selection="global", prune_rate=0.4, floor=0.0)
+        for prunable in prunables:
+            lost = len(plan.removed(prunable.name)) / prunable.channels
+            assert lost == pytest.approx(0.4, abs=1 / 16), (kind, prunable.name)
+
+
 @pytest.mark.parametrize("what", ["params", "macs"])
 @pytest.mark.parametrize(
     ("selection", "residual"),
@@ -285,6 +311,28 @@ def test_the_knockoff_threshold_is_the_papers() -> None:
     assert knockoff_threshold(w, 0.25) == 2
     assert knockoff_threshold(w, 0.34) == 0.5
     assert knockoff_threshold(w, 0.2) == math.inf
+
+
+def test_the_false_discovery_rate_means_what_it_says_to_the_last_channel() -> None:
+    """Ten that beat their knockoffs, and none that does not: (1 + 0) / 10 is 0.1, in binary fractions too."""
+    model = make_model("tests.helpers:Plain")
+    graph = ChannelGraph(model, (1, 8, 8))
+    signed = {p.name: torch.zeros(p.channels) for p in graph.prunable("scatter")}
+    next(iter(signed.values()))[:10] = torch.arange(1.0, 11)
+    scores = Scores(signed, signed, signed, signed, "fisher", (1, 8, 8))
+    assert knockoff_threshold(torch.cat(list(signed.values())), 0.1) == 1
+    plan = select_channels(model, scores, selection="knockoff_plus", fdr=0.1, floor=0.0)
+    assert sum(map(len, plan.kept.values())) == 10 + len(signed) - 1  # of the others the one that must stay
+
+
+def test_nothing_to_decide_is_no_mistake_and_nothing_to_prune_is_one() -> None:
+    model = make_model("resnet20")
+    scores = scores_of(model)
+    assert select_channels(model, scores, method="none", selection="knockoff_plus").prune_rate == 0
+    plan = select_channels(model, scores, selection="knockoff_plus", rates={"*": 0.5})
+    assert len(plan.kept["layer1.0.conv1"]) == 8
+    with pytest.raises(UserError, match="include and exclude leave no layer to prune"):
+        select_channels(model, scores, include=["layer1.*"], exclude=["layer1.*"])
 
 
 @pytest.mark.parametrize("fdr", [0.1, 0.3])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import scop
-from scop import UserError, make_model
+from scop import UserError, make_model, prune, select_channels
 from scop.batches import Augmentation, Batches
 from scop.checkpoints import Checkpoints
 from scop.config import DenseSection, DistillationSection, FinetuneSection
@@ -17,6 +17,7 @@ from scop.evaluation import measure_accuracy
 from scop.learning_rate import lr_factor
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit
+from tests.helpers import small_convnext
 
 CPU = torch.device("cpu")
 
@@ -193,7 +194,35 @@ def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batch
 
 
 def test_stages_end_where_the_resolution_does() -> None:
-    assert find_stages(make_model("resnet20"), torch.zeros(2, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
+    model = make_model("resnet20")
+    assert find_stages(model, model, torch.zeros(2, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
+
+
+def test_maps_that_have_no_place_for_both_are_no_stages() -> None:
+    """Channels last, which pruning may change, and branches that wait to be scattered."""
+    dense = small_convnext().eval()
+    shape = (3, 64, 64)
+    pruned = prune(dense, select_channels(dense, method="l1", prune_rate=0.5, input_shape=shape))
+    images = torch.randn(2, *shape)
+    stages = find_stages(dense, pruned, images)
+    assert stages[-1] == "features"
+    assert not [stage for stage in stages if ".block." in stage]
+    section = FinetuneSection.model_validate({"distillation": {"attention": 1.0}, "precision": "fp32"})
+    objective = Supervised(pruned, CPU, section, dense.requires_grad_(False), section.distillation)
+    objective.start_epoch()
+    loss, _ = objective.loss(images, torch.arange(2))
+    assert math.isfinite(loss.item())
+    objective.finish()
+
+    flat = make_model("resnet20")
+    modes = [module.training for module in flat.modules()]
+    narrow = prune(flat, select_channels(flat, method="l1", prune_rate=0.5, input_shape=(3, 32, 32)))
+    narrow.train()
+    before = narrow.bn1.running_mean.clone()
+    assert find_stages(flat, narrow, torch.randn(2, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
+    assert [module.training for module in flat.modules()] == modes
+    assert narrow.training
+    assert torch.equal(narrow.bn1.running_mean, before)
 
 
 def test_the_average_is_what_is_kept(digits: Dataset) -> None:

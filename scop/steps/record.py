@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from scop.errors import UserError
 from scop.manifest import RECORD, Manifest, read_folder
 from scop.parsing import parse
 from scop.processor import processor_name
+from scop.revision import git_revision
 from scop.steps.places import absolute, exchanged
 
 RUN_VARIABLE = "SCOP_RUN_ID"
@@ -312,20 +312,6 @@ def surroundings() -> dict[str, str]:
         "scop.machine": f"{processor_name()}, {os.cpu_count()} processors",
     }
     return {key: value for key, value in known.items() if value}
-
-
-def git_revision() -> str | None:
-    """The commit of the source tree that is running, ``+`` behind it where the tree has changes; None outside git."""
-    if stated := os.environ.get("SCOP_REVISION"):
-        return stated
-    here = Path(scop.__file__).parent
-    try:
-        options = {"cwd": here, "capture_output": True, "text": True, "timeout": 5, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()  # type: ignore[call-overload]
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()  # type: ignore[call-overload]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+" if changes else "")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scop.artifacts import load_model, save_settings
 from scop.config import VariantSection
+from scop.graph import ChannelGraph
 from scop.knockoff import Scores
 from scop.manifest import write_manifest
 from scop.parsing import Section
@@ -53,6 +54,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         context.tracker.log_file(outputs.plan / name)
     kept, channels = sum(map(len, plan.kept.values())), sum(plan.channels.values())
     print(f"{config.variant.label}: keeps {kept} of {channels} channels in {len(plan.kept)} layers", flush=True)
+    for line in ChannelGraph(model, plan.input_shape).left_whole(plan.residual):
+        print(f"{config.variant.label}: stays whole: {line}", flush=True)
     return StepResult(
         {
             "kept_channels": float(kept),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scop.device import describe_device, pick_device
-from scop.steps.record import git_revision
+from scop.revision import git_revision
 
 
 def take_turns(work: Mapping[str, Callable[[], object]], turns: int, warmup: int = 2) -> dict[str, float]:

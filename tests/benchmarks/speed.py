@@ -22,7 +22,8 @@ import torch
 
 from scop import storage
 from scop.batches import Augmentation, Batches
-from scop.config import DenseSection, ScoreKind
+from scop.budget import Stopwatch
+from scop.config import BudgetSection, DenseSection, ScoreKind
 from scop.data import Dataset, Split, make_dataset
 from scop.device import pick_device
 from scop.graph import ChannelGraph
@@ -135,6 +136,29 @@ def finetuning(turns: int) -> dict[str, Any]:
         "scatter": {"ratio": times["dense"] / times["scatter"], "at_least": 1.4},
         "scatter rounded to 8": {"ratio": times["dense"] / times["scatter8"], "at_least": 1.4},
         "coupled": {"ratio": times["dense"] / times["coupled"], "at_least": 1.8},
+    }
+
+
+def latency_budget(turns: int) -> dict[str, Any]:
+    """How long a budget of latency takes to be answered, and how far from it the network is when measured anew."""
+    device, share, batch = pick_device(), 0.6, 64
+    model = make_model("resnet20").eval()
+    graph = ChannelGraph(model, SHAPE)
+    seconds, off = [], []
+    for _ in range(turns):
+        for residual in ("scatter", "coupled"):
+            before = Stopwatch(model, graph, BudgetSection(latency_ms=1, batch_size=batch), device)
+            budget = {"latency_ms": share * before.dense_ms, "batch_size": batch}
+            started = time.perf_counter()
+            plan = select_channels(
+                model, method="l1", selection="global", residual=residual, budget=budget, input_shape=SHAPE
+            )
+            seconds.append(time.perf_counter() - started)
+            after = Stopwatch(model, graph, BudgetSection(latency_ms=1, batch_size=batch), device)
+            off.append(abs(after(plan) / after.dense_ms / share - 1))
+    return {
+        "answer": {"seconds": max(seconds), "at_most": 120},
+        "off": {"ratio": statistics.median(off), "worst": max(off), "at_most": 0.03},
     }
 
 
@@ -287,6 +311,7 @@ BENCHMARKS = {
     "batches": (batches, 30),
     "knockoff_step": (knockoff_step, 12),
     "finetuning": (finetuning, 10),
+    "latency_budget": (latency_budget, 3),
     "help": (help_seconds, 9),
     "step_overhead": (step_overhead, 5),
     "archive": (archive, 2),

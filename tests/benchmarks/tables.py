@@ -260,6 +260,16 @@ def _speed(content: dict[str, Any]) -> str:
             f"{finetuning['coupled']['ratio']:.2f}x",
             "at least 1.8x",
         ),
+        (
+            "a budget of latency answered, ResNet-20",
+            f"{content['latency_budget']['answer']['seconds']:.0f} s",
+            "at most 120 s",
+        ),
+        (
+            "the network's latency, measured anew, off its budget by",
+            f"{content['latency_budget']['off']['ratio']:.1%}",
+            "at most 3 %",
+        ),
         ("`scop --help`", f"{content['help']['seconds']:.2f} s", "at most 0.5 s"),
         ("a step's own overhead, with tracking", f"{content['step_overhead']['seconds']:.1f} s", "at most 8 s"),
         (

@@ -6,8 +6,6 @@ Only torch, torchvision, numpy, safetensors, pydantic and torch-pruning are need
 from __future__ import annotations
 
 import json
-import platform
-import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +23,7 @@ from scop.batches import Augmentation, Batches
 from scop.checkpoints import Checkpoints
 from scop.config import DataSection, DenseSection, FinetuneSection, KnockoffSection, TrainingSection, VariantSection
 from scop.data import Dataset, load_dataset, save_dataset
-from scop.device import autocast_dtype, describe_device, pick_device
+from scop.device import autocast_dtype, pick_device
 from scop.errors import Stopped
 from scop.evaluation import count_macs, count_parameters, measure_accuracy, measure_latency
 from scop.knockoff import Scores
@@ -33,6 +31,7 @@ from scop.plan import ChannelPlan
 from scop.sources import load_source
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit
+from tests.benchmarks.measure import machine
 
 LATENCY_BATCH = 64
 WORK_LEFT = 3
@@ -47,7 +46,7 @@ class Plan:
         dense: how it is made.
         finetune: how it is trained after pruning.
         variants: how it is pruned; one is called none.
-        seeds: of fine-tuning.
+        seeds: of scores, of what is drawn by chance, and of fine-tuning.
         once: variants that one seed is enough for.
         command: makes the figures.
     """
@@ -79,7 +78,8 @@ class Work:
         self.device = pick_device()
         variants = {name: variant.model_dump() for name, variant in plan.variants.items()}
         settings = [plan.dense.model_dump(exclude={"weights"}), plan.finetune.model_dump(), variants]
-        self.fingerprint = sha256(json.dumps([*settings, dataset.info.content]).encode()).hexdigest()[:16]
+        data = [dataset.info.content, len(dataset["train"])]
+        self.fingerprint = sha256(json.dumps([*settings, *data]).encode()).hexdigest()[:16]
         self.folder = folder / f"{name}-{self.fingerprint}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,27 +124,30 @@ class Work:
             self.plan.dense.model, num_classes=len(self.dataset.info.classes), **self.plan.dense.arguments
         )
 
-    def scores(self, model: nn.Module) -> Scores:
+    def scores(self, model: nn.Module, seed: int) -> Scores:
         """Of its channels."""
-        path = self.folder / "scores.safetensors"
+        path = self.folder / f"scores-{seed}.safetensors"
         if not path.exists():
-            section = KnockoffSection(crop_padding=self.plan.dense.crop_padding, flip=self.plan.dense.flip)
+            fine = self.plan.finetune
+            section = KnockoffSection(crop_padding=fine.crop_padding, flip=fine.flip, seed=seed)
             batches = self.batches(section.batch_size, section)
             train_knockoffs(model, batches, section, device=self.device).save(path)
         return Scores.load(path)
 
-    def selected(self, name: str, dense: nn.Module) -> ChannelPlan:
-        """What a variant removes; the same for all seeds, though latency is never measured the same twice."""
-        path = self.folder / f"{name}.plan"
+    def selected(self, name: str, dense: nn.Module, seed: int) -> ChannelPlan:
+        """What a variant removes, by scores of this seed; kept, since latency is never measured the same twice."""
+        path = self.folder / f"{name}-{seed}.plan"
         if not path.exists():
-            variant = self.plan.variants[name]
-            select_channels(dense, self.scores(dense), variant=variant, device=self.device).save(path)
+            variant = self.plan.variants[name].model_copy(update={"seed": seed})
+            scores = self.scores(dense, seed) if variant.method == "scop" else None
+            shape = self.dataset.info.shape
+            select_channels(dense, scores, input_shape=shape, variant=variant, device=self.device).save(path)
         return ChannelPlan.load(path)
 
     def finetuned(self, name: str, seed: int) -> dict[str, Any]:
         """Figures of a variant."""
         section, dense = self.plan.finetune.model_copy(update={"seed": seed}), self.dense()
-        pruned = prune(dense, self.selected(name, dense))
+        pruned = prune(dense, self.selected(name, dense, seed))
         for network in (pruned, dense):
             network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         teacher = dense.requires_grad_(False)
@@ -216,12 +219,8 @@ class Work:
             },
             "settings_hash": self.fingerprint,
             "data": self.dataset.info.source,
-            "machine": {
-                "device": describe_device(self.device),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "date": time.strftime("%Y-%m-%d"),
-            },
+            "training_images": len(self.dataset["train"]),
+            "machine": machine(),
             "command": self.plan.command,
         }
 

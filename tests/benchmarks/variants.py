@@ -1,0 +1,104 @@
+"""`make bench-variants`: residual rules, and SCOP against its controls, each fine-tuned for a short while.
+
+On the shared ResNet-20. At the same rate `coupled` removes most and `inner` least, so that says nothing: each rule gets
+the same MACs, and then the same measured latency, and takes what it may from where it hurts least. The controls get the
+same MACs, with the paper's selection, the same share from each layer, and with a global one. Every second training
+image is seen once: enough to tell good selections from bad ones, and not what they come to in the end, which is
+`make bench-accuracy`'s. Like that one it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scop import make_model
+from scop.budget import Stopwatch
+from scop.config import BudgetSection, DenseSection, FinetuneSection, VariantSection
+from scop.data import Dataset, Split
+from scop.device import pick_device
+from scop.graph import RESIDUAL_RULES, ChannelGraph
+from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
+from tests.benchmarks.work import LATENCY_BATCH, Plan, images, work_through
+
+WORK = ROOT / "runs" / "benchmarks" / "variants"
+SHAPE = (3, 32, 32)
+RATE, MACS, LATENCY = 0.45, 0.442, 0.75
+"""The paper's rate, what it leaves of the MACs, and a share of the dense network's latency."""
+CONTROLS = ("l1", "bn_gamma", "fpgm", "random")
+
+
+def plan(latency_ms: float) -> Plan:
+    """Each rule under each budget, and each method by each selection."""
+    latency = {"latency_ms": latency_ms, "batch_size": LATENCY_BATCH}
+    variants: dict[str, dict[str, Any]] = {
+        f"{rule}-{what}": {"selection": "global", "residual": rule, "budget": budget}
+        for what, budget in (("macs", {"macs": MACS}), ("latency", latency))
+        for rule in RESIDUAL_RULES
+    }
+    # SCOP's own with a global selection is scatter-macs.
+    variants |= {f"{method}-uniform": {"method": method, "prune_rate": RATE} for method in ("scop", *CONTROLS)}
+    under = {"selection": "global", "budget": {"macs": MACS}}
+    variants |= {f"{method}-global": {"method": method, **under} for method in CONTROLS[:3]}
+    return Plan(
+        DenseSection(model="resnet20", weights=str(WEIGHTS)),
+        FinetuneSection.model_validate(
+            {
+                "epochs": 1,
+                "lr": 0.02,
+                "schedule": "one_cycle",
+                "crop_padding": 4,
+                "flip": True,
+                "distillation": {"weight": 0.9},
+            }
+        ),
+        {"none": VariantSection(method="none")}
+        | {name: VariantSection.model_validate(variant) for name, variant in variants.items()},
+        command="make bench-variants",
+    )
+
+
+def target(folder: Path) -> float:
+    """Milliseconds, measured once: a plan depends on it."""
+    path = folder / "latency_ms"
+    if not path.exists():
+        model = make_model("resnet20")
+        budget = BudgetSection(latency_ms=1.0, batch_size=LATENCY_BATCH)
+        stopwatch = Stopwatch(model, ChannelGraph(model, SHAPE), budget, pick_device())
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{LATENCY * stopwatch.dense_ms:.3f}")
+    return float(path.read_text())
+
+
+def every_second(dataset: Dataset) -> Dataset:
+    """Half of the training images; they lie by class, so each class is halved."""
+    train = Split(dataset["train"].images[::2], dataset["train"].labels[::2])
+    return Dataset(dataset.info, {**dataset.splits, "train": train})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 when all is done, 3 while work is left."""
+    parser = argparse.ArgumentParser(prog="tests.benchmarks.variants", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after so many (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="three at most (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", help="these variants, so that two calls can share the work")
+    options = parser.parse_args(arguments)
+    until = time.monotonic() + 60 * options.minutes
+    return work_through(
+        {"resnet20": plan(target(WORK))},
+        every_second(images(ARCHIVE, WORK.parent / "cifar10")),
+        WORK,
+        RESULTS,
+        options.seeds,
+        lambda: time.monotonic() > until,
+        prefix="variants",
+        only=options.only,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
