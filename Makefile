@@ -8,7 +8,7 @@ ARGS ?=
 # Test files run side by side; WORKERS=0 runs them in one process, where a debugger works.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-accuracy bench-gpu bench-variants docs results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench: $(READY)  ## measure speed; JSON goes to tests/benchmarks/results
 
 bench-scores: $(READY)  ## judge scores on ResNet-20 and a VGG without fine-tuning; an hour on two cores
 	$(BIN)/python -m tests.benchmarks.scores $(ARGS)
+
+bench-quality: $(READY)  ## how good each source's knockoffs are
+	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
 
 bench-accuracy: $(READY)  ## what ResNet-20 loses, three seeds; six hours on two cores, in parts: call it again
 	$(BIN)/python -m tests.benchmarks.accuracy resnet20 --seeds 3 --minutes 60 $(ARGS)

@@ -145,3 +145,5 @@ def print_plan(dense: Dense, plan: ChannelPlan, label: str) -> None:
     for title, what in (("parameters", "params"), ("MACs", "macs")):
         old, new = sizes.count(what), sizes.count(what, plan)
         print(f"{title}: {human(old)} -> {human(new)}, {1 - new / old:.1%} removed")
+    if plan.latency_ms is not None:
+        print(f"latency: {plan.latency_ms:.3g} ms, as measured here")

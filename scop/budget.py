@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _STRONGEST = 0.99
 _HALVINGS = 12
 _AROUND = 3
-_CLOSE = 0.01
-"""Of a measured latency to its target: better than this it is not known."""
+_CLOSE, _NEAR = 0.01, 0.03
+"""Of a measured latency to its target: better than the first it is not known, and the second is near enough."""
 
 
 class Sizes:
@@ -146,35 +146,74 @@ def _solve_counted(selection: Selection, target: float, cost: Callable[[ChannelP
             best, strong = plan, middle
         else:
             weak = middle
+    return _between(selection, weak, strong, lambda plan: cost(plan) <= target)
+
+
+def _between(selection: Selection, weak: float, strong: float, fits: Callable[[ChannelPlan], bool]) -> ChannelPlan:
+    """The last plan that fits on the way from a strength that does to a weaker one that does not, layer by layer.
+
+    At one rate many layers may be about to lose a channel, which is a step too wide for a budget to be used.
+    """
+    weaker, counts = selection.counts(weak), selection.counts(strong)
+    changed = [place for place, (more, fewer) in enumerate(zip(weaker, counts, strict=True)) if more != fewer]
+
+    def mixed(relaxed: int) -> ChannelPlan:
+        own = list(counts)
+        for place in changed[:relaxed]:
+            own[place] = weaker[place]
+        return selection.plan(strong, own)
+
+    best, fitting, too_many = mixed(0), 0, len(changed)
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if fits(plan := mixed(middle)):
+            best, fitting = plan, middle
+        else:
+            too_many = middle
     return best
 
 
 def solve_measured(selection: Selection, target: float, latency: Callable[[ChannelPlan], float]) -> ChannelPlan:
-    """The plan of the least strength whose measured latency is at most the target, or within a percent of it.
+    """The plan whose measured latency is nearest to the target, and not more than a percent above it.
 
     Latency does not fall evenly with the rate, for kernels like some widths better than others: so bisection finds the
-    neighbourhood, and what lies around it is measured too.
+    neighbourhood, and where that is not near enough, what prunes still less is measured too. The plan says what it
+    takes, by a measurement of its own.
     """
     step = 1 / max(candidate.width for candidate in selection.candidates)
+    known: dict[tuple[int, ...], float] = {}
+
+    def measured(plan: ChannelPlan) -> float:
+        widths = tuple(map(len, plan.kept.values()))
+        if widths not in known:
+            known[widths] = latency(plan)
+        return known[widths]
+
+    def chosen(plan: ChannelPlan) -> ChannelPlan:
+        return plan.model_copy(update={"latency_ms": round(latency(plan), 4)})
+
     weak, strong = 0.0, _STRONGEST
     plan = selection.plan(weak)
-    if latency(plan) <= target:
-        return plan
+    if measured(plan) <= target:
+        return chosen(plan)
     best = selection.plan(strong)
-    if (least := latency(best)) > target:
+    if (least := measured(best)) > target:
         raise UserError(_out_of_reach("latency_ms", target, f"{least:.3g}", best))
     while strong - weak > step:
         middle = (weak + strong) / 2
         plan = selection.plan(middle)
-        if latency(plan) <= target:
+        if measured(plan) <= target:
             best, strong = plan, middle
         else:
             weak = middle
-    for offset in range(-_AROUND, 0):
-        plan = selection.plan(max(0.0, strong + offset * step))
-        if plan.kept != best.kept and latency(plan) <= target * (1 + _CLOSE):
-            return plan
-    return best
+    best = _between(selection, weak, strong, lambda plan: measured(plan) <= target)
+    for offset in range(2, 2 + _AROUND):
+        if measured(best) >= target * (1 - _NEAR):
+            break
+        plan = selection.plan(max(0.0, strong - offset * step))
+        if measured(best) < measured(plan) <= target * (1 + _CLOSE):
+            best = plan
+    return chosen(best)
 
 
 def _out_of_reach(what: str, target: float, least: str, plan: ChannelPlan) -> str:

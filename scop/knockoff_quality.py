@@ -2,8 +2,9 @@
 
 Knockoffs are valid where the pair (x, x~) has the same distribution after any set of coordinates was swapped between
 the two (exchangeability; Candès et al., 2018, definition 3.1), and where x~ says nothing about the label that x does
-not. They are powerful where x~ is unlike x. Each part of that is measured, on coordinates in which images are
-uncorrelated: their principal components.
+not. They are powerful where x~ is unlike x. Each part of that is measured. Which coordinates are swapped matters:
+another image altogether passes in principal components, which are uncorrelated, and not in pixels, of which each is
+missed by its neighbours. So swaps are tried in both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scop.device import autocast, autocast_dtype, to_device
@@ -20,6 +22,7 @@ from scop.knockoff_sources import KnockoffSource
 from scop.training import TrainingBatches
 
 _COMPONENTS = 32
+_SHRUNK = 4
 _PAIRS = 1500
 _PERMUTATIONS = 999
 
@@ -44,7 +47,8 @@ class Quality:
     Attributes:
         pairs: so many were looked at.
         swap_all: of pairs against pairs in which everything was swapped.
-        swap_half: the same, a random half of the components swapped.
+        swap_half: the same, a random half of the principal components swapped.
+        swap_pixels: the same of images shrunk to 4x4, a random half of their pixels swapped.
         correlation: of originals and knockoffs, the mean of the absolute values over principal components.
         correlation_expected: what that would be for independent ones.
         label_agreement: the share of knockoffs that the dense network takes for the class of the original.
@@ -55,6 +59,7 @@ class Quality:
     pairs: int
     swap_all: TwoSamples
     swap_half: TwoSamples
+    swap_pixels: TwoSamples
     correlation: float
     correlation_expected: float
     label_agreement: float
@@ -70,6 +75,7 @@ class Quality:
         return {
             "knockoff_swap_all_p": self.swap_all.p,
             "knockoff_swap_half_p": self.swap_half.p,
+            "knockoff_swap_pixels_p": self.swap_pixels.p,
             "knockoff_correlation": self.correlation,
             "knockoff_label_agreement": self.label_agreement,
             "knockoff_label_agreement_expected": self.label_agreement_expected,
@@ -99,20 +105,21 @@ def measure_quality(
             answers.append(model(knockoffs).argmax(1).cpu()[: len(images) // 2])
         # Half of them, so that few images are in it twice, as themselves and as the knockoff of another.
         half = len(images) // 2
-        real.append(images[:half].flatten(1).float().cpu())
-        knock.append(knockoffs[:half].flatten(1).float().cpu())
+        real.append(images[:half].float().cpu())
+        knock.append(knockoffs[:half].float().cpu())
         truth.append(labels[:half].cpu())
         if sum(map(len, real)) >= _PAIRS:
             break
     originals, copies = torch.cat(real)[:_PAIRS], torch.cat(knock)[:_PAIRS]
     labels, predicted = torch.cat(truth)[:_PAIRS], torch.cat(answers)[:_PAIRS]
-    z, z_knock = _components(originals, copies, generator)
-    some = torch.rand(z.shape[1], generator=generator).argsort() < z.shape[1] / 2
+    z, z_knock = _components(originals.flatten(1), copies.flatten(1), generator)
+    small, small_knock = _shrunk(originals, copies)
     agreement, expected, p = _agreement(labels, predicted, generator)
     return Quality(
         pairs=len(z),
-        swap_all=swap_test(z, z_knock, torch.ones_like(some), generator),
-        swap_half=swap_test(z, z_knock, some, generator),
+        swap_all=swap_test(z, z_knock, torch.ones(z.shape[1], dtype=torch.bool), generator),
+        swap_half=swap_test(z, z_knock, _half(z.shape[1], generator), generator),
+        swap_pixels=swap_test(small, small_knock, _half(small.shape[1], generator), generator),
         correlation=float(_correlation(z, z_knock).abs().mean()),
         # Of independent samples a correlation has the standard deviation 1 / sqrt(n), and is about normal.
         correlation_expected=math.sqrt(2 / math.pi / len(z)),
@@ -130,6 +137,18 @@ def _components(real: Tensor, knock: Tensor, generator: torch.Generator) -> tupl
         _, singular, basis = torch.pca_lowrank(real - mean, min(_COMPONENTS, *real.shape), center=False, niter=4)
     scale = math.sqrt(len(real)) / singular.clamp_min(1e-6 * float(singular[0]))
     return (real - mean) @ basis * scale, (knock - mean) @ basis * scale
+
+
+def _shrunk(real: Tensor, knock: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at 4x4 pixels, each pixel of unit variance: (n, C, H, W) -> (n, C * 16)."""
+    small, small_knock = (F.adaptive_avg_pool2d(images, _SHRUNK).flatten(1) for images in (real, knock))
+    mean, deviation = small.mean(0), small.std(0).clamp_min(1e-6)
+    return (small - mean) / deviation, (small_knock - mean) / deviation
+
+
+def _half(count: int, generator: torch.Generator) -> Tensor:
+    """A random half, bool (count,)."""
+    return torch.rand(count, generator=generator).argsort() < count / 2
 
 
 def swap_test(z: Tensor, z_knock: Tensor, swap: Tensor, generator: torch.Generator) -> TwoSamples:

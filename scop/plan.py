@@ -26,6 +26,7 @@ class ChannelPlan(BaseModel):
         prune_rate: the rate that was asked for, or that meets a budget; for knockoff_plus that which came of it.
         unsure: for each convolution with known standard errors the channels whose scores lie within two of them of the
             cut: others might have gone as well.
+        latency_ms: of the network that it leaves, measured when a budget of latency was met.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +39,7 @@ class ChannelPlan(BaseModel):
     selection: str = "uniform"
     prune_rate: float | None = None
     unsure: dict[str, list[int]] = {}
+    latency_ms: float | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -176,9 +176,12 @@ def quality(source, model: nn.Module, batches: Batches):
 def test_the_diagnostic_tells_good_knockoffs_from_bad_ones(model, batches: Batches) -> None:
     good = quality(shuffle, model, batches)
     assert good.swap_all.p > 0.05
+    assert good.swap_half.p > 0.05
+    assert good.swap_pixels.p < 0.01  # a pixel of another image does not go with its neighbours
     assert good.label_p > 0.05
     assert good.correlation == pytest.approx(good.correlation_expected, rel=0.5)
     same = quality(lambda images, labels: images, model, batches)
+    assert same.swap_pixels.p > 0.05
     assert same.correlation > 0.99
     assert same.label_agreement > 0.9
     assert same.label_p < 0.01

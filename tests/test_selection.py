@@ -217,7 +217,7 @@ def test_budgets_are_met_and_used(what: str, selection: str, residual: str) -> N
     dense = measure(model)
     plan = select_channels(model, scores_of(model), selection=selection, residual=residual, budget={what: 0.6})
     share = measure(prune(model, plan)) / dense
-    assert 0.53 < share <= 0.6
+    assert 0.59 < share <= 0.6
     absolute = select_channels(
         model, scores_of(model), selection=selection, residual=residual, budget={what: 0.6 * dense}
     )
@@ -268,8 +268,14 @@ def test_a_measured_budget_is_searched_for_where_the_measure_is_rough() -> None:
 
     target = 0.6 * sizes.count("macs")
     plan = solve_measured(selection, target, rough)
-    assert 0.9 * target < rough(plan) <= 1.01 * target
-    assert len(asked) < 16
+    assert len(asked) < 20
+    assert plan.latency_ms == pytest.approx(asked[-1])
+    assert 0.97 * target < plan.latency_ms <= 1.01 * target
+
+    def even(plan: ChannelPlan) -> float:
+        return float(sizes.count("macs", plan))
+
+    assert even(solve_measured(selection, target, even)) == pytest.approx(target, rel=0.03)
     with pytest.raises(UserError, match="latency_ms is out of reach"):
         solve_measured(selection, 10, rough)
 
@@ -282,7 +288,7 @@ def test_a_budget_of_latency_is_met() -> None:
     stopwatch = Stopwatch(model, graph, BudgetSection(latency_ms=1, batch_size=32, threads=1), cpu)
     selection = Selection(model, graph, VariantSection(method="l1", residual="coupled"))
     plan = solve_measured(selection, 0.6 * stopwatch.dense_ms, stopwatch)
-    assert 0.4 < stopwatch(plan) / stopwatch.dense_ms < 0.8
+    assert 0.5 < stopwatch(plan) / stopwatch.dense_ms < 0.7
 
 
 def test_rates_and_patterns_say_which_layers() -> None:

@@ -54,6 +54,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         context.tracker.log_file(outputs.plan / name)
     kept, channels = sum(map(len, plan.kept.values())), sum(plan.channels.values())
     print(f"{config.variant.label}: keeps {kept} of {channels} channels in {len(plan.kept)} layers", flush=True)
+    if plan.latency_ms is not None:
+        print(f"{config.variant.label}: takes {plan.latency_ms:.3g} ms", flush=True)
     for line in ChannelGraph(model, plan.input_shape).left_whole(plan.residual):
         print(f"{config.variant.label}: stays whole: {line}", flush=True)
     return StepResult(

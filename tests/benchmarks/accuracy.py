@@ -2,8 +2,8 @@
 
 Each is given or trained, then pruned and fine-tuned in several ways and by several seeds, by the presets' settings. A
 call works for some minutes, stops by itself, and goes on where it stopped when it is called again; exit code 3 says
-that work is left. It needs torch, torchvision, numpy, safetensors, pydantic and torch-pruning, and writes
-accuracy-NETWORK.json after each seed that is ready.
+that work is left. It writes accuracy-NETWORK.json after each seed that is ready. On a machine that has no more than
+torch, torchvision, numpy, safetensors, pydantic and torch-pruning: ``python -m tests.benchmarks.accuracy resnet56``.
 """
 
 from __future__ import annotations

@@ -48,15 +48,19 @@ def add(name: str, folder: Path, command: str, data: str) -> None:
 
 def render() -> str:
     """The page, as Markdown."""
-    sections: dict[str, list[str]] = {kind: [] for kind in ("accuracy", "run", "rules", "scores", "speed")}
+    sections: dict[str, list[str]] = {
+        kind: [] for kind in ("accuracy", "variants", "run", "scores", "quality", "speed")
+    }
     for path in sorted(FOLDER.glob("*.json")):
         kind, _, name = path.stem.partition("-")
         content = json.loads(path.read_text())
         match kind:
             case "accuracy":
                 sections[kind].append(_accuracy(content))
-            case "rules":
-                sections[kind].append(_rules(content))
+            case "variants":
+                sections[kind].append(_variants(content))
+            case "quality":
+                sections[kind].append(_quality(content))
             case "scores":
                 sections[kind].append(_scores(name, content))
             case "speed":
@@ -68,7 +72,7 @@ def render() -> str:
 
 def _accuracy(content: dict[str, Any]) -> str:
     """A network of `make bench-accuracy`: each variant over its seeds, against `none`."""
-    dense, device, finetune = content["dense"], content["machine"], content["settings"]["finetune"]
+    dense, finetune = content["dense"], content["settings"]["finetune"]
     by_variant: dict[str, dict[str, dict[str, Any]]] = {}
     for key, figures in content["variants"].items():
         variant, _, seed = key.rpartition("-")
@@ -100,40 +104,105 @@ batches of {LATENCY_BATCH}.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Command: `{content["command"]}`. Settings {content["settings_hash"]}. Machine: {device["device"]}, Python
-{device["python"]}, torch {device["torch"]}, {device["date"]}.
+{_provenance(content)}
 """
 
 
-def _rules(content: dict[str, Any]) -> str:
-    """Residual rules at equal MACs and at equal latency."""
-    device, budgets = content["machine"], content["settings"]["variants"]
-    by_variant: dict[str, list[dict[str, Any]]] = {}
+def _variants(content: dict[str, Any]) -> str:
+    """Residual rules at equal MACs and at equal latency, and SCOP against its controls."""
+    settings = content["settings"]["variants"]
+    by_variant: dict[str, dict[str, dict[str, Any]]] = {}
     for key, figures in content["variants"].items():
-        by_variant.setdefault(key.rpartition("-")[0], []).append(figures)
+        variant, _, seed = key.rpartition("-")
+        by_variant.setdefault(variant, {})[seed] = figures
+    rules, methods = [], []
+    for name, found in ((name, by_variant[name]) for name in settings if name in by_variant):
+        first, figures = name.partition("-")[0], next(iter(found.values()))
+        sizes = [human(figures["params"]), human(figures["macs"])]
+        accuracy = [str(len(found)), *(_percents(found, key) for key in ("recalibrated_top1", "top1"))]
+        speed = f"{statistics.fmean(f['speedup'] for f in found.values()):.2f}x"
+        if "residual" in settings[name]:
+            rules.append([first, name.partition("-")[2], *sizes, speed, *accuracy])
+        if name == "scatter-macs" or "residual" not in settings[name]:
+            selection = settings[name].get("selection", "uniform")
+            method = settings[name].get("method", "scop")
+            against = (
+                ""
+                if method in ("scop", "none")
+                else _with_interval(
+                    _differences(by_variant["scatter-macs" if selection == "global" else "scop-uniform"], found)
+                )
+            )
+            methods.append([method, "" if method == "none" else selection, *sizes, *accuracy, against])
+    (latency,) = {v["budget"]["latency_ms"] for v in settings.values() if "latency_ms" in v.get("budget", {})}
+    finetune, images = content["settings"]["finetune"], content["training_images"]
+    return f"""## Short fine-tuning: {content["network"]}, CIFAR-10 (JPEG q75)
+
+Networks of one budget, trained for {finetune["epochs"]} epoch of {images:,} images (batch {finetune["batch_size"]},
+peak rate {finetune["lr"]}, distillation from the dense network {finetune["distillation"]["weight"]}): enough to tell
+good selections from bad ones, and not what they come to in the end. Top-1 on the test split after recalibration of the
+batch norms, and after fine-tuning; mean and standard deviation over seeds, of which each has scores of its own.
+
+### Residual rules
+
+Each rule at the same MACs, and then at the same latency ({latency:g} ms for a batch of {LATENCY_BATCH}, measured while
+selecting), selection global. Speed is that of batches of {LATENCY_BATCH}, measured after fine-tuning.
+
+| rule | same | parameters | MACs | speed | seeds | before | after |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(f"| {' | '.join(row)} |" for row in rules)}
+
+### Methods
+
+Rule scatter. The last column is SCOP's top-1 less the control's by the same selection, seed by seed, with its 95 %
+interval: only where that leaves out 0 is there a difference.
+
+| method | selection | parameters | MACs | seeds | before | after | SCOP's lead |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(f"| {' | '.join(row)} |" for row in methods)}
+
+{_provenance(content)}
+"""
+
+
+def _quality(content: dict[str, Any]) -> str:
+    """How good knockoffs are."""
     rows = []
-    for name in budgets:
-        found = by_variant[name]
-        rule, _, what = name.partition("-")
-        cells = [rule, what, human(found[0]["params"]), human(found[0]["macs"])]
-        cells.append(f"{statistics.fmean(figures['speedup'] for figures in found):.2f}x")
-        cells += [_percent([figures[key] for figures in found], 2) for key in ("recalibrated_top1", "top1")]
+    for name, found in content["sources"].items():
+        quality = found["quality"]
+        tests = [f"{quality[swap]['p']:.3f}" for swap in ("swap_all", "swap_half", "swap_pixels")]
+        cells = [name, *tests, f"{quality['correlation']:.3f} ({quality['correlation_expected']:.3f})"]
+        agreement = f"{quality['label_agreement']:.1%} ({quality['label_agreement_expected']:.1%}"
+        cells.append(f"{agreement}, p = {quality['label_p']:.3f})")
+        cells += [f"{found[key]:.0%}" for key in ("beat_their_knockoffs", "are_beaten")]
+        cells += [f"{kept:.0%}" if kept else "refused" for kept in found["kept_at_fdr"].values()]
         rows.append(f"| {' | '.join(cells)} |")
-    (latency,) = {v["budget"]["latency_ms"] for v in budgets.values() if "latency_ms" in v.get("budget", {})}
-    epochs = content["settings"]["finetune"]["epochs"]
-    return f"""## Residual rules: {content["network"]}, CIFAR-10 (JPEG q75)
+    first = next(iter(content["sources"].values()))
+    return f"""## How good knockoffs are: CIFAR-10 (JPEG q75)
 
-Each rule at the same MACs, and then at the same latency ({latency:g} ms for a batch of 64, measured while selecting),
-selection global. Top-1 on the test split before fine-tuning and after {epochs} epochs of it, mean and standard
-deviation over {len(by_variant["none"])} seeds.
+Permutation p-values of the swaps (everything, half of the principal components, half of the pixels at 4x4), correlation
+with the original (of independent images), how often the dense network finds the original's label (by chance). Then what
+the channels of the shared {
+        content["network"]
+    } make of them: the share that beats its knockoff by more than two standard
+errors, that is beaten, and that the filter keeps.
 
-| rule | same | parameters | MACs | speed, batch 64 | before | after |
-| --- | --- | --- | --- | --- | --- | --- |
+| source | all | components | pixels | correlation | label | beat | beaten | {
+        " | ".join(f"fdr {q}" for q in first["kept_at_fdr"])
+    } |
+| --- | --- | --- | --- | --- | --- | --- | --- | {" | ".join("---" for _ in first["kept_at_fdr"])} |
 {chr(10).join(rows)}
 
-Command: `{content["command"]}`. Settings {content["settings_hash"]}. Machine: {device["device"]}, Python
-{device["python"]}, torch {device["torch"]}, {device["date"]}.
+{_provenance(content | {"machine": first["machine"]})}
 """
+
+
+def _provenance(content: dict[str, Any]) -> str:
+    """By which command, settings and machine."""
+    device = content["machine"]
+    settings = f" Settings {content['settings_hash']}." if "settings_hash" in content else ""
+    return f"""Command: `{content["command"]}`.{settings} Machine: {device["device"]}, Python
+{device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}."""
 
 
 def _run(name: str, content: dict[str, Any]) -> str:
@@ -174,6 +243,7 @@ def _scores(network: str, content: dict[str, Any]) -> str:
     ways = content["ways"]
     rates = list(next(iter(ways.values()))["top1"])
     device = ways["fisher"]["machine"]
+    revisions = dict.fromkeys(figures["machine"]["revision"] for figures in ways.values())
     rows = []
     for way, figures in ways.items():
         cells = [way, str(figures["seeds"]), *(_percent(figures["top1"][rate]) for rate in rates)]
@@ -193,7 +263,7 @@ they mean says [knockoffs.md](knockoffs.md).
 {chr(10).join(rows)}
 
 Command: `{content["command"]}`. Machine: {device["device"]}, Python {device["python"]}, torch {device["torch"]},
-revision {device["revision"]}, {device["date"]}.
+revisions {", ".join(revisions)}, {device["date"]}.
 """
 
 
