@@ -17,6 +17,7 @@ from scop.device import autocast, autocast_dtype, to_device
 from scop.distillation import Distillation
 from scop.errors import UserError
 from scop.narrow import NarrowBatchNorms
+from scop.strided import pick_pixels_first
 from scop.sync_batch_norm import SynchronisedBatchNorms
 from scop.training import TrainingBatches
 
@@ -63,6 +64,7 @@ class Supervised:
             self._batch_norms = SynchronisedBatchNorms()
         elif device.type == "cpu" and not section.compile:  # a compiler makes kernels of its own for every width
             self._batch_norms = NarrowBatchNorms()
+        self._undo: Callable[[], None] = pick_pixels_first(model) if device.type == "cpu" else lambda: None
         network = distributed.parallel(model, device)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if section.compile else network
 
@@ -77,6 +79,7 @@ class Supervised:
 
     def finish(self) -> None:
         """Have the trained network take the average's weights, where there is one, and let go of it."""
+        self._undo()
         if self._distillation is not None:
             self._distillation.finish()
         if self.average is not None:
