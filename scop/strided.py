@@ -42,5 +42,5 @@ def _is_in_danger(module: nn.Conv2d) -> bool:
     return pointwise and module.stride != (1, 1) and module.in_channels // module.groups < _LANES
 
 
-def _pick(stride: tuple[int, int], _: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+def _pick(stride: tuple[int, ...], _: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     return (inputs[0][..., :: stride[0], :: stride[1]], *inputs[1:])
