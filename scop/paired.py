@@ -8,6 +8,7 @@ Student's t over the pairs. A claim is made only where it leaves 0 out.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -116,7 +117,13 @@ def _paired(first: Sequence[Result], second: Sequence[Result], same: str) -> Pai
     differences = [ours[key].metrics[_ACCURACY] - theirs[key].metrics[_ACCURACY] for key in common]
     low, high = interval(differences)
     reference = second[0].params["method"] == "none"
-    return Paired(first[0].name, second[0].name, fmean(differences), low, high, len(common), same, reference)
+    return Paired(_name(first), _name(second), fmean(differences), low, high, len(common), same, reference)
+
+
+def _name(results: Sequence[Result]) -> str:
+    """Of a recipe: that of its variant, without the seed where there are several."""
+    name = results[0].name
+    return re.sub(r"-seed\d+$", "", name) if len(results) > 1 else name
 
 
 def _pair(result: Result, other: Result) -> tuple[object, ...]:

@@ -42,6 +42,13 @@ def test_a_difference_that_holds_in_each_pair_is_told() -> None:
     assert str(other).startswith("scop is worse than l1 at the same MACs: -1.00 points")
 
 
+def test_a_recipe_of_several_seeds_is_named_without_them() -> None:
+    rows = results({"scop": [0.90, 0.92], "l1": [0.89, 0.90]})
+    seeded = [Result(**{**vars(row), "name": f"{row.name}-seed{row.params['seed']}"}) for row in rows]
+    assert [(one.first, one.second) for one in compare_pairs(seeded)] == [("scop", "l1")]
+    assert [(one.first, one.second) for one in compare_pairs([seeded[0], seeded[2]])] == [("scop-seed0", "l1-seed0")]
+
+
 def test_nothing_is_claimed_that_the_interval_does_not_say() -> None:
     (found,) = compare_pairs(results({"scop": [0.90, 0.91, 0.95], "l1": [0.89, 0.92, 0.93]}))
     assert not found.told

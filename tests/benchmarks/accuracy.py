@@ -54,7 +54,7 @@ def plans(weights: Path | None = WEIGHTS, compiled: bool = False) -> dict[str, P
             DenseSection.model_validate(
                 {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
             ),
-            FinetuneSection.model_validate({"epochs": 6, "lr": 0.05, "warmup_epochs": 1, **_FINE, **more}),
+            FinetuneSection.model_validate({"epochs": 20, "lr": 0.05, "warmup_epochs": 2, **_FINE, **more}),
             _variants({"macs": 0.442}),
             once=("l1",),
             command="make bench-accuracy",

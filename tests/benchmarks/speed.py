@@ -311,7 +311,7 @@ BENCHMARKS = {
     "batches": (batches, 30),
     "knockoff_step": (knockoff_step, 12),
     "finetuning": (finetuning, 10),
-    "latency_budget": (latency_budget, 3),
+    "latency_budget": (latency_budget, 2),
     "help": (help_seconds, 9),
     "step_overhead": (step_overhead, 5),
     "archive": (archive, 2),

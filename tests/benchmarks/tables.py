@@ -305,6 +305,16 @@ def _row(name: str, by_seed: dict[str, dict[str, Any]], reference: dict[str, dic
     return f"| {' | '.join([*cells, '' if by_seed == reference else _with_interval(pairs)])} |"
 
 
+def _latency_budget(content: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if "latency_budget" not in content:
+        return []
+    answer, off = content["latency_budget"]["answer"], content["latency_budget"]["off"]
+    return [
+        ("a budget of latency answered, ResNet-20", f"{answer['seconds']:.0f} s", "at most 120 s"),
+        ("the network's latency, measured anew, off its budget by", f"{off['ratio']:.1%}", "at most 3 %"),
+    ]
+
+
 def _speed(content: dict[str, Any]) -> str:
     finetuning, device = content["finetuning"], content["batches"]["machine"]
     rows = [
@@ -330,16 +340,7 @@ def _speed(content: dict[str, Any]) -> str:
             f"{finetuning['coupled']['ratio']:.2f}x",
             "at least 1.8x",
         ),
-        (
-            "a budget of latency answered, ResNet-20",
-            f"{content['latency_budget']['answer']['seconds']:.0f} s",
-            "at most 120 s",
-        ),
-        (
-            "the network's latency, measured anew, off its budget by",
-            f"{content['latency_budget']['off']['ratio']:.1%}",
-            "at most 3 %",
-        ),
+        *_latency_budget(content),
         ("`scop --help`", f"{content['help']['seconds']:.2f} s", "at most 0.5 s"),
         ("a step's own overhead, with tracking", f"{content['step_overhead']['seconds']:.1f} s", "at most 8 s"),
         (
