@@ -256,17 +256,18 @@ def test_a_few_grey_images_of_ones_own_and_a_network_for_other_classes(tmp_path:
     torch.manual_seed(0)
     torch.save(make_model("torchvision:resnet18", num_classes=1000).state_dict(), tmp_path / "resnet18.pth")
     settings = [f"data.path={tmp_path}/photos", f"dense.pretrained={tmp_path}/resnet18.pth", "data.image_size=32"]
-    settings += ["dense.epochs=10", "finetune.epochs=5", "dense.flip=false", "knockoff.flip=false"]
-    settings += ["finetune.flip=false", "evaluate.repeats=3", "variants=[{selection: global, budget: {macs: 0.5}}]"]
+    settings += ["dense.epochs=10", "finetune.epochs=5", "evaluate.repeats=3"]
     command = [sys.executable, "-m", "scop.cli", "run", "-f", "own-images", "--out", str(tmp_path / "runs")]
     result = run([*command, *(f"--set={setting}" for setting in settings)])
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resnet18.pth, but for fc, which had other classes" in result.stdout
     (summary,) = (tmp_path / "runs").glob("*/summary.json")
-    (variant,) = json.loads(summary.read_text())["variants"]
-    assert variant["dense"]["top1"] > 0.9
-    assert variant["pruned"]["top1"] > 0.9
-    assert variant["pruned"]["macs"] <= 0.5 * variant["dense"]["macs"]
+    variants = {variant["name"]: variant for variant in json.loads(summary.read_text())["variants"]}
+    assert variants.keys() == {"pruned", "none"}
+    assert variants["pruned"]["dense"]["top1"] > 0.9
+    assert variants["pruned"]["pruned"]["top1"] > 0.9
+    assert variants["none"]["pruned"]["top1"] > 0.9
+    assert variants["pruned"]["pruned"]["macs"] <= 0.5 * variants["pruned"]["dense"]["macs"]
 
 
 def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:
