@@ -271,13 +271,28 @@ def test_a_measured_budget_is_searched_for_where_the_measure_is_rough() -> None:
     assert len(asked) < 20
     assert plan.latency_ms == pytest.approx(asked[-1])
     assert 0.97 * target < plan.latency_ms <= 1.01 * target
-
-    def even(plan: ChannelPlan) -> float:
-        return float(sizes.count("macs", plan))
-
-    assert even(solve_measured(selection, target, even)) == pytest.approx(target, rel=0.03)
     with pytest.raises(UserError, match="latency_ms is out of reach"):
         solve_measured(selection, 10, rough)
+
+
+@pytest.mark.parametrize("disturbed", [None, 2, 3, 4])
+@pytest.mark.parametrize("by", [3.0, 0.2])
+def test_one_disturbed_measurement_does_not_lead_astray(disturbed: int | None, by: float) -> None:
+    model = make_model("resnet20")
+    graph = ChannelGraph(model, SHAPE)
+    selection, sizes = Selection(model, graph, VariantSection(method="l1")), Sizes(model, graph)
+    count = 0
+
+    def latency(plan: ChannelPlan) -> float:
+        nonlocal count
+        count += 1
+        return sizes.count("macs", plan) * (by if count == disturbed else 1.0)
+
+    target = 0.6 * sizes.count("macs")
+    plan = solve_measured(selection, target, latency)
+    assert sizes.count("macs", plan) == plan.latency_ms
+    assert 0.97 * target <= plan.latency_ms <= 1.01 * target
+    assert count < 40
 
 
 @pytest.mark.slow
@@ -288,7 +303,7 @@ def test_a_budget_of_latency_is_met() -> None:
     stopwatch = Stopwatch(model, graph, BudgetSection(latency_ms=1, batch_size=32, threads=1), cpu)
     selection = Selection(model, graph, VariantSection(method="l1", residual="coupled"))
     plan = solve_measured(selection, 0.6 * stopwatch.dense_ms, stopwatch)
-    assert 0.5 < stopwatch(plan) / stopwatch.dense_ms < 0.7
+    assert 0.45 < stopwatch(plan) / stopwatch.dense_ms < 0.75
 
 
 def test_rates_and_patterns_say_which_layers() -> None:
