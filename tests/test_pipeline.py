@@ -203,7 +203,8 @@ def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple
         assert sorted(page.locator("tbody th").all_inner_texts()) == ["none", "scop"]
         assert page.locator("#pareto .point").count() == 3  # with the dense one
         record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
-        row = page.locator("tbody tr", has_text="scop").first.inner_text()
+        name = page.locator("th", has_text=re.compile("^scop$"))
+        row = page.locator("tbody tr").filter(has=name).inner_text()
         assert record["tracking_run"] in row
         assert f"scop rerun {folder}/scop/evaluate/evaluation" in row
 
