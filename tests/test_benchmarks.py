@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from pipelines.presets import find_config
+from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
 from scop.data import Dataset
 from tests.benchmarks.accuracy import plans
@@ -45,6 +48,33 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
     assert report["variants"]["none-0"]["params"] == report["dense"]["params"]
 
 
+def test_what_was_measured_elsewhere_is_not_measured_again(digits: Dataset, tmp_path: Path) -> None:
+    """As long as the dense network is the same one and a variant's settings are the same."""
+    weights = tmp_path / "dense.safetensors"
+    save_file(make_model("tests.helpers:Plain", in_channels=1).state_dict(), weights)
+    dense = {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}}
+    finetune = FinetuneSection(epochs=1, batch_size=256)
+
+    def measured(where: str, seeds: int, rate: float = 0.5, **given: str) -> dict[str, Any]:
+        variants = {"none": {"method": "none"}, "l1": {"method": "l1", "prune_rate": rate}}
+        sections = {name: VariantSection.model_validate(variant) for name, variant in variants.items()}
+        plan = Plan(DenseSection.model_validate({**dense, **given, "epochs": 1}), finetune, sections)
+        assert work_through({"plain": plan}, digits, tmp_path / where, tmp_path, seeds, lambda: False) == 0
+        rows: dict[str, Any] = json.loads((tmp_path / "accuracy-plain.json").read_text())["variants"]
+        return rows
+
+    first = measured("here", 1, weights=str(weights))
+    both = measured("there", 2, weights=str(weights))
+    assert set(both) == {"none-0", "l1-0", "none-1", "l1-1"}
+    assert {key: both[key] for key in first} == first
+    assert not list((tmp_path / "there").rglob("*-0-*.json"))
+    other = measured("there", 1, rate=0.25, weights=str(weights))
+    assert other["none-0"] == first["none-0"]
+    assert other["l1-0"]["params"] > first["l1-0"]["params"]
+    trained = measured("there", 1, rate=0.25)
+    assert trained["none-0"]["settings_hash"] != first["none-0"]["settings_hash"]
+
+
 @pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet50"])
 def test_what_is_measured_is_the_preset(network: str) -> None:
     config, plan = load_config(find_config(f"cifar10-{network}")), plans()[network]
@@ -64,6 +94,7 @@ import sys
 sys.modules.update(dict.fromkeys({absent.split()!r}))  # importing what is None there fails
 import numpy as np
 from pathlib import Path
+from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection
 from scop.data import Split, make_dataset
 from tests.benchmarks.accuracy import plans

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ batches of {LATENCY_BATCH}.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-{_provenance(content)}
+{_provenance(content["command"], content["variants"].values())}
 """
 
 
@@ -161,7 +162,7 @@ interval: only where that leaves out 0 is there a difference.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(f"| {' | '.join(row)} |" for row in methods)}
 
-{_provenance(content)}
+{_provenance(content["command"], content["variants"].values())}
 """
 
 
@@ -193,16 +194,19 @@ errors, that is beaten, and that the filter keeps.
 | --- | --- | --- | --- | --- | --- | --- | --- | {" | ".join("---" for _ in first["kept_at_fdr"])} |
 {chr(10).join(rows)}
 
-{_provenance(content | {"machine": first["machine"]})}
+{_provenance(content["command"], content["sources"].values())}
 """
 
 
-def _provenance(content: dict[str, Any]) -> str:
-    """By which command, settings and machine."""
-    device = content["machine"]
-    settings = f" Settings {content['settings_hash']}." if "settings_hash" in content else ""
-    return f"""Command: `{content["command"]}`.{settings} Machine: {device["device"]}, Python
-{device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}."""
+def _provenance(command: str, rows: Iterable[dict[str, Any]]) -> str:
+    """By which command, on which machines: rows may be of several."""
+    machines = [row["machine"] for row in rows]
+
+    def every(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(machine[key]) for machine in machines))
+
+    return f"""Command: `{command}`. Machine: {every("device")}, Python {every("python")}, torch {every("torch")};
+revision {every("revision")}; {every("date")}."""
 
 
 def _run(name: str, content: dict[str, Any]) -> str:
@@ -242,8 +246,6 @@ Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alon
 def _scores(network: str, content: dict[str, Any]) -> str:
     ways = content["ways"]
     rates = list(next(iter(ways.values()))["top1"])
-    device = ways["fisher"]["machine"]
-    revisions = dict.fromkeys(figures["machine"]["revision"] for figures in ways.values())
     rows = []
     for way, figures in ways.items():
         cells = [way, str(figures["seeds"]), *(_percent(figures["top1"][rate]) for rate in rates)]
@@ -262,8 +264,7 @@ they mean says [knockoffs.md](knockoffs.md).
 | --- | --- | {"--- | " * len(rates)}--- | --- |
 {chr(10).join(rows)}
 
-Command: `{content["command"]}`. Machine: {device["device"]}, Python {device["python"]}, torch {device["torch"]},
-revisions {", ".join(revisions)}, {device["date"]}.
+{_provenance(content["command"], ways.values())}
 """
 
 

@@ -1,6 +1,7 @@
 """Trainings of a benchmark that take longer than a sitting: each call goes on where the last one stopped.
 
-Only torch, torchvision, numpy, safetensors, pydantic and torch-pruning are needed.
+What is in the JSON file already, by the same settings, is not done again, wherever it was measured. Only torch,
+torchvision, numpy, safetensors, pydantic and torch-pruning are needed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,31 @@ class Work:
         dataset: the images.
         folder: where it is kept.
         stopping: says when time is up.
+        earlier: figures of an earlier report, by variant and seed. Those of a network that was trained for the
+            benchmark count only where that network is, in the folder.
+
+    Attributes:
+        fingerprint: of the dense network and the images.
 
     Raises:
         Stopped: by its methods, when time is up; a checkpoint is written.
     """
 
-    def __init__(self, name: str, plan: Plan, dataset: Dataset, folder: Path, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        dataset: Dataset,
+        folder: Path,
+        stopping: Callable[[], bool],
+        earlier: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.name, self.plan, self.dataset, self.stopping = name, plan, dataset, stopping
         self.device = pick_device()
-        variants = {name: variant.model_dump() for name, variant in plan.variants.items()}
-        settings = [plan.dense.model_dump(exclude={"weights"}), plan.finetune.model_dump(), variants]
-        data = [dataset.info.content, len(dataset["train"])]
-        self.fingerprint = sha256(json.dumps([*settings, *data]).encode()).hexdigest()[:16]
+        given = plan.dense.weights and sha256(Path(plan.dense.weights).read_bytes()).hexdigest()
+        dense = [plan.dense.model_dump(exclude={"weights"}), given]
+        self.fingerprint = _hashed(*dense, dataset.info.content, len(dataset["train"]))
+        self._earlier = earlier if earlier and given else {}
         self.folder = folder / f"{name}-{self.fingerprint}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -87,19 +100,29 @@ class Work:
         """All variants, or only these, by one seed."""
         for variant in self.plan.variants:
             enough = variant in self.plan.once and seed != self.plan.seeds[0]
-            if enough or (only is not None and variant not in only):
+            if enough or (only is not None and variant not in only) or self.known(variant, seed):
                 continue
-            self.once(f"{variant}-{seed}.json", partial(self.finetuned, variant, seed))
-
-    def once(self, file: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gives, made only if it is not there."""
-        path = self.folder / file
-        if not path.exists():
-            made = json.dumps(make(), indent=1)
-            path.with_suffix(".part").write_text(made)
+            path = self._file(variant, seed, "json")
+            text = json.dumps(self.finetuned(variant, seed), indent=1)
+            path.with_suffix(".part").write_text(text)
             path.with_suffix(".part").rename(path)
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+
+    def known(self, variant: str, seed: int) -> dict[str, Any] | None:
+        """A variant's figures, where there are any by these settings."""
+        path = self._file(variant, seed, "json")
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        row = self._earlier.get(f"{variant}-{seed}")
+        return row if row and row["settings_hash"] == self.settings(variant) else None
+
+    def settings(self, variant: str) -> str:
+        """The hash of all that a variant's figures come from, besides the seed."""
+        sections = (self.plan.finetune, self.plan.variants[variant])
+        return _hashed(self.fingerprint, *(section.model_dump() for section in sections))
+
+    def _file(self, variant: str, seed: int, kind: str) -> Path:
+        return self.folder / f"{variant}-{seed}-{self.settings(variant)}.{kind}"
 
     def dense(self) -> nn.Module:
         """The network as given, or trained."""
@@ -111,7 +134,7 @@ class Work:
             return model.eval()
         if given is not None:
             load_weights(model, given)
-        seconds = 0.0 if given is not None else self.train(model, self.plan.dense, "dense", None)
+        seconds = 0.0 if given is not None else self.train(model, self.plan.dense, "dense", None, self.fingerprint)
         model.to(self.device)
         figures = self.figures(model) | {"seconds": seconds}
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
@@ -136,7 +159,7 @@ class Work:
 
     def selected(self, name: str, dense: nn.Module, seed: int) -> ChannelPlan:
         """What a variant removes, by scores of this seed; kept, since latency is never measured the same twice."""
-        path = self.folder / f"{name}-{seed}.plan"
+        path = self._file(name, seed, "plan")
         if not path.exists():
             variant = self.plan.variants[name].model_copy(update={"seed": seed})
             scores = self.scores(dense, seed) if variant.method == "scop" else None
@@ -155,22 +178,26 @@ class Work:
         if name != "none":
             recalibrate(pruned, self.batches(section.batch_size, section), 50, self.device, dtype)
         recalibrated = measure_accuracy(pruned.eval(), self.test(), self.device).top1
-        seconds = self.train(pruned, section, f"{name}-{seed}", teacher)
+        seconds = self.train(pruned, section, f"{name}-{seed}", teacher, self.settings(name))
         networks = {"dense": dense.eval(), "pruned": pruned.eval()}
         times = measure_latency(networks, self.dataset.info.shape, LATENCY_BATCH, self.device)
         return self.figures(pruned) | {
             "recalibrated_top1": recalibrated,
             "seconds": seconds,
             "speedup": times["dense"].p50 / times["pruned"].p50,
+            "settings_hash": self.settings(name),
+            "machine": machine(),
         }
 
-    def train(self, model: nn.Module, section: TrainingSection, label: str, teacher: nn.Module | None) -> float:
+    def train(
+        self, model: nn.Module, section: TrainingSection, label: str, teacher: nn.Module | None, settings: str
+    ) -> float:
         """Train in place, from the newest checkpoint; the seconds that it took in all."""
         torch.manual_seed(section.seed)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distillation = section.distillation if isinstance(section, FinetuneSection) else None
         objective = Supervised(model, self.device, section, teacher, distillation)
-        checkpoints = Checkpoints(str(self.folder / f"checkpoints-{label}"), self.fingerprint, keep=1)
+        checkpoints = Checkpoints(str(self.folder / f"checkpoints-{label}-{settings}"), settings, keep=1)
         history = fit(
             objective,
             self.batches(section.batch_size, section),
@@ -205,11 +232,12 @@ class Work:
 
     def report(self) -> dict[str, Any]:
         """All figures that there are."""
-        found = {path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))}
+        self.dense()
+        every = ((variant, seed) for seed in self.plan.seeds for variant in self.plan.variants)
         return {
             "network": self.name,
-            "dense": found.pop("dense"),
-            "variants": found,
+            "dense": json.loads((self.folder / "dense.json").read_text()),
+            "variants": {f"{variant}-{seed}": row for variant, seed in every if (row := self.known(variant, seed))},
             "settings": {
                 "variants": {
                     name: v.model_dump(mode="json", exclude_unset=True) for name, v in self.plan.variants.items()
@@ -217,12 +245,14 @@ class Work:
                 "dense": self.plan.dense.model_dump(mode="json", exclude={"weights"}),
                 "finetune": self.plan.finetune.model_dump(mode="json"),
             },
-            "settings_hash": self.fingerprint,
             "data": self.dataset.info.source,
             "training_images": len(self.dataset["train"]),
-            "machine": machine(),
             "command": self.plan.command,
         }
+
+
+def _hashed(*settings: object) -> str:
+    return sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def images(archive: Path, folder: Path) -> Dataset:
@@ -250,13 +280,15 @@ def work_through(
         for name, plan in chosen.items():
             if number >= len(plan.seeds):
                 continue
-            work = Work(name, plan, dataset, folder, stopping)
+            file = results / f"{prefix}-{name}.json"
+            earlier = json.loads(file.read_text())["variants"] if file.exists() else None
+            work = Work(name, plan, dataset, folder, stopping, earlier)
             try:
                 work.run(plan.seeds[number], only)
             except Stopped as stop:
                 print(f"{stop}; the same command goes on", flush=True)
                 return WORK_LEFT
             report = work.report()
-            (results / f"{prefix}-{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+            file.write_text(json.dumps(report, indent=1) + "\n")
             print(name, {key: figures["top1"] for key, figures in report["variants"].items()}, flush=True)
     return 0
