@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
+
+import numpy as np
 
 from scop.results import Result
 
@@ -78,17 +80,37 @@ def compare_pairs(results: Sequence[Result]) -> list[Paired]:
     for result in results:
         if _ACCURACY in result.metrics and result.training is not None:
             recipes.setdefault(result.identity, []).append(result)
-    costs = {identity: _costs(own) for identity, own in recipes.items()}
+    every = [_Recipe(own) for own in recipes.values()]
+    controls = [recipe for recipe in every if recipe.method != "scop"]
+    keys = [*_COSTS, *sorted({key for recipe in controls for key in recipe.costs} - set(_COSTS))]
+    table = np.array([[recipe.costs.get(key, np.nan) for key in keys] for recipe in controls]).reshape(-1, len(keys))
     found = []
-    for first, ours in recipes.items():
-        if ours[0].params.get("method") != "scop":
+    for ours in every:
+        if ours.method != "scop":
             continue
-        for second, theirs in recipes.items():  # of which there may be thousands
-            method = theirs[0].params.get("method")
-            same = "" if method == "none" else _same(costs[first], costs[second])
-            if method != "scop" and same is not None:
-                found.append(_paired(ours, theirs, same))
+        # All controls at once, for there may be thousands; what is missing equals nothing.
+        equal = np.abs(np.array([ours.costs.get(key, np.nan) for key in keys]) / table - 1) <= _SAME_BUDGET
+        reference = np.array([recipe.method == "none" for recipe in controls], bool)
+        first = equal.argmax(axis=1)
+        for place in np.flatnonzero(equal.any(axis=1) | reference):
+            same = "" if reference[place] else _named(keys[first[place]])
+            found.append(_paired(ours, controls[place], same))
     return sorted((one for one in found if one), key=lambda one: (one.first, one.reference, one.second))
+
+
+class _Recipe:
+    """Results that differ in nothing but their seeds."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        name, self.method = results[0].name, results[0].params.get("method")
+        self.name = re.sub(r"-seed\d+$", "", name) if len(results) > 1 else name
+        self.training = results[0].training
+        self.costs = _costs(results)
+        # By what both of a pair have in common.
+        self.top1 = {
+            (result.dataset, *(result.params.get(key) for key in _ALIKE)): result.metrics[_ACCURACY]
+            for result in results
+        }
 
 
 def _costs(results: Sequence[Result]) -> dict[str, float]:
@@ -101,35 +123,20 @@ def _costs(results: Sequence[Result]) -> dict[str, float]:
     }
 
 
-def _same(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str | None:
-    """What two recipes cost the same of, or None."""
-    for key in [*_COSTS, *(key for key in ours if key not in _COSTS)]:
-        if key in ours and key in theirs and abs(ours[key] / theirs[key] - 1) <= _SAME_BUDGET:
-            return _COSTS.get(key, f"latency (batch {key.rpartition(_SPEED)[2]})")
-    return None
+def _named(cost: str) -> str:
+    """What two recipes cost the same of, for people."""
+    return _COSTS.get(cost, f"latency (batch {cost.rpartition(_SPEED)[2]})")
 
 
-def _paired(first: Sequence[Result], second: Sequence[Result], same: str) -> Paired | None:
-    ours, theirs = ({_pair(result, second[0]): result for result in own} for own in (first, second))
-    common = [key for key in ours if key in theirs]
-    if not common:
+def _paired(first: _Recipe, second: _Recipe, same: str) -> Paired | None:
+    if second.method != "scratch" and first.training != second.training:
         return None
-    differences = [ours[key].metrics[_ACCURACY] - theirs[key].metrics[_ACCURACY] for key in common]
+    differences = [top1 - second.top1[key] for key, top1 in first.top1.items() if key in second.top1]
+    if not differences:
+        return None
     low, high = interval(differences)
-    reference = second[0].params["method"] == "none"
-    return Paired(_name(first), _name(second), fmean(differences), low, high, len(common), same, reference)
-
-
-def _name(results: Sequence[Result]) -> str:
-    """Of a recipe: that of its variant, without the seed where there are several."""
-    name = results[0].name
-    return re.sub(r"-seed\d+$", "", name) if len(results) > 1 else name
-
-
-def _pair(result: Result, other: Result) -> tuple[object, ...]:
-    """What both of a pair have in common."""
-    training = None if other.params["method"] == "scratch" else result.training
-    return (result.dataset, training, *(result.params.get(key) for key in _ALIKE))
+    reference = second.method == "none"
+    return Paired(first.name, second.name, fmean(differences), low, high, len(differences), same, reference)
 
 
 def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
@@ -139,5 +146,6 @@ def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
     from scipy.special import stdtrit  # Student's quantile; scipy.stats takes five times as long to import
 
     mean, n = fmean(differences), len(differences)
-    half = float(stdtrit(n - 1, (1 + _CONFIDENCE) / 2)) * stdev(differences) / math.sqrt(n)
+    deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1))
+    half = float(stdtrit(n - 1, (1 + _CONFIDENCE) / 2)) * deviation / math.sqrt(n)
     return mean - half, mean + half
