@@ -8,7 +8,7 @@ ARGS ?=
 # Test files run side by side; WORKERS=0 runs them in one process, where a debugger works.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants docs results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants bench-recovery docs results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,11 @@ bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it agai
 
 bench-variants: $(READY)  ## residual rules, and SCOP against its controls, shortly fine-tuned; an hour and more
 	$(BIN)/python -m tests.benchmarks.variants $(ARGS)
+
+bench-recovery: $(READY)  ## what fine-tuning owes to distillation, averages, rounds and the selection; an hour
+	$(BIN)/scop run -f tests/benchmarks/recovery.yaml --out runs/benchmarks $(ARGS)
+	$(BIN)/python -m tests.benchmarks.tables add recovery-resnet20 "$$(ls -td runs/benchmarks/recovery-*/ | head -1)" \
+	  "make bench-recovery" "CIFAR-10 (JPEG q75)"
 
 docs: $(READY)  ## make docs/configuration.md from the docstrings
 	$(BIN)/python -m pipelines.reference

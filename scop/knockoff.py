@@ -272,12 +272,7 @@ class Competition:
         self.source, self.device, self.section = source, device, section
         self.dtype = autocast_dtype(device, section.precision)
         self.trained = section.score == "published"
-        gammas = {layer: _gamma(model, graph, layer) for layer in gated_layers(graph)}
-        epochs = section.epochs or EPOCHS_AS_PUBLISHED
-        by_batch = section.batch_norm != "frozen"
-        self.gates: Gates = (
-            TrainedGates(gammas, epochs) if self.trained else HeldGates(gammas, section.mixing, by_batch)
-        )
+        self.gates = self.make_gates({layer: _gamma(model, graph, layer) for layer in gated_layers(graph)})
         self.gates.to(device)
         network = frozen_copy(model, graph, self.dtype, section.batch_norm)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -287,6 +282,13 @@ class Competition:
             images = torch.zeros(2, *graph.input_shape, device=device)
             streams = _TwoStreams(network, self.gates, images, joint=section.batch_norm == "joint")
         self._streams = distributed.parallel(streams, device)
+
+    def make_gates(self, gammas: Mapping[str, Tensor]) -> Gates:
+        """Gates for the settings' score: layer -> |gamma| (channels,)."""
+        section = self.section
+        if self.trained:
+            return TrainedGates(gammas, section.epochs or EPOCHS_AS_PUBLISHED)
+        return HeldGates(gammas, section.mixing, by_batch=section.batch_norm != "frozen")
 
     @property
     def state(self) -> nn.Module:

@@ -409,7 +409,11 @@ def test_sensitivity_is_the_accuracy_of_the_network_with_one_layer_pruned(model,
         ("tests.helpers:GroupsAndBias", (3, 16, 16)),
     ],
 )
-def test_sensitivity_prunes_a_layer_as_surgery_does(make: str, shape: tuple[int, int, int]) -> None:
+def test_sensitivity_prunes_a_layer_as_surgery_does(
+    make: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In bf16, where the CPU has it, masked and pruned differ by rounding, which is much on random networks.
+    monkeypatch.setattr("scop.sensitivity.autocast_dtype", lambda *_: torch.float32)
     torch.manual_seed(0)
     model = make_model(make)
     randomise_batch_norms(model.eval())

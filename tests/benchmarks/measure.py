@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
@@ -47,3 +49,8 @@ def machine() -> dict[str, Any]:
         "revision": git_revision(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def settings_hash(*settings: object) -> str:
+    """Of what a figure was made with."""
+    return sha256(json.dumps(settings).encode()).hexdigest()[:16]

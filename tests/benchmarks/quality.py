@@ -20,7 +20,7 @@ from scop.knockoff_quality import measure_quality
 from scop.knockoff_sources import make_source
 from scop.selection import knockoff_threshold
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
-from tests.benchmarks.measure import machine
+from tests.benchmarks.measure import machine, settings_hash
 from tests.benchmarks.work import images
 
 SOURCES: dict[str, dict[str, Any]] = {
@@ -53,6 +53,7 @@ def main(names: list[str]) -> int:
         w = torch.cat([*train_knockoffs(model.cpu(), batches, section, source=source, device=device).signed.values()])
         results["sources"][name] = {
             "settings": SOURCES[name],
+            "settings_hash": settings_hash("resnet20", section.model_dump()),
             "quality": quality.as_dict(),
             "beat_their_knockoffs": float((w > SURE).double().mean()),
             "are_beaten": float((w < -SURE).double().mean()),

@@ -38,7 +38,9 @@ from scop.knockoff import folded_copy, gated_layers
 from scop.selection import Selection
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit
-from tests.benchmarks.measure import machine
+from tests.benchmarks import remedies
+from tests.benchmarks.measure import machine, settings_hash
+from tests.benchmarks.remedies import REMEDIES
 from tests.helpers import SHARED
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +80,7 @@ TRUTH = "removal of one channel"
 def main(arguments: list[str]) -> int:
     """Networks and ways of scoring by name, all by default."""
     networks = [name for name in NETWORKS if name in arguments] or list(NETWORKS)
-    every = [*(way for way in SETTINGS if way != GENERATOR), *CONTROLS, TRUTH, GENERATOR]
+    every = [*(way for way in SETTINGS if way != GENERATOR), *REMEDIES, *CONTROLS, TRUTH, GENERATOR]
     ways = [way for way in every if way in arguments] or every
     for network in networks:
         path = RESULTS / f"scores-{network}.json"
@@ -114,7 +116,7 @@ class Bench:
         """All measures of a way of scoring."""
         rankings, seconds = [], []
         # What has no seed is the same for all.
-        by_chance = (way in SETTINGS and way != GENERATOR) or way == "random"
+        by_chance = (way in SETTINGS and way != GENERATOR) or way in REMEDIES or way == "random"
         for seed in SEEDS if by_chance else SEEDS[:1]:
             started = time.perf_counter()
             rankings.append(self.ranking(way, seed))
@@ -123,6 +125,7 @@ class Bench:
         pairs = [rank_correlation(a, b) for a, b in combinations(rankings, 2)]
         return {
             "settings": SETTINGS.get(way, {}),
+            "settings_hash": settings_hash(self.network, way, SETTINGS.get(way, {}), BATCHES),
             "seeds": len(rankings),
             "seconds": round(mean(seconds), 1),
             "top1": {str(rate): [row[place] for row in top1] for place, rate in enumerate(RATES)},
@@ -138,11 +141,12 @@ class Bench:
             variant = VariantSection.model_validate({"method": way, "seed": seed})
             graph = ChannelGraph(self.model, self.shape)
             return {c.prunable.name: c.scores.flatten() for c in Selection(self.model, graph, variant).candidates}
+        augmentation = Augmentation(crop_padding=4, flip=True)
+        batches = First(Batches(dataset()["train"], dataset().info, 256, self.device, augmentation, seed))
+        if way in REMEDIES:
+            return remedies.ranking(way, self.model, batches, seed, self.device)
         section = KnockoffSection.model_validate({"seed": seed, "crop_padding": 4, "flip": True} | SETTINGS[way])
-        batches = Batches(
-            dataset()["train"], dataset().info, 256, self.device, Augmentation(crop_padding=4, flip=True), seed
-        )
-        return dict(train_knockoffs(self.model, First(batches), section, device=self.device))
+        return dict(train_knockoffs(self.model, batches, section, device=self.device))
 
     def top1(self, way: str, ranking: Ranking, rate: float, seed: int) -> float:
         """After surgery and recalibration."""

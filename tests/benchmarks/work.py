@@ -31,7 +31,7 @@ from scop.plan import ChannelPlan
 from scop.sources import load_source
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit
-from tests.benchmarks.measure import machine
+from tests.benchmarks.measure import machine, settings_hash
 
 LATENCY_BATCH = 64
 WORK_LEFT = 3
@@ -91,7 +91,7 @@ class Work:
         self.device = pick_device()
         given = plan.dense.weights and sha256(Path(plan.dense.weights).read_bytes()).hexdigest()
         dense = [plan.dense.model_dump(exclude={"weights"}), given]
-        self.fingerprint = _hashed(*dense, dataset.info.content, len(dataset["train"]))
+        self.fingerprint = settings_hash(*dense, dataset.info.content, len(dataset["train"]))
         self._earlier = earlier if earlier and given else {}
         self.folder = folder / f"{name}-{self.fingerprint}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ class Work:
     def settings(self, variant: str) -> str:
         """The hash of all that a variant's figures come from, besides the seed."""
         sections = (self.plan.finetune, self.plan.variants[variant])
-        return _hashed(self.fingerprint, *(section.model_dump() for section in sections))
+        return settings_hash(self.fingerprint, *(section.model_dump() for section in sections))
 
     def _file(self, variant: str, seed: int, kind: str) -> Path:
         return self.folder / f"{variant}-{seed}-{self.settings(variant)}.{kind}"
@@ -249,10 +249,6 @@ class Work:
             "training_images": len(self.dataset["train"]),
             "command": self.plan.command,
         }
-
-
-def _hashed(*settings: object) -> str:
-    return sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def images(archive: Path, folder: Path) -> Dataset:
