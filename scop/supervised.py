@@ -50,8 +50,6 @@ class Supervised:
         self.smoothing = section.label_smoothing
         self._distillation: Distillation | None = None
         if teacher is not None and distillation is not None and (distillation.weight or distillation.attention):
-            if section.compile and distillation.attention:
-                raise UserError("compile leaves no place for distillation.attention; set one of the two off")
             self._distillation = Distillation(model, teacher, distillation, self.dtype)
         self.average: AveragedModel | None = None
         if section.ema:

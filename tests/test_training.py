@@ -265,11 +265,21 @@ def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, m
     assert model.first_norm.momentum == 0.1
 
 
-def test_compiled_training_ends_like_eager_training(digits: Dataset) -> None:
+def test_compiled_training_ends_like_eager_training(digits: Dataset, model: nn.Module) -> None:
+    """With attention too, which looks into the network that is compiled."""
     import shutil
 
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    eager, compiled = (train(digits, epochs=1, compile=flag, precision="fp32")[1][0].loss for flag in (False, True))
-    assert compiled == pytest.approx(eager, rel=1e-3)
-    assert math.isfinite(compiled)
+    plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
+    distillation = DistillationSection(weight=0.5, attention=3.0)
+    losses = []
+    for flag in (False, True):
+        student, teacher = scop.prune(model, plan), copy.deepcopy(model).eval().requires_grad_(False)
+        section = FinetuneSection(compile=flag, precision="fp32", lr=0.05)
+        objective = Supervised(student, CPU, section, teacher, distillation)
+        batches = Batches(digits["train"], digits.info, 64, CPU, seed=0)
+        (record,) = fit(objective, batches, make_optimizer(student, section), epochs=1, label="compiled")
+        losses.append(record.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert math.isfinite(losses[1])
