@@ -6,15 +6,16 @@ its gate; the knockoff stream stays pure. The loss is that of the real stream. T
 
 ``fisher``
     The gates stay at a mixing point s, 0.8 say, and for each example the derivative g of its loss by each gate is
-    taken. A channel's score is the empirical Fisher information of its gate,
+    taken. A channel's score is the root of the empirical Fisher information of its gate,
 
-        F_j = E[g_j^2]:
+        sqrt(F_j), F_j = E[g_j^2]:
 
-    how much it matters to an image's loss, either way, whether the feature is the real one. (Where the gates are at a
-    minimum of the loss, F is the curvature there, and half of it times the step's square is what the step costs. At a
-    mixing point they are not, and F is no estimate of a loss but a ranking, which is judged by what it selects.) It
-    wants one pass over some thousand examples and no training. At s = 1 it would ask what one channel is worth while
-    all others are whole; at a mixing point it asks while the others are weakened too, as in the pruned network.
+    how much it matters to an image's loss, either way, whether the feature is the real one; in units of the loss, so
+    that what channels of different layers cost can be held against it. (Where the gates are at a minimum of the loss,
+    F is the curvature there, and half of it times the step's square is what the step costs. At a mixing point they are
+    not, and this is no estimate of a loss but a ranking, which is judged by what it selects.) It wants one pass over
+    some thousand examples and no training. At s = 1 it would ask what one channel is worth while all others are whole;
+    at a mixing point it asks while the others are weakened too, as in the pruned network.
 
 ``published``
     The gates are trained within [0, 1], from 0.5, and scored by ``W_j = |gamma_j| (s_j - (1 - s_j))``, gamma the weight
@@ -104,28 +105,30 @@ class Scores(Mapping[str, Tensor]):
         """Write all but the history to a safetensors file."""
         tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
         # One entry, for several come in any order, and the same scores must be the same bytes.
-        save_file(tensors, path, metadata={"scores": f"{self.kind} {'x'.join(map(str, self.input_shape))}"})
+        save_file(tensors, path, metadata={"scores": f"{_FORMAT} {self.kind} {'x'.join(map(str, self.input_shape))}"})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
         """Read what `save` wrote; the history is not part of it."""
         try:
             with safe_open(path, "pt") as file:
-                kind, _, shape = (file.metadata() or {}).get("scores", "").partition(" ")
+                version, _, described = (file.metadata() or {}).get("scores", "").partition(" ")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{path} holds no scores of the knockoff phase: {error}") from error
+        kind, _, shape = described.partition(" ")
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
         for key, tensor in tensors.items():
             part, _, layer = key.partition("/")
             parts.setdefault(part, {})[layer] = tensor
         same = all(part.keys() == parts["score"].keys() for part in parts.values())
-        if parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
+        if version != _FORMAT or parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
             raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
         channels, height, width = map(int, shape.split("x"))
         return cls(**parts, kind=kind, input_shape=(channels, height, width))  # type: ignore[arg-type]
 
 
+_FORMAT = "2"
 _PARTS = ("score", "error", "signed", "gate")
 
 
@@ -426,11 +429,13 @@ class HeldGates(Gates):
         )
         # An image that is seen again is no new one, though its knockoff is.
         counts = torch.where(self.distinct > 0, self.examples.minimum(self.distinct), self.examples).clamp_min(1)
-        error = ((fourth - square**2).clamp_min(0) / counts[0]).sqrt()
+        root = square.sqrt()
+        error_of_square = ((fourth - square**2).clamp_min(0) / counts[0]).sqrt()
+        error = torch.where(root > 0, error_of_square / (2 * root), 0.0)
         error_of_mean = ((square_at_half - mean_at_half**2).clamp_min(0) / counts[1]).sqrt()
         # The loss falls where a gate opens: then the real feature helps more than its knockoff.
         signed = torch.where(error_of_mean > 0, -mean_at_half / error_of_mean, 0.0)
-        return self._by_layer(square), self._by_layer(error), self._by_layer(signed)
+        return self._by_layer(root), self._by_layer(error), self._by_layer(signed)
 
 
 class TrainedGates(Gates):

@@ -28,7 +28,7 @@ WEIGHTS = ROOT.parent / "shared" / "weights" / "resnet20-cifar10.safetensors"
 
 _AUGMENTED: dict[str, Any] = {"crop_padding": 4, "flip": True, "schedule": "one_cycle"}
 _DENSE: dict[str, Any] = _AUGMENTED | {"label_smoothing": 0.1, "batch_size": 256}
-_FINE: dict[str, Any] = _AUGMENTED | {"ema": 0.998, "distillation": {"weight": 0.9}}
+_FINE: dict[str, Any] = _AUGMENTED | {"ema": 0.998, "distillation": {"weight": 0.9, "attention": 50}}
 
 
 def _variants(budget: dict[str, float]) -> dict[str, VariantSection]:

@@ -100,7 +100,8 @@ def _accuracy(content: dict[str, Any]) -> str:
 
 At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["epochs"]} epochs, `none` just as long:
 batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
-distillation from the dense network ({distillation}), moving average ({finetune["ema"]}). Top-1 on the test split, which
+distillation from the dense network ({distillation}, attention {finetune["distillation"]["attention"]:g}), moving
+average ({finetune["ema"]}). Top-1 on the test split, which
 nothing was chosen by: before fine-tuning, with batch norms recalibrated, and after it; mean and standard deviation over
 seeds. The drop is that of `none` less that of the variant, seed by seed, with its 95 % interval. Speed is that of
 batches of {LATENCY_BATCH}.
@@ -172,10 +173,10 @@ interval: only where that leaves out 0 is there a difference.
 
 _WAYS = {
     "none": "nothing removed",
-    "usual": "as the preset has it: global selection, distillation, moving average",
+    "usual": "as the preset has it: global selection, distillation of answers and attention, moving average",
     "uniform": "the same share removed from each layer",
     "labels-only": "without distillation",
-    "attention": "with attention maps distilled too, weight 10",
+    "answers-only": "without attention",
     "no-average": "without the moving average of weights",
     "two-rounds": "in two rounds, of 1 and 2 epochs",
     "twice-as-long": "6 epochs",
