@@ -26,7 +26,7 @@ from scop.data import Dataset, load_dataset, save_dataset
 from scop.device import autocast_dtype, pick_device
 from scop.errors import Stopped
 from scop.evaluation import count_macs, count_parameters, measure_accuracy, measure_latency
-from scop.knockoff import Scores
+from scop.knockoff import FORMAT, Scores
 from scop.plan import ChannelPlan
 from scop.sources import load_source
 from scop.supervised import Supervised, make_optimizer, recalibrate
@@ -119,7 +119,8 @@ class Work:
     def settings(self, variant: str) -> str:
         """The hash of all that a variant's figures come from, besides the seed."""
         sections = (self.plan.finetune, self.plan.variants[variant])
-        return settings_hash(self.fingerprint, *(section.model_dump() for section in sections))
+        meaning = [FORMAT] if self.plan.variants[variant].method == "scop" else []
+        return settings_hash(self.fingerprint, *(section.model_dump() for section in sections), *meaning)
 
     def _file(self, variant: str, seed: int, kind: str) -> Path:
         return self.folder / f"{variant}-{seed}-{self.settings(variant)}.{kind}"
