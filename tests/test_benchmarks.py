@@ -14,6 +14,7 @@ from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
 from scop.data import Dataset
 from tests.benchmarks.accuracy import plans
+from tests.benchmarks.tables import PAGE, render
 from tests.benchmarks.work import WORK_LEFT, Plan, work_through
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,10 @@ def test_what_is_measured_is_the_preset(network: str) -> None:
     for name, variant in plan.variants.items():
         same = {"name", "seed", "seeds", "finetune"}
         assert variant.model_dump(exclude=same) == by_name[name].model_dump(exclude=same)
+
+
+def test_the_page_of_results_is_made_of_the_figures() -> None:
+    assert PAGE.read_text() == render(), "run make results"
 
 
 def test_it_needs_little_to_be_installed(tmp_path: Path) -> None:
