@@ -294,8 +294,9 @@ class VariantSection(Section):
         name: names it in tables; made of method and rate or budget by default.
         method: scop; the controls random, l1, bn_gamma and fpgm; scratch, a network of such widths with random weights,
             trained by section `finetune` from the beginning; or none, which removes nothing.
-        selection: uniform, the same rate in each layer; global, the lowest scores of all layers, under a budget for
-            what a channel costs of it; knockoff_plus, what the knockoff filter does not keep at `fdr`.
+        selection: uniform, the same rate in each layer; global, the lowest scores of all layers for the share of their
+            layer that is left, and under a budget for what a channel costs of it; knockoff_plus, what the knockoff
+            filter does not keep at `fdr`.
         prune_rate: fraction of the channels removed, in each layer or of all.
         fdr: false-discovery rate among the channels that stay, for knockoff_plus.
         budget: what the network may cost; the rate is solved for, or the false-discovery rate.

@@ -105,7 +105,7 @@ class Scores(Mapping[str, Tensor]):
         """Write all but the history to a safetensors file."""
         tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
         # One entry, for several come in any order, and the same scores must be the same bytes.
-        save_file(tensors, path, metadata={"scores": f"{FORMAT} {self.kind} {'x'.join(map(str, self.input_shape))}"})
+        save_file(tensors, path, metadata={"scores": f"{_FORMAT} {self.kind} {'x'.join(map(str, self.input_shape))}"})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -122,14 +122,13 @@ class Scores(Mapping[str, Tensor]):
             part, _, layer = key.partition("/")
             parts.setdefault(part, {})[layer] = tensor
         same = all(part.keys() == parts["score"].keys() for part in parts.values())
-        if version != FORMAT or parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
+        if version != _FORMAT or parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
             raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
         channels, height, width = map(int, shape.split("x"))
         return cls(**parts, kind=kind, input_shape=(channels, height, width))  # type: ignore[arg-type]
 
 
-FORMAT = "2"
-"""Of the file; it changes with what scores mean."""
+_FORMAT = "2"
 _PARTS = ("score", "error", "signed", "gate")
 
 

@@ -274,8 +274,10 @@ class Selection:
         scores = candidate.ascending.double()
         if not self._comparable:
             scores = scores / scores[candidate.gone :].abs().mean().clamp_min(1e-30)  # W may be below 0
+        # A channel is worth the more, the fewer are left: as if each halving of a layer cost the same.
+        left = 1 - torch.arange(candidate.width, dtype=torch.float64) / candidate.width
         # Of layers that share their channels the mean is known, of those that have scores; all of them are lost.
-        return scores * candidate.blocks * len(candidate.prunable.convs)
+        return scores / left * candidate.blocks * len(candidate.prunable.convs)
 
     def _undiscovered(self, strength: float) -> list[int]:
         """How many of each candidate's channels the knockoff filter does not keep.
