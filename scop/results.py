@@ -35,6 +35,7 @@ _OF_SECTIONS = {
     "finetune.seed": "seed",
     "finetune.distillation.weight": "distillation_weight",
     "finetune.distillation.temperature": "distillation_temperature",
+    "finetune.distillation.attention": "distillation_attention",
 }
 SEEDS = ("seed", "dense_seed", "knockoff_seed", "variant_seed")
 """Parameters in which results of one recipe differ."""

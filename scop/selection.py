@@ -7,10 +7,10 @@ its layer (He et al., 2019, arXiv 1811.00250). `scratch` takes the first of each
 all weights are drawn anew. `none` removes nothing.
 
 How many go, and from where, is the selection's. `uniform` takes the same share from each layer. `global` takes the
-lowest of all; under a budget, the lowest for what they cost of it: to lose little and save much is a knapsack, and
-taking by the ratio solves it but for the last item. Fisher scores are of the same loss and comparable as they are,
-other scores are first divided by their layer's mean size. `knockoff_plus` takes what the knockoff filter does not keep;
-under a budget, what lies below a threshold of W.
+lowest of all for the share of their layer that is left when their turn comes; under a budget, the lowest for what they
+cost of it: to lose little and save much is a knapsack, and taking by the ratio solves it but for the last item. Fisher
+scores are of the same loss and can be compared, other scores are first divided by their layer's mean size.
+`knockoff_plus` takes what the knockoff filter does not keep; under a budget, what lies below a threshold of W.
 
 All have a strength in [0, 1), of which the network's size is a falling function: so a budget is met by bisection, see
 `scop.budget`.
@@ -276,8 +276,9 @@ class Selection:
             scores = scores / scores[candidate.gone :].abs().mean().clamp_min(1e-30)  # W may be below 0
         # A channel is worth the more, the fewer are left: as if each halving of a layer cost the same.
         left = 1 - torch.arange(candidate.width, dtype=torch.float64) / candidate.width
+        scores = scores.clamp_min(0) / left + scores.clamp_max(0) * left
         # Of layers that share their channels the mean is known, of those that have scores; all of them are lost.
-        return scores / left * candidate.blocks * len(candidate.prunable.convs)
+        return scores * candidate.blocks * len(candidate.prunable.convs)
 
     def _undiscovered(self, strength: float) -> list[int]:
         """How many of each candidate's channels the knockoff filter does not keep.

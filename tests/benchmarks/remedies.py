@@ -37,6 +37,14 @@ TARGET = 0.55
 _LR = 0.02
 _PENALTY, _DUAL_RATE = 0.1, 0.05
 _OPEN, _COLDEST = 3.0, 0.1
+SETTINGS = {
+    "epochs": EPOCHS,
+    "target": TARGET,
+    "lr": _LR,
+    "penalty": _PENALTY,
+    "dual rate": _DUAL_RATE,
+    "temperatures": [_OPEN, _COLDEST],
+}
 
 
 class Scarce(Competition):
@@ -68,7 +76,8 @@ class Scarce(Competition):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        super().after_step()
+        if self._remedy != "projection":  # which takes the gates as far out as they went
+            super().after_step()
         self._step += 1
         done = self._step / self._steps
         target = 1 - (1 - TARGET) * min(1.0, 2 * done)

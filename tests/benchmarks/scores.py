@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"ways": {}}
         bench: Bench | None = None
         for way in ways:
-            if way in results["ways"]:
+            if results["ways"].get(way, {}).get("settings_hash") == settings_of(network, way):
                 continue
             bench = bench or Bench(network)
             results["dense_top1"] = bench.dense_top1
@@ -96,6 +96,17 @@ def main(arguments: list[str]) -> int:
             path.write_text(json.dumps(results, indent=1) + "\n")
             print(network, way, {k: v for k, v in results["ways"][way].items() if k != "machine"}, flush=True)
     return 0
+
+
+def section_of(way: str) -> KnockoffSection:
+    """The settings of the knockoff phase."""
+    return KnockoffSection.model_validate({"crop_padding": 4, "flip": True} | SETTINGS[way])
+
+
+def settings_of(network: str, way: str) -> str:
+    """The hash of all that a way's figures come from."""
+    made = section_of(way).model_dump() if way in SETTINGS else remedies.SETTINGS if way in REMEDIES else {}
+    return settings_hash(network, way, made, BATCHES, RATES)
 
 
 class Bench:
@@ -125,7 +136,7 @@ class Bench:
         pairs = [rank_correlation(a, b) for a, b in combinations(rankings, 2)]
         return {
             "settings": SETTINGS.get(way, {}),
-            "settings_hash": settings_hash(self.network, way, SETTINGS.get(way, {}), BATCHES),
+            "settings_hash": settings_of(self.network, way),
             "seeds": len(rankings),
             "seconds": round(mean(seconds), 1),
             "top1": {str(rate): [row[place] for row in top1] for place, rate in enumerate(RATES)},
@@ -145,7 +156,7 @@ class Bench:
         batches = First(Batches(dataset()["train"], dataset().info, 256, self.device, augmentation, seed))
         if way in REMEDIES:
             return remedies.ranking(way, self.model, batches, seed, self.device)
-        section = KnockoffSection.model_validate({"seed": seed, "crop_padding": 4, "flip": True} | SETTINGS[way])
+        section = section_of(way).model_copy(update={"seed": seed})
         return dict(train_knockoffs(self.model, batches, section, device=self.device))
 
     def top1(self, way: str, ranking: Ranking, rate: float, seed: int) -> float:

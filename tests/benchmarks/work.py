@@ -7,7 +7,7 @@ torchvision, numpy, safetensors, pydantic and torch-pruning are needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -120,9 +120,17 @@ class Work:
 
     def settings(self, variant: str) -> str:
         """The hash of all that a variant's figures come from, besides the seed."""
-        sections = (self.plan.finetune, self.plan.variants[variant])
-        selection = [] if self.plan.variants[variant].method == "none" else [SELECTION]
-        return settings_hash(self.fingerprint, *(section.model_dump() for section in sections), *selection)
+        section = self.plan.variants[variant]
+        made = [section.model_dump(), *([SELECTION] if section.selection == "global" else [])]
+        if section.method == "scop":
+            made.append(self.knockoff.model_dump())
+        return settings_hash(self.fingerprint, self.plan.finetune.model_dump(), *made)
+
+    @property
+    def knockoff(self) -> KnockoffSection:
+        """By which scores are made."""
+        fine = self.plan.finetune
+        return KnockoffSection(crop_padding=fine.crop_padding, flip=fine.flip)
 
     def _file(self, variant: str, seed: int, kind: str) -> Path:
         return self.folder / f"{variant}-{seed}-{self.settings(variant)}.{kind}"
@@ -140,8 +148,9 @@ class Work:
         seconds = 0.0 if given is not None else self.train(model, self.plan.dense, "dense", None, self.fingerprint)
         model.to(self.device)
         figures = self.figures(model) | {"seconds": seconds}
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
         (self.folder / "dense.json").write_text(json.dumps(figures, indent=1))
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
         return model.cpu().eval()
 
     def fresh(self) -> nn.Module:
@@ -152,10 +161,9 @@ class Work:
 
     def scores(self, model: nn.Module, seed: int) -> Scores:
         """Of its channels."""
-        path = self.folder / f"scores-{seed}.safetensors"
+        section = self.knockoff.model_copy(update={"seed": seed})
+        path = self.folder / f"scores-{settings_hash(section.model_dump())}.safetensors"
         if not path.exists():
-            fine = self.plan.finetune
-            section = KnockoffSection(crop_padding=fine.crop_padding, flip=fine.flip, seed=seed)
             batches = self.batches(section.batch_size, section)
             train_knockoffs(model, batches, section, device=self.device).save(path)
         return Scores.load(path)
@@ -270,9 +278,15 @@ def work_through(
     seeds: int,
     stopping: Callable[[], bool],
     prefix: str = "accuracy",
-    only: Container[str] | None = None,
+    only: Collection[str] | None = None,
 ) -> int:
-    """Seed by seed, so that each network has figures as early as possible."""
+    """Seed by seed, so that each network has figures as early as possible.
+
+    Rows of other settings leave the JSON file with the first seed that is ready.
+    """
+    for name in only or ():
+        if not any(name in plan.variants for plan in chosen.values()):
+            raise SystemExit(f"no variant {name!r}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     for number in range(seeds):
@@ -284,10 +298,10 @@ def work_through(
             work = Work(name, plan, dataset, folder, stopping, earlier)
             try:
                 work.run(plan.seeds[number], only)
+                report = work.report()
             except Stopped as stop:
                 print(f"{stop}; the same command goes on", flush=True)
                 return WORK_LEFT
-            report = work.report()
             file.write_text(json.dumps(report, indent=1) + "\n")
             print(name, {key: figures["top1"] for key, figures in report["variants"].items()}, flush=True)
     return 0
