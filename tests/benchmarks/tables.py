@@ -143,6 +143,9 @@ def _variants(content: dict[str, Any]) -> str:
             )
             methods.append([method, "" if method == "none" else selection, *sizes, *accuracy, against])
     (latency,) = {v["budget"]["latency_ms"] for v in settings.values() if "latency_ms" in v.get("budget", {})}
+    then = f", and then at the same latency ({latency:g} ms for a batch of {LATENCY_BATCH}, measured while\nselecting)"
+    if not any(what == "latency" for _, what, *_ in rules):
+        then = ""
     finetune, images = content["settings"]["finetune"], content["training_images"]
     return f"""## Short fine-tuning: {content["network"]}, CIFAR-10 (JPEG q75)
 
@@ -153,8 +156,8 @@ batch norms, and after fine-tuning; mean and standard deviation over seeds, of w
 
 ### Residual rules
 
-Each rule at the same MACs, and then at the same latency ({latency:g} ms for a batch of {LATENCY_BATCH}, measured while
-selecting), selection global. Speed is that of batches of {LATENCY_BATCH}, measured after fine-tuning.
+Each rule at the same MACs{then}, selection global. Speed is that of batches of {LATENCY_BATCH}, measured after
+fine-tuning.
 
 | rule | same | parameters | MACs | speed | seeds | before | after |
 | --- | --- | --- | --- | --- | --- | --- | --- |
