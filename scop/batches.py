@@ -102,39 +102,36 @@ class Batches:
                 part = slice(start, start + self.batch_size)
                 yield self._normalise(self.images[part]), self.labels[part]
             return
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        order, shift, flipped = self._drawn(self.augmentation)
         self.epoch += 1
-        order = torch.randperm(len(self.labels), generator=generator)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            yield (
-                self._normalise(self._augment(chosen, self.augmentation, generator)),
-                self.labels[chosen[self._own].to(self.device)],
-            )
+            own = slice(start + self._own.start, start + self._own.stop)
+            images = self._gathered(self.augmentation, order[own], shift[own], flipped[own])
+            yield self._normalise(images), self.labels[order[own]]
 
-    def _augment(self, chosen: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-        """Crop and flip the share of the chosen images (B,) by one gather from the split: uint8 (share, C, H, W).
+    def _drawn(self, augmentation: Augmentation) -> tuple[Tensor, Tensor, Tensor]:
+        """An epoch's random numbers: the order of its images (N,), their shifts (N, 2), and which are flipped (N,).
 
-        Random numbers are drawn for all of them, so that they are the same however many share them.
+        All at once, so that a GPU waits for nothing within the epoch; and of every share, so that they are the same
+        however many there are.
         """
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        count, pad = len(self.labels), augmentation.crop_padding
+        order = torch.randperm(count, generator=generator)
+        shift = torch.randint(-pad, pad + 1, (count, 2), generator=generator)
+        flipped = torch.rand(count, generator=generator) < (0.5 if augmentation.flip else 0.0)
+        return order.to(self.device), shift.to(self.device), flipped.to(self.device)
+
+    def _gathered(self, augmentation: Augmentation, chosen: Tensor, shift: Tensor, flipped: Tensor) -> Tensor:
+        """Images (B,) of the split, shifted (B, 2) and flipped (B,), by one gather: uint8 (B, C, H, W)."""
+        if not augmentation.crop_padding and not augmentation.flip:
+            return self.images[chosen]
         _, height, width = self.input_shape
-        pad, count = augmentation.crop_padding, len(chosen)
-        rows = torch.arange(height).expand(count, height)
-        columns = torch.arange(width).expand(count, width)
-        if pad:
-            shift = torch.randint(-pad, pad + 1, (2, count, 1), generator=generator)
-            rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
-        if augmentation.flip:
-            flipped = torch.rand(count, 1, generator=generator) < 0.5
-            columns = torch.where(flipped, columns.flip(1), columns)
-        if not pad and not augmentation.flip:
-            return self.images[chosen[self._own].to(self.device)]
-        index = [
-            part[self._own].to(self.device, non_blocking=True)
-            for part in (chosen[:, None, None], rows[:, :, None], columns[:, None, :])
-        ]
+        rows = _reflect(torch.arange(height, device=self.device) + shift[:, :1], height)
+        columns = _reflect(torch.arange(width, device=self.device) + shift[:, 1:], width)
+        columns = torch.where(flipped[:, None], columns.flip(1), columns)
         # Indices around a slice put the channels last: (B, H, W, C), which is the memory format wanted anyway.
-        return self.images[index[0], :, index[1], index[2]].permute(0, 3, 1, 2)
+        return self.images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def _normalise(self, images: Tensor) -> Tensor:
         floats = images.to(torch.float32, memory_format=torch.channels_last)

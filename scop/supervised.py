@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 from scop import distributed
 from scop.config import DistillationSection, TrainingSection
@@ -53,7 +53,7 @@ class Supervised:
             self._distillation = Distillation(model, teacher, distillation, self.dtype)
         self.average: AveragedModel | None = None
         if section.ema:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=_moving_average(section.ema), use_buffers=True)
         synchronised = distributed.several() and section.sync_batch_norm
         if synchronised and section.compile:
             raise UserError("compile cannot synchronise batch norms; set sync_batch_norm: false, or compile: false")
@@ -101,6 +101,18 @@ class Supervised:
     def after_step(self) -> None:
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+
+def _moving_average(decay: float) -> Callable[[PARAM_LIST, PARAM_LIST, Tensor | int], None]:
+    """Like torch's ``get_ema_multi_avg_fn``, which has four kernels for each batch norm's counter."""
+
+    def average(averaged: PARAM_LIST, current: PARAM_LIST, _: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return average
 
 
 def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from scop.config import DenseSection, FinetuneSection, VariantSection
-from tests.benchmarks.work import Plan, images, work_through
+from tests.benchmarks.work import Deadline, Plan, images, work_through
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "runs" / "benchmarks" / "accuracy"
@@ -92,10 +91,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON goes (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="of each network, three at most (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="these variants, so that two calls can share the work")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile on a GPU")
     options = parser.parse_args(arguments)
-    until = time.monotonic() + 60 * options.minutes
     every = plans(options.weights, compiled=torch.cuda.is_available() and not options.no_compile)
     unknown = [name for name in options.networks if name not in every]
     if unknown:
@@ -107,8 +106,9 @@ def main(arguments: Sequence[str]) -> int:
         options.work,
         options.results,
         options.seeds,
-        lambda: time.monotonic() > until,
+        Deadline(options.minutes),
         only=options.only,
+        jobs=options.jobs,
     )
 
 

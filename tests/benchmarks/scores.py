@@ -11,9 +11,9 @@ Name some to run only these: ``make bench-scores ARGS="resnet20 fisher l1"``. Wh
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -30,7 +30,7 @@ from scop import make_model, prune, select_channels, train_knockoffs
 from scop.artifacts import load_weights
 from scop.batches import Augmentation, Batches
 from scop.config import DenseSection, KnockoffSection, VariantSection
-from scop.data import load_dataset
+from scop.data import Dataset
 from scop.device import autocast, autocast_dtype, pick_device
 from scop.evaluation import measure_accuracy
 from scop.graph import ChannelGraph
@@ -41,6 +41,7 @@ from scop.training import fit
 from tests.benchmarks import remedies
 from tests.benchmarks.measure import machine, settings_hash
 from tests.benchmarks.remedies import REMEDIES
+from tests.benchmarks.work import images
 from tests.helpers import SHARED
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,11 +118,17 @@ class Bench:
         self.dtype = autocast_dtype(self.device, "auto")
         self.model = NETWORKS[network]().eval()
         self.validation = Batches(dataset()["validation"], dataset().info, 500, self.device)
-        images = dataset()["train"]
-        self.plain = Batches(images, dataset().info, 256, self.device, Augmentation())  # shuffled; they lie by class
-        self.shape = tuple(images.images.shape[1:])
-        self.dense_top1 = measure_accuracy(self.model, self.validation, self.device, self.dtype).top1
+        # Without changes, but shuffled: images lie by class.
+        self.plain = Batches(dataset()["train"], dataset().info, 256, self.device, Augmentation())
+        self.shape = tuple(dataset()["train"].images.shape[1:])
+        self.dense_top1 = measure_accuracy(
+            self.moved(copy.deepcopy(self.model)), self.validation, self.device, self.dtype
+        ).top1
         self.truth = self.cached("truth", self._removals)
+
+    def moved(self, network: nn.Module) -> nn.Module:
+        """To where it is computed."""
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def measure(self, way: str) -> dict[str, Any]:
         """All measures of a way of scoring."""
@@ -169,7 +176,7 @@ class Bench:
             method=way if way in CONTROLS else "scop",
             seed=seed,
         )
-        small = prune(self.model, plan).to(memory_format=torch.channels_last)
+        small = self.moved(prune(self.model, plan))
         recalibrate(small, self.plain, 20, self.device, self.dtype)
         return round(measure_accuracy(small.eval(), self.validation, self.device, self.dtype).top1, 4)
 
@@ -177,7 +184,7 @@ class Bench:
     def _removals(self) -> Ranking:
         """By how much the loss of 512 training images grows when a channel is held at 0 behind its batch norm."""
         graph = ChannelGraph(self.model, self.shape)
-        network = folded_copy(self.model, graph, self.dtype).to(memory_format=torch.channels_last)
+        network = self.moved(folded_copy(self.model, graph, self.dtype))
         self.plain.set_epoch(1)
         images, labels = (torch.cat(parts) for parts in zip(*islice(self.plain, 2), strict=True))
 
@@ -240,20 +247,9 @@ def rank_correlation(a: Ranking, b: Ranking) -> float:
 
 
 @cache
-def dataset() -> Any:
-    """The shared CIFAR-10, prepared once."""
-    folder = CACHE / "cifar10"
-    if not folder.exists():
-        import subprocess
-
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as staging:
-            command = [sys.executable, "-m", "scop.cli", "step", "prepare_data", "--output", f"dataset={staging}/data"]
-            command += ["--set", "data.source=imagefolder"]
-            command += ["--set", f"data.path={SHARED / 'data' / 'cifar10-jpeg.tar.gz'}"]
-            subprocess.run(command, check=True)
-            Path(staging, "data").rename(folder)
-    return load_dataset(folder)
+def dataset() -> Dataset:
+    """The shared CIFAR-10, of which a tenth of the training images is for validation."""
+    return images(SHARED / "data" / "cifar10-jpeg.tar.gz", CACHE / "cifar10-validation", validation=0.1)
 
 
 def given_resnet20() -> nn.Module:

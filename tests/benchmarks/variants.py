@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from scop.data import Dataset, Split
 from scop.device import pick_device
 from scop.graph import RESIDUAL_RULES, ChannelGraph
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
-from tests.benchmarks.work import LATENCY_BATCH, Plan, images, work_through
+from tests.benchmarks.work import LATENCY_BATCH, Deadline, Plan, images, work_through
 
 WORK = ROOT / "runs" / "benchmarks" / "variants"
 SHAPE = (3, 32, 32)
@@ -85,18 +84,19 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tests.benchmarks.variants", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="stop after so many (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="three at most (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="these variants, so that two calls can share the work")
     options = parser.parse_args(arguments)
-    until = time.monotonic() + 60 * options.minutes
     return work_through(
         {"resnet20": plan(target(WORK))},
         every_second(images(ARCHIVE, WORK.parent / "cifar10")),
         WORK,
         RESULTS,
         options.seeds,
-        lambda: time.monotonic() > until,
+        Deadline(options.minutes),
         prefix="variants",
         only=options.only,
+        jobs=options.jobs,
     )
 
 

@@ -7,9 +7,14 @@ torchvision, numpy, safetensors, pydantic and torch-pruning are needed.
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
 from collections.abc import Callable, Collection, Container, Mapping
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +74,7 @@ class Work:
         plan: what is done with it.
         dataset: the images.
         folder: where it is kept.
-        stopping: says when time is up.
+        stopping: says when time is up; one that can be pickled where work is done by other processes.
         earlier: figures of an earlier report, by variant and seed. Those of a network that was trained for the
             benchmark count only where that network is, in the folder.
 
@@ -98,16 +103,26 @@ class Work:
         self.folder = folder / f"{name}-{self.fingerprint}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, seed: int, only: Container[str] | None = None) -> None:
-        """All variants, or only these, by one seed."""
-        for variant in self.plan.variants:
-            enough = variant in self.plan.once and seed != self.plan.seeds[0]
-            if enough or (only is not None and variant not in only) or self.known(variant, seed):
-                continue
-            path = self._file(variant, seed, "json")
-            text = json.dumps(self.finetuned(variant, seed), indent=1)
-            path.with_suffix(".part").write_text(text)
-            path.with_suffix(".part").rename(path)
+    def left(self, seed: int, only: Container[str] | None = None) -> list[str]:
+        """The variants, or those of these, that have no figures by this seed and are to have some."""
+        return [
+            variant
+            for variant in self.plan.variants
+            if (variant not in self.plan.once or seed == self.plan.seeds[0])
+            and (only is None or variant in only)
+            and not self.known(variant, seed)
+        ]
+
+    def prepare(self) -> None:
+        """Make what all variants need."""
+        self.dense()
+
+    def run(self, variant: str, seed: int) -> None:
+        """Make and keep a variant's figures."""
+        path = self._file(variant, seed, "json")
+        text = json.dumps(self.finetuned(variant, seed), indent=1)
+        path.with_suffix(".part").write_text(text)
+        path.with_suffix(".part").rename(path)
 
     def known(self, variant: str, seed: int) -> dict[str, Any] | None:
         """A variant's figures, where there are any by these settings."""
@@ -165,7 +180,9 @@ class Work:
         path = self.folder / f"scores-{settings_hash(section.model_dump())}.safetensors"
         if not path.exists():
             batches = self.batches(section.batch_size, section)
-            train_knockoffs(model, batches, section, device=self.device).save(path)
+            part = path.with_suffix(f".{os.getpid()}")  # other variants may be making the same
+            train_knockoffs(model, batches, section, device=self.device).save(part)
+            part.rename(path)
         return Scores.load(path)
 
     def selected(self, name: str, dense: nn.Module, seed: int) -> ChannelPlan:
@@ -218,7 +235,7 @@ class Work:
             seed=section.seed,
             schedule=section.schedule,
             warmup_epochs=section.warmup_epochs,
-            checkpoints=checkpoints,
+            checkpoints=Seldom(checkpoints),
             stopping=self.stopping,
         )
         objective.finish()
@@ -262,10 +279,44 @@ class Work:
         }
 
 
-def images(archive: Path, folder: Path) -> Dataset:
+@dataclass
+class Seldom:
+    """Checkpoints for epochs of seconds: written where training stops, and else twice a minute."""
+
+    checkpoints: Checkpoints
+    written: float = -math.inf
+
+    @property
+    def place(self) -> str:
+        return self.checkpoints.place
+
+    def part(self, name: str) -> Seldom:
+        return Seldom(self.checkpoints.part(name))
+
+    def load(self) -> dict[str, Any] | None:
+        return self.checkpoints.load()
+
+    def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
+        if steps or time.monotonic() - self.written > 30:
+            self.checkpoints.save(state, epochs, steps)
+            self.written = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """Whether so many minutes have passed since it was made, in whichever process."""
+
+    minutes: float
+    made: float = field(default_factory=time.monotonic)
+
+    def __call__(self) -> bool:
+        return time.monotonic() > self.made + 60 * self.minutes
+
+
+def images(archive: Path, folder: Path, validation: float = 0) -> Dataset:
     """The archive's images, packed once."""
     if not (folder / "manifest.json").exists():
-        section = DataSection(source="imagefolder", path=str(archive), validation=0)
+        section = DataSection(source="imagefolder", path=str(archive), validation=validation)
         save_dataset(load_source(section), folder)
     return load_dataset(folder)
 
@@ -279,29 +330,41 @@ def work_through(
     stopping: Callable[[], bool],
     prefix: str = "accuracy",
     only: Collection[str] | None = None,
+    jobs: int = 1,
 ) -> int:
-    """Seed by seed, so that each network has figures as early as possible.
+    """Seed by seed, so that each network has figures as early as possible, and so many variants at a time.
 
-    Rows of other settings leave the JSON file with the first seed that is ready.
+    Rows of other settings leave the JSON file with the first variant that is ready.
     """
     for name in only or ():
         if not any(name in plan.variants for plan in chosen.values()):
             raise SystemExit(f"no variant {name!r}")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    for number in range(seeds):
-        for name, plan in chosen.items():
-            if number >= len(plan.seeds):
-                continue
-            file = results / f"{prefix}-{name}.json"
-            earlier = json.loads(file.read_text())["variants"] if file.exists() else None
-            work = Work(name, plan, dataset, folder, stopping, earlier)
-            try:
-                work.run(plan.seeds[number], only)
+    works = []
+    for name, plan in chosen.items():
+        file = results / f"{prefix}-{name}.json"
+        earlier = json.loads(file.read_text())["variants"] if file.exists() else None
+        works.append(Work(name, plan, dataset, folder, stopping, earlier))
+    stopped = False
+    with _workers(jobs) as pool:
+        begun = {pool.submit(work.prepare): (work, True) for work in works}
+        while begun:
+            for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                work, only_prepared = begun.pop(future)
+                try:
+                    future.result()
+                except Stopped as stop:
+                    print(f"{stop}; the same command goes on", flush=True)
+                    stopped = True
+                    continue
+                if only_prepared:
+                    for seed in work.plan.seeds[:seeds]:
+                        begun |= {pool.submit(work.run, v, seed): (work, False) for v in work.left(seed, only)}
                 report = work.report()
-            except Stopped as stop:
-                print(f"{stop}; the same command goes on", flush=True)
-                return WORK_LEFT
-            file.write_text(json.dumps(report, indent=1) + "\n")
-            print(name, {key: figures["top1"] for key, figures in report["variants"].items()}, flush=True)
-    return 0
+                (results / f"{prefix}-{work.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+                print(work.name, {key: row["top1"] for key, row in report["variants"].items()}, flush=True)
+    return WORK_LEFT if stopped else 0
+
+
+def _workers(jobs: int) -> Executor:
+    """A GPU has room for several small networks; what has used one cannot be forked, so processes start anew."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), pick_device) if jobs > 1 else ThreadPoolExecutor(1)
