@@ -69,7 +69,7 @@ bench-scores: $(READY)  ## judge scores on ResNet-20 and a VGG without fine-tuni
 bench-quality: $(READY)  ## how good each source's knockoffs are
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
 
-bench-accuracy: $(READY)  ## what ResNet-20 loses, three seeds; some hours on two cores, in parts: call it again
+bench-accuracy: $(READY)  ## what ResNet-20 loses, three seeds; a night on two cores, in parts: call it again
 	$(BIN)/python -m tests.benchmarks.accuracy resnet20 --seeds 3 --minutes 60 $(ARGS)
 
 bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it again until it says that all is done

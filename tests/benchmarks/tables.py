@@ -60,6 +60,8 @@ def render() -> str:
         kind, _, name = path.stem.partition("-")
         content = json.loads(path.read_text())
         match kind:
+            case "accuracy" if not content["variants"]:  # its dense network is ready, and no more
+                pass
             case "accuracy":
                 sections[kind].append(_accuracy(content))
             case "variants":
@@ -84,7 +86,7 @@ def _accuracy(content: dict[str, Any]) -> str:
     for key, figures in content["variants"].items():
         variant, _, seed = key.rpartition("-")
         by_variant.setdefault(variant, {})[seed] = figures
-    reference = by_variant["none"]
+    reference = by_variant.get("none", {})
     rows = [f"| dense | | | {dense['top1']:.2%} | | {human(dense['params'])} | {human(dense['macs'])} | |"]
     for name in content["settings"]["variants"]:
         found = by_variant.get(name, {})
@@ -92,7 +94,11 @@ def _accuracy(content: dict[str, Any]) -> str:
             continue
         first, drops = next(iter(found.values())), _differences(reference, found)
         cells = [name, str(len(found)), *(_percents(found, key) for key in ("recalibrated_top1", "top1"))]
-        cells += ["" if name == "none" else _with_interval(drops), human(first["params"]), human(first["macs"])]
+        cells += [
+            "" if name == "none" or not drops else _with_interval(drops),
+            human(first["params"]),
+            human(first["macs"]),
+        ]
         cells.append(f"{statistics.fmean(figures['speedup'] for figures in found.values()):.2f}x")
         rows.append(f"| {' | '.join(cells)} |")
     ((what, limit),) = content["settings"]["variants"]["scop"]["budget"].items()
@@ -172,9 +178,7 @@ interval: only where that leaves out 0 is there a difference.
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(f"| {' | '.join(row)} |" for row in methods)}
 
-{content.get("remark", "")}
-
-{_provenance(content["command"], content["variants"].values())}
+{_remark(content)}{_provenance(content["command"], content["variants"].values())}
 """
 
 
@@ -281,11 +285,14 @@ with `none`, nothing removed and fine-tuned just as long, seed by seed: the mean
 |{" --- |" * len(titles)}
 {chr(10).join(rows)}
 
-{content.get("remark", "")}
-
-Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alone on the machine). Machine:
+{_remark(content)}Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alone on the machine).
+Machine:
 {device["device"]}, Python {device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}.
 """
+
+
+def _remark(content: dict[str, Any]) -> str:
+    return f"{content['remark']}\n\n" if "remark" in content else ""
 
 
 def _scores(network: str, content: dict[str, Any]) -> str:
