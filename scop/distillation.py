@@ -9,69 +9,94 @@ not care how many channels each of them has, which is what pruning changes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from scop.config import DistillationSection
 from scop.device import autocast
 
 
-class Distillation:
-    """The teacher's part of a loss.
+class Watched(nn.Module):
+    """A network that also gives the feature maps in which its stages end.
 
     Args:
-        student: that is trained; it is looked at by hooks.
-        teacher: in eval mode, without gradients, on the same device, with modules of the same names.
-        section: weights and temperature.
-        dtype: in which the teacher computes.
+        network: that is looked into by hooks.
+        stages: names of modules.
     """
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, section: DistillationSection, dtype: torch.dtype
-    ) -> None:
-        self._student, self._teacher, self._section, self._dtype = student, teacher, section, dtype
-        self._seen: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
-        self._hooks: list[RemovableHandle] = []
-        self.stages: list[str] | None = None
+    def __init__(self, network: nn.Module, stages: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.network, self.stages = network, stages
+        self._maps: dict[str, Tensor] = {}
+        self._hooks = [
+            network.get_submodule(stage).register_forward_hook(partial(self._keep, stage)) for stage in stages
+        ]
 
-    def prepare(self, images: Tensor) -> None:
-        """Find the stages, before the student sees its first images (B, C, H, W)."""
-        if self._section.attention and self.stages is None:
-            self.stages = find_stages(self._teacher, self._student, images[:2])
-            for whose, network in (("student", self._student), ("teacher", self._teacher)):
-                for stage in self.stages:
-                    hook = network.get_submodule(stage).register_forward_hook(partial(self._keep, whose, stage))
-                    self._hooks.append(hook)
+    def _keep(self, stage: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._maps[stage] = output
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, C, H, W) -> logits (B, classes), and a map (B, C', H', W') for each stage."""
+        logits = self.network(images)
+        return logits, [self._maps.pop(stage) for stage in self.stages]
 
     def finish(self) -> None:
         """Look no longer."""
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, whose: str, stage: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        self._seen[whose][stage] = output
 
-    def mixed(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
-        """The loss on the labels with the teacher's part, for images that the student has just seen.
+class Distillation:
+    """The teacher's part of a loss.
+
+    Args:
+        teacher: in eval mode, without gradients, on the student's device, with modules of the same names.
+        student: that is trained.
+        section: weights and temperature.
+        dtype: in which the teacher computes.
+        images: some that the student is to see (B, C, H, W), by which the stages are found.
+
+    Attributes:
+        stages: those whose maps are compared.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        section: DistillationSection,
+        dtype: torch.dtype,
+        images: Tensor,
+    ) -> None:
+        self._section, self._dtype = section, dtype
+        self.stages = find_stages(teacher, student, images[:2]) if section.attention else []
+        self._teacher = Watched(teacher, self.stages)
+
+    def finish(self) -> None:
+        """Let go of the teacher."""
+        self._teacher.finish()
+
+    def mixed(self, loss: Tensor, images: Tensor, logits: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """The loss on the labels with the teacher's part.
 
         Args:
             loss: scalar, float32.
             images: (B, C, H, W).
             logits: of the student (B, classes), float32.
+            maps: of the student, one (B, C', H', W') for each stage.
         """
         section = self._section
         with torch.no_grad(), autocast(images.device, self._dtype):
-            target = self._teacher(images).float()
+            target, targets = self._teacher(images)
         if section.weight:
-            loss = (1 - section.weight) * loss + section.weight * answers(logits, target, section.temperature)
-        if section.attention:
-            student, teacher = self._seen["student"], self._seen["teacher"]
-            distances = [attention(student.pop(stage), teacher.pop(stage)) for stage in self.stages or ()]
+            loss = (1 - section.weight) * loss + section.weight * answers(logits, target.float(), section.temperature)
+        if self.stages:
+            distances = [attention(own, theirs) for own, theirs in zip(maps, targets, strict=True)]
             loss = loss + section.attention * torch.stack(distances).mean()
         return loss
 

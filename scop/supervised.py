@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 from scop import distributed
 from scop.config import DistillationSection, TrainingSection
 from scop.device import autocast, autocast_dtype, to_device
-from scop.distillation import Distillation
+from scop.distillation import Distillation, Watched
 from scop.errors import UserError
 from scop.narrow import NarrowBatchNorms
 from scop.strided import pick_pixels_first
@@ -48,9 +48,10 @@ class Supervised:
         self.model, self.device = model, device
         self.dtype = autocast_dtype(device, section.precision)
         self.smoothing = section.label_smoothing
+        self._compile, self._teacher, self._lesson = section.compile, teacher, distillation
         self._distillation: Distillation | None = None
-        if teacher is not None and distillation is not None and (distillation.weight or distillation.attention):
-            self._distillation = Distillation(model, teacher, distillation, self.dtype)
+        self._watched: Watched | None = None
+        self._forward: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
         self.average: AveragedModel | None = None
         if section.ema:
             self.average = AveragedModel(model, multi_avg_fn=_moving_average(section.ema), use_buffers=True)
@@ -63,8 +64,6 @@ class Supervised:
         elif device.type == "cpu" and not section.compile:  # a compiler makes kernels of its own for every width
             self._batch_norms = NarrowBatchNorms()
         self._undo: Callable[[], None] = pick_pixels_first(model) if device.type == "cpu" else lambda: None
-        network = distributed.parallel(model, device)
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if section.compile else network
 
     @property
     def state(self) -> nn.Module:
@@ -78,8 +77,9 @@ class Supervised:
     def finish(self) -> None:
         """Have the trained network take the average's weights, where there is one, and let go of it."""
         self._undo()
-        if self._distillation is not None:
-            self._distillation.finish()
+        for watching in (self._distillation, self._watched):
+            if watching is not None:
+                watching.finish()
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 
@@ -88,15 +88,25 @@ class Supervised:
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
-        if self._distillation is not None:
-            self._distillation.prepare(images)
+        if self._forward is None:
+            self._forward = self._begin(images)
         with autocast(self.device, self.dtype), self._batch_norms:
-            logits = self._forward(images)
+            logits, maps = self._forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
         if self._distillation is not None:
-            loss = self._distillation.mixed(loss, images, logits)
+            loss = self._distillation.mixed(loss, images, logits, maps)
         return loss, logits
+
+    def _begin(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+        """The forward pass that is trained. Not before the first images, which show where the stages end."""
+        stages: Sequence[str] = ()
+        if self._teacher is not None and self._lesson is not None and (self._lesson.weight or self._lesson.attention):
+            self._distillation = Distillation(self._teacher, self.model, self._lesson, self.dtype, images)
+            stages = self._distillation.stages
+        self._watched = Watched(self.model, stages)
+        network = distributed.parallel(self._watched, self.device)
+        return torch.compile(network) if self._compile else network
 
     def after_step(self) -> None:
         if self.average is not None:

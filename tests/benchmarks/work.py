@@ -41,6 +41,8 @@ from tests.benchmarks.measure import machine, settings_hash
 LATENCY_BATCH = 64
 SELECTION = 2
 """To be raised where the same settings select other channels than before: earlier figures count no more."""
+HOW = {"compile"}
+"""Settings of training that decide how fast it is, and not what comes of it."""
 WORK_LEFT = 3
 """The exit code of a call after which another one is needed."""
 
@@ -97,7 +99,7 @@ class Work:
         self.name, self.plan, self.dataset, self.stopping = name, plan, dataset, stopping
         self.device = pick_device()
         given = plan.dense.weights and sha256(Path(plan.dense.weights).read_bytes()).hexdigest()
-        dense = [plan.dense.model_dump(exclude={"weights"}), given]
+        dense = [plan.dense.model_dump(exclude={"weights", *HOW}), given]
         self.fingerprint = settings_hash(*dense, dataset.info.content, len(dataset["train"]))
         self._earlier = earlier if earlier and given else {}
         self.folder = folder / f"{name}-{self.fingerprint}"
@@ -139,7 +141,7 @@ class Work:
         made = [section.model_dump(), *([SELECTION] if section.selection == "global" else [])]
         if section.method == "scop":
             made.append(self.knockoff.model_dump())
-        return settings_hash(self.fingerprint, self.plan.finetune.model_dump(), *made)
+        return settings_hash(self.fingerprint, self.plan.finetune.model_dump(exclude=HOW), *made)
 
     @property
     def knockoff(self) -> KnockoffSection:
