@@ -172,7 +172,9 @@ def swap_test(z: Tensor, z_knock: Tensor, swap: Tensor, generator: torch.Generat
     # With a the signed weights of the samples, the statistic is -a' D a.
     weights = torch.cat([signs, -signs], 1) / len(z)
     statistics = -((weights @ distances) * weights).sum(1)
-    as_large = int((statistics[1:] >= statistics[0]).sum())
+    # Samples that are alike have statistics of 0, but for rounding, which must not decide.
+    rounding = 1e-6 * float(distances.mean())
+    as_large = int((statistics[1:] >= statistics[0] - rounding).sum())
     return TwoSamples(float(statistics[0]), (1 + as_large) / (1 + _PERMUTATIONS))
 
 

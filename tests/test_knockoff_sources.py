@@ -160,6 +160,13 @@ def test_the_swap_test_tells_knockoffs_from_independent_copies() -> None:
     assert swap_test(*pairs(False), first, generator).p < 0.01
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_that_equal_their_originals_pass_whatever_the_rounding(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    same = torch.randn(300, 5, generator=generator)
+    assert swap_test(same, same, torch.tensor([True, False, True, True, False]), generator).p == 1
+
+
 def test_p_values_are_uniform_where_knockoffs_are_valid() -> None:
     generator = torch.Generator().manual_seed(0)
     half = torch.tensor([True, False, True, False])
