@@ -102,7 +102,8 @@ def _accuracy(content: dict[str, Any]) -> str:
         cells.append(f"{statistics.fmean(figures['speedup'] for figures in found.values()):.2f}x")
         rows.append(f"| {' | '.join(cells)} |")
     ((what, limit),) = content["settings"]["variants"]["scop"]["budget"].items()
-    share = f"{limit:.1%} of the {what}" if limit <= 1 else f"{limit:,.0f} {what}"
+    name = {"macs": "MACs", "params": "parameters"}[what]
+    share = f"{limit:.1%} of the {name}" if limit <= 1 else f"{limit:,.0f} {name}"
     distillation = finetune["distillation"]["weight"]
     return f"""## {content["network"]}, CIFAR-10 (JPEG q75)
 
