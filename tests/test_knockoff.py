@@ -267,7 +267,7 @@ def test_channels_that_are_fed_noise_are_found(batches: Batches) -> None:
     assert (scores.signed["first"][16:] > 3).sum() == 0
     # Of what the knockoff filter keeps no larger a share is fed noise than it says; seen are nearly all.
     kept = []
-    for _ in range(8):
+    for _ in range(4):
         w = train_knockoffs(model, with_noise(), epochs=1).signed["first"]
         kept.append(w >= knockoff_threshold(w, 0.2))
     false = [float(own[16:].sum() / own.sum().clamp_min(1)) for own in kept]

@@ -75,7 +75,7 @@ def test_the_docker_sdk_is_not_shadowed_by_our_folder() -> None:
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluat
 def scop(*arguments: str, cwd: Path, env: dict[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "scop.cli", *arguments]
     environment = env | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, input=stdin, timeout=500)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, input=stdin, timeout=1500)
 
 
 @pytest.fixture(scope="module")
