@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scop.config import DistillationSection
 from scop.device import autocast
+from scop.errors import UserError
 
 
 class Watched(nn.Module):
@@ -42,6 +43,7 @@ class Watched(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, H, W) -> logits (B, classes), and a map (B, C', H', W') for each stage."""
+        self._maps.clear()  # of passes that did not go through here, as a validation's
         logits = self.network(images)
         return logits, [self._maps.pop(stage) for stage in self.stages]
 
@@ -63,6 +65,9 @@ class Distillation:
 
     Attributes:
         stages: those whose maps are compared.
+
+    Raises:
+        UserError: attention is asked for, and the networks have no feature maps of one size.
     """
 
     def __init__(
@@ -75,6 +80,10 @@ class Distillation:
     ) -> None:
         self._section, self._dtype = section, dtype
         self.stages = find_stages(teacher, student, images[:2]) if section.attention else []
+        if section.attention and not self.stages:
+            raise UserError(
+                "distillation.attention: no module gives maps of one height and width in both networks; set it to 0"
+            )
         self._teacher = Watched(teacher, self.stages)
 
     def finish(self) -> None:

@@ -15,7 +15,7 @@ from scop.config import DenseSection, FinetuneSection, VariantSection, load_conf
 from scop.data import Dataset
 from tests.benchmarks.accuracy import plans
 from tests.benchmarks.tables import PAGE, render
-from tests.benchmarks.work import WORK_LEFT, Plan, work_through
+from tests.benchmarks.work import WORK_LEFT, Deadline, Plan, work_through
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +47,47 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
     assert report["dense"]["top1"] > 0.8
     assert report["variants"]["scop-0"]["macs"] <= 0.5 * report["dense"]["macs"]
     assert report["variants"]["none-0"]["params"] == report["dense"]["params"]
+
+
+def some_plan(**settings: Any) -> Plan:
+    """Of a network that is given by no weights, and pruned in two ways."""
+    dense = {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}, "epochs": 1}
+    variants = {"none": {"method": "none"}, "l1": {"method": "l1"}, "random": {"method": "random"}}
+    sections = {name: VariantSection.model_validate(variant) for name, variant in variants.items()}
+    return Plan(DenseSection.model_validate(dense | settings), FinetuneSection(epochs=1, batch_size=256), sections)
+
+
+def test_nothing_is_begun_when_time_is_up(digits: Dataset, tmp_path: Path) -> None:
+    asked = 0
+
+    def after_some_steps() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 14
+
+    plan = some_plan(batch_size=256)
+    assert work_through({"plain": plan}, digits, tmp_path, tmp_path, 3, after_some_steps) == WORK_LEFT
+    (folder,) = tmp_path.glob("plain-*")
+    begun = {path.name.split("-")[1] for path in folder.glob("checkpoints-*")}
+    assert begun == {"l1"}
+    assert work_through({"plain": plan}, digits, tmp_path, tmp_path, 3, Deadline(0)) == WORK_LEFT
+    assert asked == 15
+    assert set(json.loads((tmp_path / "accuracy-plain.json").read_text())["variants"]) == {"none-0"}
+
+
+def test_several_variants_at_a_time(digits: Dataset, tmp_path: Path) -> None:
+    plan = some_plan(batch_size=64)
+    assert work_through({"plain": plan}, digits, tmp_path, tmp_path, 1, Deadline(60), jobs=2) == 0
+    rows = json.loads((tmp_path / "accuracy-plain.json").read_text())["variants"]
+    assert set(rows) == {"none-0", "l1-0", "random-0"}
+    assert {row["speedup"] for row in rows.values()} == {None}  # two at a time are in each other's way
+
+
+def test_an_error_ends_the_work(digits: Dataset, tmp_path: Path) -> None:
+    plan = some_plan(arguments={"in_channels": 3})
+    for jobs in (1, 2):
+        with pytest.raises(RuntimeError, match="channels"):
+            work_through({"plain": plan}, digits, tmp_path / str(jobs), tmp_path, 1, Deadline(60), jobs=jobs)
 
 
 def test_what_was_measured_elsewhere_is_not_measured_again(digits: Dataset, tmp_path: Path) -> None:

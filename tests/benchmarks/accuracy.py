@@ -2,7 +2,7 @@
 
 Each is given or trained, then pruned and fine-tuned in several ways and by several seeds, by the presets' settings. A
 call works for some minutes, stops by itself, and goes on where it stopped when it is called again; exit code 3 says
-that work is left. It writes accuracy-NETWORK.json after each seed that is ready. On a machine that has no more than
+that work is left. It writes accuracy-NETWORK.json with each variant that is ready. On a machine that has no more than
 torch, torchvision, numpy, safetensors, pydantic and torch-pruning: ``python -m tests.benchmarks.accuracy resnet56``.
 """
 
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="*", help="these variants; none for just the dense network")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile on a GPU")
     options = parser.parse_args(arguments)
+    deadline = Deadline(options.minutes)
     every = plans(options.weights, compiled=torch.cuda.is_available() and not options.no_compile)
     unknown = [name for name in options.networks if name not in every]
     if unknown:
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         options.work,
         options.results,
         options.seeds,
-        Deadline(options.minutes),
+        deadline,
         only=options.only,
         jobs=options.jobs,
     )

@@ -60,7 +60,7 @@ def render() -> str:
         kind, _, name = path.stem.partition("-")
         content = json.loads(path.read_text())
         match kind:
-            case "accuracy" if not content["variants"]:  # its dense network is ready, and no more
+            case "accuracy" | "variants" if not content["variants"]:  # its dense network is ready, and no more
                 pass
             case "accuracy":
                 sections[kind].append(_accuracy(content))
@@ -82,10 +82,7 @@ def render() -> str:
 def _accuracy(content: dict[str, Any]) -> str:
     """A network of `make bench-accuracy`: each variant over its seeds, against `none`."""
     dense, finetune = content["dense"], content["settings"]["finetune"]
-    by_variant: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, figures in content["variants"].items():
-        variant, _, seed = key.rpartition("-")
-        by_variant.setdefault(variant, {})[seed] = figures
+    by_variant = _by_variant(content["variants"])
     reference = by_variant.get("none", {})
     rows = [f"| dense | | | {dense['top1']:.2%} | | {human(dense['params'])} | {human(dense['macs'])} | |"]
     for name in content["settings"]["variants"]:
@@ -99,7 +96,7 @@ def _accuracy(content: dict[str, Any]) -> str:
             human(first["params"]),
             human(first["macs"]),
         ]
-        cells.append(f"{statistics.fmean(figures['speedup'] for figures in found.values()):.2f}x")
+        cells.append(_speed_of(found))
         rows.append(f"| {' | '.join(cells)} |")
     ((what, limit),) = content["settings"]["variants"]["scop"]["budget"].items()
     name = {"macs": "MACs", "params": "parameters"}[what]
@@ -126,16 +123,13 @@ batches of {LATENCY_BATCH}.
 def _variants(content: dict[str, Any]) -> str:
     """Residual rules at equal MACs and at equal latency, and SCOP against its controls."""
     settings = content["settings"]["variants"]
-    by_variant: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, figures in content["variants"].items():
-        variant, _, seed = key.rpartition("-")
-        by_variant.setdefault(variant, {})[seed] = figures
+    by_variant = _by_variant(content["variants"])
     rules, methods = [], []
     for name, found in ((name, by_variant[name]) for name in settings if name in by_variant):
         first, figures = name.partition("-")[0], next(iter(found.values()))
         sizes = [human(figures["params"]), human(figures["macs"])]
         accuracy = [str(len(found)), *(_percents(found, key) for key in ("recalibrated_top1", "top1"))]
-        speed = f"{statistics.fmean(f['speedup'] for f in found.values()):.2f}x"
+        speed = _speed_of(found)
         if "residual" in settings[name]:
             rules.append([first, name.partition("-")[2], *sizes, speed, *accuracy])
         if name == "scatter-macs" or "residual" not in settings[name]:
@@ -145,7 +139,7 @@ def _variants(content: dict[str, Any]) -> str:
                 ""
                 if method in ("scop", "none")
                 else _with_interval(
-                    _differences(by_variant["scatter-macs" if selection == "global" else "scop-uniform"], found)
+                    _differences(by_variant.get("scatter-macs" if selection == "global" else "scop-uniform", {}), found)
                 )
             )
             methods.append([method, "" if method == "none" else selection, *sizes, *accuracy, against])
@@ -163,8 +157,8 @@ batch norms, and after fine-tuning; mean and standard deviation over seeds, of w
 
 ### Residual rules
 
-Each rule at the same MACs{then}, selection global. Speed is that of batches of {LATENCY_BATCH}, measured after
-fine-tuning.
+Each rule at the same MACs{then}, selection global. Speed is that of batches of {LATENCY_BATCH} against
+the dense network's, by turns, after fine-tuning.
 
 | rule | same | parameters | MACs | speed | seeds | before | after |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -349,6 +343,21 @@ standard deviations say which of them might be as good. What was only sketched i
 | --- | --- | --- | --- |
 {chr(10).join(f"| {' | '.join(row)} |" for row in rows)}
 """
+
+
+def _by_variant(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures by VARIANT-SEED -> variant -> seed -> figures."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, figures in rows.items():
+        variant, _, seed = key.rpartition("-")
+        groups.setdefault(variant, {})[seed] = figures
+    return groups
+
+
+def _speed_of(found: dict[str, dict[str, Any]]) -> str:
+    """The mean over those seeds by which it was measured."""
+    known = [figures["speedup"] for figures in found.values() if figures["speedup"] is not None]
+    return f"{statistics.fmean(known):.2f}x" if known else ""
 
 
 def _by_seed(variants: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -87,13 +87,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="these variants, so that two calls can share the work")
     options = parser.parse_args(arguments)
+    deadline = Deadline(options.minutes)
     return work_through(
         {"resnet20": plan(target(WORK))},
         every_second(images(ARCHIVE, WORK.parent / "cifar10")),
         WORK,
         RESULTS,
         options.seeds,
-        Deadline(options.minutes),
+        deadline,
         prefix="variants",
         only=options.only,
         jobs=options.jobs,

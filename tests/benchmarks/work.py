@@ -10,9 +10,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Container, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
@@ -79,6 +80,7 @@ class Work:
         stopping: says when time is up; one that can be pickled where work is done by other processes.
         earlier: figures of an earlier report, by variant and seed. Those of a network that was trained for the
             benchmark count only where that network is, in the folder.
+        alone: whether nothing else is done meanwhile; only then are speeds measured.
 
     Attributes:
         fingerprint: of the dense network and the images.
@@ -95,8 +97,9 @@ class Work:
         folder: Path,
         stopping: Callable[[], bool],
         earlier: Mapping[str, dict[str, Any]] | None = None,
+        alone: bool = True,
     ) -> None:
-        self.name, self.plan, self.dataset, self.stopping = name, plan, dataset, stopping
+        self.name, self.plan, self.dataset, self.stopping, self.alone = name, plan, dataset, stopping, alone
         self.device = pick_device()
         given = plan.dense.weights and sha256(Path(plan.dense.weights).read_bytes()).hexdigest()
         dense = [plan.dense.model_dump(exclude={"weights", *HOW}), given]
@@ -117,14 +120,20 @@ class Work:
 
     def prepare(self) -> None:
         """Make what all variants need."""
+        self._check_time("its dense network")
         self.dense()
 
     def run(self, variant: str, seed: int) -> None:
         """Make and keep a variant's figures."""
+        self._check_time(f"{variant}-{seed}")
         path = self._file(variant, seed, "json")
         text = json.dumps(self.finetuned(variant, seed), indent=1)
         path.with_suffix(".part").write_text(text)
         path.with_suffix(".part").rename(path)
+
+    def _check_time(self, what: str) -> None:
+        if self.stopping():
+            raise Stopped(f"{self.name}: no time is left to begin with {what}")
 
     def known(self, variant: str, seed: int) -> dict[str, Any] | None:
         """A variant's figures, where there are any by these settings."""
@@ -209,15 +218,19 @@ class Work:
             recalibrate(pruned, self.batches(section.batch_size, section), 50, self.device, dtype)
         recalibrated = measure_accuracy(pruned.eval(), self.test(), self.device).top1
         seconds = self.train(pruned, section, f"{name}-{seed}", teacher, self.settings(name))
-        networks = {"dense": dense.eval(), "pruned": pruned.eval()}
-        times = measure_latency(networks, self.dataset.info.shape, LATENCY_BATCH, self.device)
         return self.figures(pruned) | {
             "recalibrated_top1": recalibrated,
             "seconds": seconds,
-            "speedup": times["dense"].p50 / times["pruned"].p50,
+            "speedup": self.speedup(dense, pruned) if self.alone else None,
             "settings_hash": self.settings(name),
             "machine": machine(),
         }
+
+    def speedup(self, dense: nn.Module, pruned: nn.Module) -> float:
+        """How many times as fast a pass is, by turns."""
+        networks = {"dense": dense.eval(), "pruned": pruned.eval()}
+        times = measure_latency(networks, self.dataset.info.shape, LATENCY_BATCH, self.device)
+        return times["dense"].p50 / times["pruned"].p50
 
     def train(
         self, model: nn.Module, section: TrainingSection, label: str, teacher: nn.Module | None, settings: str
@@ -261,8 +274,7 @@ class Work:
         }
 
     def report(self) -> dict[str, Any]:
-        """All figures that there are."""
-        self.dense()
+        """All figures that there are, once there is a dense network."""
         every = ((variant, seed) for seed in self.plan.seeds for variant in self.plan.variants)
         return {
             "network": self.name,
@@ -279,6 +291,10 @@ class Work:
             "training_images": len(self.dataset["train"]),
             "command": self.plan.command,
         }
+
+
+Task = tuple[Work, Callable[[], None]]
+"""What is to be done, and for which network."""
 
 
 @dataclass
@@ -306,7 +322,12 @@ class Seldom:
 
 @dataclass(frozen=True)
 class Deadline:
-    """Whether so many minutes have passed since it was made, in whichever process."""
+    """Whether so many minutes have passed since it was made, in whichever process of this machine.
+
+    Attributes:
+        minutes: how long there is time.
+        made: when it began, by the monotonic clock, in seconds.
+    """
 
     minutes: float
     made: float = field(default_factory=time.monotonic)
@@ -316,7 +337,7 @@ class Deadline:
 
 
 def images(archive: Path, folder: Path, validation: float = 0) -> Dataset:
-    """The archive's images, packed once."""
+    """The archive's images, packed once into a folder for this share of them in the validation split."""
     if not (folder / "manifest.json").exists():
         section = DataSection(source="imagefolder", path=str(archive), validation=validation)
         save_dataset(load_source(section), folder)
@@ -334,39 +355,73 @@ def work_through(
     only: Collection[str] | None = None,
     jobs: int = 1,
 ) -> int:
-    """Seed by seed, so that each network has figures as early as possible, and so many variants at a time.
+    """Seed by seed, so that each network has figures as early as possible.
 
-    Rows of other settings leave the JSON file with the first variant that is ready.
+    PREFIX-NAME.json is written with each variant that is ready. Rows of other settings leave it with the first one.
+
+    Args:
+        chosen: plans by the network's name.
+        dataset: the images.
+        folder: where what is begun is kept.
+        results: where the JSON files go.
+        seeds: so many of each plan's.
+        stopping: says when time is up; one that can be pickled for several jobs.
+        prefix: of the JSON files' names.
+        only: of these variants; of none for the dense networks alone.
+        jobs: so many variants at a time, each in a process of its own.
+
+    Returns:
+        0 when all is done, 3 while work is left.
+
+    Raises:
+        SystemExit: there is no such variant.
     """
     for name in only or ():
         if not any(name in plan.variants for plan in chosen.values()):
             raise SystemExit(f"no variant {name!r}")
+    files = {name: results / f"{prefix}-{name}.json" for name in chosen}
     works = []
     for name, plan in chosen.items():
-        file = results / f"{prefix}-{name}.json"
-        earlier = json.loads(file.read_text())["variants"] if file.exists() else None
-        works.append(Work(name, plan, dataset, folder, stopping, earlier))
-    stopped = False
-    with _workers(jobs) as pool:
-        begun = {pool.submit(work.prepare): (work, True) for work in works}
-        while begun:
-            for future in wait(begun, return_when=FIRST_COMPLETED).done:
-                work, only_prepared = begun.pop(future)
-                try:
-                    future.result()
-                except Stopped as stop:
-                    print(f"{stop}; the same command goes on", flush=True)
-                    stopped = True
-                    continue
-                if only_prepared:
-                    for seed in work.plan.seeds[:seeds]:
-                        begun |= {pool.submit(work.run, v, seed): (work, False) for v in work.left(seed, only)}
+        earlier = json.loads(files[name].read_text())["variants"] if files[name].exists() else None
+        works.append(Work(name, plan, dataset, folder, stopping, earlier, alone=jobs == 1))
+    networks: list[Task] = [(work, work.prepare) for work in works]
+    variants: list[Task] = [
+        (work, partial(work.run, variant, seed))
+        for number in range(seeds)
+        for work in works
+        for seed in work.plan.seeds[number : number + 1]
+        for variant in work.left(seed, only)
+    ]
+    # Where one thing is done at a time, a network is made by its first variant.
+    for tasks in [networks, variants] if jobs > 1 or not variants else [variants]:
+        try:
+            for work in _done(tasks, jobs):
                 report = work.report()
-                (results / f"{prefix}-{work.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+                if report["variants"] or not files[work.name].exists():
+                    files[work.name].write_text(json.dumps(report, indent=1) + "\n")
                 print(work.name, {key: row["top1"] for key, row in report["variants"].items()}, flush=True)
-    return WORK_LEFT if stopped else 0
+        except Stopped as stop:
+            print(f"{stop}; the same command goes on", flush=True)
+            return WORK_LEFT
+    return 0
 
 
-def _workers(jobs: int) -> Executor:
-    """A GPU has room for several small networks; what has used one cannot be forked, so processes start anew."""
-    return ProcessPoolExecutor(jobs, get_context("spawn"), pick_device) if jobs > 1 else ThreadPoolExecutor(1)
+def _done(tasks: Sequence[Task], jobs: int) -> Iterator[Work]:
+    """Do tasks, and say whose is done as soon as one is.
+
+    A GPU has room for several small networks; what has used one cannot be forked, so processes start anew.
+    """
+    if jobs == 1:
+        for work, do in tasks:
+            do()
+            yield work
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        begun = {pool.submit(do): work for work, do in tasks}
+        try:
+            for future in as_completed(begun):
+                future.result()
+                yield begun[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
