@@ -69,8 +69,8 @@ class Console(io.TextIOBase):
 
     def _show_event(self, text: str) -> None:
         if match := re.match(r"Executing task '(.+)'", text):
-            self.task, self._started = match[1], time.monotonic()
-            self._say(self.task.replace("-", "_"))
+            self.task, self._started = match[1].replace("-", "_"), time.monotonic()
+            self._say(self.task)
         elif match := re.match(r"Task '(.+)' finished with status (\w+)", text):
             outcome = "done" if match[2] == "SUCCESS" else "FAILED"
             self._say(f"  {outcome} in {time.monotonic() - self._started:.1f} s")

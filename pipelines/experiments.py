@@ -20,7 +20,7 @@ from typing import Any
 from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.mlflow_server import configure_mlflow, first_line, shown
-from scop.parents import COST_TAG, DATASET_TAG, DEVICE_TAG, PARENT_TAG
+from scop.parents import COST_TAG, DATASET_TAG, ERROR_TAG, KFP_TAG, MEASURED_TAG, PARENT_TAG
 from scop.results import Result, Value
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
@@ -28,8 +28,11 @@ _PAGE = 1000  # runs; memory is bounded by it, for of each only a row is kept
 _PARTS = 4  # of the time that is looked at, read side by side: MLflow's server has four workers by default
 _OLDEST_FIRST = "attributes.start_time ASC"
 _IS_A_RESULT = "tags.`scop.step` = 'evaluate' and attributes.status = 'FINISHED'"
-_HAS_NOT_FINISHED = "tags.`scop.step` != '' and attributes.status != 'FINISHED'"
+_HAS_NOT_FINISHED = "attributes.status != 'FINISHED'"
+_OURS = {"scop.step", "scop.run", KFP_TAG}
+"""Tags of which a step's run or a pipeline's has one."""
 _FAILED = ("FAILED", "KILLED")
+_UNTOLD = {"FAILED": "it did not say why", "KILLED": "it was killed"}
 _HAS_COST = f"tags.`{COST_TAG}` != ''"
 _PATIENCE = "60"
 """Seconds for an answer: a server that shares a machine takes some for a thousand runs."""
@@ -42,10 +45,10 @@ _SPOKEN_OF = re.compile(r"\b(param|metric)(?:eter)?s?\.[`\"]?(\w+)")
 
 @dataclass(frozen=True)
 class Failure:
-    """A step that failed, and that no later try made good.
+    """A step that failed, and that no later try made good, or a pipeline's run that failed without one.
 
     Attributes:
-        name: of the step's run in MLflow, such as ``scop-0.45 finetune``.
+        name: of its run in MLflow, such as ``scop-0.45 finetune``.
         run: its id.
         error: what it said.
     """
@@ -268,22 +271,27 @@ class Mlflow:
         return runs, answer.get("next_page_token")
 
     def _failures(self, ids: list[str], of: Container[str] | None) -> Iterator[Failure]:
-        """Of each pipeline run, or of those only, the steps whose last try failed; and steps by themselves that did."""
-        failed = [run for run in self._search(ids, _HAS_NOT_FINISHED) if run.status in _FAILED]
-        parents = list(dict.fromkeys(run.tags[PARENT_TAG] for run in failed if PARENT_TAG in run.tags))
-        parents = [parent for parent in parents if of is None or parent in of]
+        """Of each pipeline run, or of those only, the steps whose last try failed; itself, if it failed without one."""
+        unfinished = self._search(ids, _HAS_NOT_FINISHED)
+        failed = {run.id: run for run in unfinished if run.status in _FAILED and _OURS & run.tags.keys()}
+        # A step by itself has no steps below it, just as a pipeline's run that failed by itself.
+        parents = dict.fromkeys(run.tags.get(PARENT_TAG, run.id) for run in failed.values())
 
         def last_tries(parent: str) -> list[_Run]:
             tries = self._search(ids, f"tags.`{PARENT_TAG}` = '{parent}'")
-            return list({run.name: run for run in sorted(tries, key=lambda run: run.started)}.values())
+            last = {run.name: run for run in sorted(tries, key=lambda run: run.started)}.values()
+            itself = [failed[parent]] if parent in failed else []
+            return [run for run in last if run.status in _FAILED] or itself
 
+        asked = [parent for parent in parents if of is None or parent in of]
         with ThreadPoolExecutor(_PARTS) as pool:
-            ended = [run for runs in pool.map(last_tries, parents) for run in runs]
-        ended += [run for run in failed if PARENT_TAG not in run.tags and of is None]
-        for run in ended:
-            if run.status in _FAILED:
-                killed = "it was killed" if run.status == "KILLED" else "it did not say why"
-                yield Failure(run.name, run.id, run.tags.get("scop.error", killed))
+            ended = dict(zip(asked, pool.map(last_tries, asked), strict=True))
+        for parent, runs in ended.items():
+            for run in runs:
+                why = run.tags.get(ERROR_TAG)
+                if why is None and run.status == "KILLED":  # it could not say so itself
+                    why = failed[parent].tags.get(ERROR_TAG) if parent in failed else None
+                yield Failure(run.name, run.id, why or _UNTOLD[run.status])
 
     def _explained(self, error: Exception, where: str | None) -> UserError:
         code, message = str(getattr(error, "error_code", "")), first_line(error)
@@ -325,7 +333,7 @@ def _result(run: _Run) -> Result:
         params={key: _typed(value) for key, value in run.params.items() if "." not in key},
         metrics={k: v for k, v in run.metrics.items() if math.isfinite(v) and not k.startswith("system/")},
         dataset=tags.get(DATASET_TAG, ""),
-        device=tags.get(DEVICE_TAG, ""),
+        device=tags.get(MEASURED_TAG, ""),
         run=run.id,
         place=tags.get("scop.place"),
     )

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
+from pipelines.compare import compare_runs
 from pipelines.console import console, print_variants
 from pipelines.containers import (
     Sandbox,
@@ -217,23 +218,23 @@ def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | N
     write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     _send([folder / "config.yaml"], place)
     parent = start_parent(config.run.experiment, run_id, surroundings(), resumed=bool(os.environ[RESUME_VARIABLE]))
-    succeeded = False
     try:
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):
             report = _execute(config, place, folder, *docker)
-        succeeded = True
+    except BaseException as error:
+        end_parent(parent, False, {}, [folder / "config.yaml"], str(error), alone=True)
+        raise
     finally:
-        if not succeeded:
-            end_parent(parent, False, {}, [folder / "config.yaml"])
         with contextlib.suppress(UserError, FileNotFoundError):
             _send([folder / "log.txt"], place)
     summary = json.loads((report / "summary.json").read_text())
     summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_atomically(folder / "report.html", (report / "report.html").read_text(encoding="utf-8"))
+    # Anew, for only now is it known what all the steps cost.
+    compare_runs([place]).page.write(folder / "report.html")
     files = [folder / name for name in ("config.yaml", "summary.json", "report.html")]
     _send(files, place)
-    end_parent(parent, True, headline(summary) | {"seconds": summary["seconds"]}, files)
+    end_parent(parent, True, headline(summary) | {"seconds": summary["seconds"]}, files, alone=True)
     return LocalRun(place, summary, os.environ["MLFLOW_TRACKING_URI"])
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.experiments import Mlflow
-from scop.config import ExportSection
 from scop.errors import UserError
 from scop.mlflow_server import first_line
 
 CHAMPION = "champion"
+LIMITS = ("max_top1_drop", "tolerance")
+"""Of section export: what a version is judged by, and tagged with."""
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w.-]+))")
 
@@ -59,13 +60,13 @@ class Promotion:
         return all(gate.holds for gate in self.gates)
 
 
-def promote(version: str, root: str, limits: ExportSection | None = None) -> Promotion:
+def promote(version: str, root: str, limits: Mapping[str, float] | None = None) -> Promotion:
     """Give a model's version the alias `champion`, if its gates hold.
 
     Args:
         version: ``NAME/3``, ``NAME@candidate``, or either behind ``models:/``.
         root: where the database of local runs is.
-        limits: `max_top1_drop` and `tolerance`; those by which it was exported, if None.
+        limits: `max_top1_drop` and `tolerance`; what is not given is as it was when the version was exported.
 
     Raises:
         UserError: there is no such version, it was not exported by this pipeline, or MLflow cannot be reached.
@@ -75,7 +76,7 @@ def promote(version: str, root: str, limits: ExportSection | None = None) -> Pro
     mlflow, name = Mlflow(root, "promote"), found["name"]
     with mlflow.asking():
         entry = _entry(mlflow.client, version, name, found["number"], found["alias"])
-        gates = _gates(entry.tags, limits, version)
+        gates = _gates(entry.tags, limits or {}, version)
         champion = _champion(mlflow.client, name)
         promotion = Promotion(name, str(entry.version), champion, gates, mlflow.uri)
         if promotion.promoted:
@@ -99,11 +100,10 @@ def _entry(client: Any, version: str, name: str, number: str | None, alias: str 
         ) from error
 
 
-def _gates(tags: Mapping[str, str], limits: ExportSection | None, version: str) -> list[Gate]:
+def _gates(tags: Mapping[str, str], limits: Mapping[str, float], version: str) -> list[Gate]:
     try:
         drop, difference = float(tags["top1_drop"]), float(tags["difference"])
-        max_drop = float(tags["max_top1_drop"]) if limits is None else limits.max_top1_drop
-        tolerance = float(tags["tolerance"]) if limits is None else limits.tolerance
+        max_drop, tolerance = (float(limits[key] if key in limits else tags[key]) for key in LIMITS)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{version} does not say what was measured of it (tag {error}); promote what the step export registered"

@@ -140,7 +140,7 @@ def _table(
             columns |= {f"{metric.key} on {device}": (metric, device) for device in devices}
         else:
             columns[metric.key] = (metric, None)
-    labels = list(dict.fromkeys((*group_by, *_ALWAYS))) if group_by else _telling(results)
+    labels = list(dict.fromkeys((*group_by, *_ALWAYS))) if group_by else _telling(results, metrics)
     groups: dict[tuple[Value, ...], list[Result]] = {}
     for number, result in enumerate(results):
         key = tuple(_label(result, label) for label in labels) if group_by else (number,)
@@ -175,9 +175,11 @@ def _dense(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
     return [f"dense: {', '.join(figures)}"] if figures else []
 
 
-def _telling(results: Sequence[Result]) -> list[str]:
+def _telling(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
     """The columns by which single results are told apart: those in which they differ, and always their name."""
-    wanted = ("network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed")
+    wanted = ["network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed"]
+    if any(metric.endswith("train_seconds") for metric in metrics):
+        wanted.append("trained_on")
     labels = ["name", *(key for key in wanted if len({result.params.get(key) for result in results}) > 1)]
     told = {tuple(_label(result, label) for label in labels) for result in results}
     return labels if len(told) == len(results) else [*labels, "run"]

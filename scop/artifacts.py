@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scop.device import describe_device
 from scop.errors import UserError
 from scop.manifest import MANIFEST, TIMINGS, read_folder, write_manifest
 from scop.models import find_factory, make_model
@@ -40,6 +41,7 @@ def save_model(
     factory: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     history: list[EpochRecord] | None = None,
+    device: torch.device | None = None,
     others: Sequence[str] = (),
 ) -> None:
     """Write a model folder.
@@ -49,6 +51,7 @@ def save_model(
         folder: is created; what it holds of a model is replaced.
         factory, arguments: how to build the dense network, where the model does not carry that itself.
         history: the epochs of its training, for reports.
+        device: where it was trained, for them too.
         others: further files, in the folder already, that belong to the model.
 
     Raises:
@@ -74,7 +77,7 @@ def save_model(
         save_file(_unshared(state), folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(spec.model_dump_json(indent=1) + "\n")
         if history is not None:
-            save_history(history, folder)
+            save_history(history, folder, device)
         write_manifest(folder, "model", (WEIGHTS, DESCRIPTION, HISTORY, TIMINGS, *others))
     except OSError as error:
         raise UserError(f"cannot write model folder {folder}: {error.strerror or error}") from error
@@ -196,11 +199,13 @@ def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def save_history(history: list[EpochRecord], folder: Path) -> None:
-    """Write the epochs of a training: history.json, and their seconds, which no rerun reproduces, to timings.json."""
+def save_history(history: list[EpochRecord], folder: Path, device: torch.device | None = None) -> None:
+    """Write the epochs of a training: history.json; and what no rerun reproduces, seconds and device: timings.json."""
     records = [{key: value for key, value in asdict(record).items() if key != "seconds"} for record in history]
     (folder / HISTORY).write_text(json.dumps(records, indent=1) + "\n")
-    (folder / TIMINGS).write_text(json.dumps({"epoch_seconds": [record.seconds for record in history]}) + "\n")
+    timings = {"epoch_seconds": [record.seconds for record in history]}
+    described = {} if device is None else {"device": describe_device(device)}
+    (folder / TIMINGS).write_text(json.dumps(timings | described) + "\n")
 
 
 def load_history(folder: Path) -> list[EpochRecord]:
@@ -210,6 +215,13 @@ def load_history(folder: Path) -> list[EpochRecord]:
     seconds = json.loads((folder / TIMINGS).read_text())["epoch_seconds"]
     records = json.loads((folder / HISTORY).read_text())
     return [EpochRecord(**record, seconds=spent) for record, spent in zip(records, seconds, strict=True)]
+
+
+def trained_on(folder: Path) -> str | None:
+    """The device of a training; None where it was not recorded, or there was none."""
+    path = folder / TIMINGS
+    device = json.loads(path.read_text()).get("device") if path.exists() else None
+    return None if device is None else str(device)
 
 
 def load_surgery(folder: Path) -> dict[str, float]:

@@ -438,12 +438,12 @@ def _written(option: str, path: Path, write: Callable[[Path], object]) -> None:
 
 def _promote(options: argparse.Namespace) -> int:
     from pipelines.presets import find_config
-    from pipelines.promote import CHAMPION, promote
+    from pipelines.promote import CHAMPION, LIMITS, promote
     from scop.config import load_config
 
-    limits = None
-    if options.config or options.set:
-        limits = load_config(find_config(options.config or DEFAULT_CONFIG), options.set).export
+    # Without a file, what is not set is as the version was exported, and no preset's.
+    export = load_config(find_config(options.config) if options.config else None, options.set).export
+    limits = export.model_dump(include=set(LIMITS), exclude_unset=not options.config)
     outcome = promote(options.version, options.root, limits)
     for gate in outcome.gates:
         print(f"{'holds' if gate.holds else 'FAILS'}: {gate.text}")

@@ -478,13 +478,13 @@ def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneS
     return parse(FinetuneSection, section.model_dump() | variant.finetune, f"variants ({variant.label}).finetune")
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a configuration file and put ``section.key=value`` entries in; values are YAML.
+def load_config(path: Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a configuration file, or take the defaults, and put ``section.key=value`` entries in; values are YAML.
 
     Raises:
         UserError: the file is missing or no YAML, or the configuration is bad.
     """
-    values = read_yaml(path)
+    values = {} if path is None else read_yaml(path)
     for change in overrides or []:
         override(values, change)
     return parse(Config, values)

@@ -54,6 +54,7 @@ class Spent:
         seconds: device-seconds.
         joules: energy, as far as devices told; None where none did.
         partly: whether some of the time's energy was not told.
+        at_least: whether there were steps, perhaps on this device, that did not live to tell what they cost.
     """
 
     what: str
@@ -61,11 +62,13 @@ class Spent:
     seconds: float
     joules: float | None = None
     partly: bool = False
+    at_least: bool = False
 
     @property
     def time(self) -> str:
         """In hours, or seconds where it was less than one."""
-        return f"{self.seconds / 3600:,.1f} h" if self.seconds >= 3600 else f"{self.seconds:,.0f} s"
+        told = f"{self.seconds / 3600:,.1f} h" if self.seconds >= 3600 else f"{self.seconds:,.0f} s"
+        return "at least " * self.at_least + told
 
     @property
     def energy(self) -> str:
@@ -73,7 +76,8 @@ class Spent:
         if self.joules is None:
             return "not told"
         hours = self.joules / 3600
-        return "at least " * self.partly + (f"{hours / 1000:,.2f} kWh" if hours >= 1000 else f"{hours:,.1f} Wh")
+        told = f"{hours / 1000:,.2f} kWh" if hours >= 1000 else f"{hours:,.1f} Wh"
+        return "at least " * (self.partly or self.at_least) + told
 
 
 def total(entries: Iterable[Spent], what: str) -> list[Spent]:
@@ -86,8 +90,14 @@ def total(entries: Iterable[Spent], what: str) -> list[Spent]:
 
 def _sum(entries: Sequence[Spent], what: str) -> Spent:
     told = [entry.joules for entry in entries if entry.joules is not None]
-    partly = bool(told) and (len(told) < len(entries) or any(entry.partly for entry in entries))
-    return Spent(what, entries[0].device, sum(e.seconds for e in entries), sum(told) if told else None, partly)
+    return Spent(
+        what,
+        entries[0].device,
+        seconds=sum(entry.seconds for entry in entries),
+        joules=sum(told) if told else None,
+        partly=bool(told) and (len(told) < len(entries) or any(entry.partly for entry in entries)),
+        at_least=any(entry.at_least for entry in entries),
+    )
 
 
 class Meter:

@@ -97,9 +97,9 @@ def describe(key: str) -> Metric:
     if found := _LATENCY.fullmatch(rest):
         quantile = "" if found[2] == "p50" else f", {found[2]}"
         return Metric(key, f"{prefix}latency, batch {found[1]}{quantile}", "milliseconds", of_device=True)
-    if rest in _OTHERS:
+    if rest in _OTHERS:  # on another device than latency was measured on: parameter trained_on
         title, kind = _OTHERS[rest]
-        return Metric(key, prefix + title, kind, of_device=True)
+        return Metric(key, prefix + title, kind)
     kind = _KINDS.get(rest, "number")
     better = kind == "share" if rest in _NAMES else None
     return Metric(key, prefix + _NAMES.get(rest, rest), kind, better)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from scop.mlflow_server import artifact_root, configure_mlflow, find_experiment,
 PARENT_TAG = "mlflow.parentRunId"
 KFP_TAG = "kfp.run_id"
 DEVICE_TAG, DATASET_TAG = "scop.device", "scop.dataset"
+MEASURED_TAG = "scop.measured_on"
+"""Of step evaluate's run: what its latencies were measured on, such as ``AMD EPYC (2 threads)``."""
+ERROR_TAG = "scop.error"
 COST_TAG = "scop.cost"
 """Of a pipeline's run: what all its steps cost, those that failed too, by device: JSON, as `scop.cost.Spent` has it."""
 SECONDS, ENERGY = "total_device_seconds", "total_energy_joules"
@@ -46,7 +49,7 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resume
             earlier = client.search_runs([experiment_id], f"tags.`scop.run` = '{tags['scop.run']}'")
             for run in earlier:
                 if PARENT_TAG not in run.data.tags:
-                    client.update_run(run.info.run_id, status="RUNNING")
+                    _begin_again(client, experiment_id, run)
                     return str(run.info.run_id)
         return str(client.create_run(experiment_id, run_name=run_name, tags=dict(tags)).info.run_id)
     except Exception as error:
@@ -56,20 +59,48 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resume
         ) from error
 
 
-def end_parent(run_id: str, succeeded: bool, metrics: Mapping[str, float], files: list[Path]) -> None:
-    """Close a pipeline's run; a server that fails now is only reported."""
+def _begin_again(client: Any, experiment_id: str, parent: Any) -> None:
+    """What an earlier try left undone, since it was killed, is closed; its error holds no more."""
+    _close_children(client, experiment_id, parent.info.run_id)
+    if ERROR_TAG in parent.data.tags:
+        client.delete_tag(parent.info.run_id, ERROR_TAG)
+    client.update_run(parent.info.run_id, status="RUNNING")
+
+
+def end_parent(
+    run_id: str,
+    succeeded: bool,
+    metrics: Mapping[str, float],
+    files: list[Path],
+    error: str | None = None,
+    alone: bool = False,
+) -> None:
+    """Close a pipeline's run; a server that fails now is only reported.
+
+    Args:
+        run_id: MLflow's id.
+        succeeded: whether all steps did.
+        metrics: headline figures.
+        files: to keep with it.
+        error: why it failed, where no step has said so.
+        alone: whether no step can be at work any more; those that have not closed their runs were killed.
+    """
     from mlflow.tracking import MlflowClient
 
     try:
         client = MlflowClient()
-        experiment = client.get_run(run_id).info.experiment_id
-        _log_cost(client, experiment, run_id)
+        parent = client.get_run(run_id)
+        if alone:
+            _close_children(client, parent.info.experiment_id, run_id)
+        _log_cost(client, parent.info.experiment_id, run_id)
         for key, value in metrics.items():
             client.log_metric(run_id, key, value)
         for path in files:
             client.log_artifact(run_id, str(path))
-        if succeeded and "scop.error" in client.get_run(run_id).data.tags:
-            client.delete_tag(run_id, "scop.error")  # of a try that was made good
+        if succeeded and ERROR_TAG in parent.data.tags:
+            client.delete_tag(run_id, ERROR_TAG)  # of a try that was made good
+        if error and ERROR_TAG not in parent.data.tags:
+            client.set_tag(run_id, ERROR_TAG, error)
         client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
@@ -117,12 +148,10 @@ def close_parent(experiment: str, kfp_run: str, succeeded: bool, error: str | No
     if known is None or not (found := _parents(client, known.experiment_id, kfp_run)):
         return None
     parent = _merged(client, known.experiment_id, found)
-    for child in _children(client, known.experiment_id, parent.info.run_id):
-        if child.info.status == "RUNNING":
-            client.set_terminated(child.info.run_id, "KILLED")
+    _close_children(client, known.experiment_id, parent.info.run_id)
     _log_cost(client, known.experiment_id, parent.info.run_id)
     if error:
-        client.set_tag(parent.info.run_id, "scop.error", error)
+        client.set_tag(parent.info.run_id, ERROR_TAG, error)
     if parent.info.status != status:
         client.set_terminated(parent.info.run_id, status)
     return str(parent.info.run_id)
@@ -145,8 +174,16 @@ def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
             return found
 
 
+def _close_children(client: Any, experiment_id: str, parent: str) -> None:
+    """Steps that have not closed their runs were killed."""
+    for child in _children(client, experiment_id, parent):
+        if child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, "KILLED")
+
+
 def _log_cost(client: Any, experiment_id: str, parent: str) -> None:
-    """The sums of what the steps cost, each try of them."""
+    """The sums of what the steps cost, each try of them; what killed ones cost is not known."""
+    children = _children(client, experiment_id, parent)
     spent = [
         Spent(
             run.info.run_name,
@@ -154,12 +191,13 @@ def _log_cost(client: Any, experiment_id: str, parent: str) -> None:
             run.data.metrics["device_seconds"],
             run.data.metrics.get("energy_joules"),
         )
-        for run in _children(client, experiment_id, parent)
+        for run in children
         if "device_seconds" in run.data.metrics
     ]
     if not spent:
         return
-    sums = total(spent, "1 run")
+    killed = any(run.info.status == "KILLED" and "device_seconds" not in run.data.metrics for run in children)
+    sums = [replace(entry, at_least=killed) for entry in total(spent, "1 run")]
     client.set_tag(parent, COST_TAG, json.dumps([asdict(entry) for entry in sums]))
     client.log_metric(parent, SECONDS, sum(entry.seconds for entry in sums))
     if told := [entry.joules for entry in sums if entry.joules is not None]:

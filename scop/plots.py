@@ -58,7 +58,9 @@ def comparable(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[fl
     return shown, "knockoff score over its layer's mean, in powers of ten"
 
 
-def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
+def score_histograms(
+    scores: Mapping[str, Sequence[float]], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """The distribution of the scores in every layer: median, quartiles and range."""
     scores, title = comparable(scores)
     layers = list(scores)
@@ -75,7 +77,7 @@ def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.set_xlabel(title)
     axes.set_title("Scores by layer", loc="left", fontsize=10)
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)
 
 
 def sensitivity_curves(top1: Mapping[str, Sequence[float]], rates: Sequence[float], path: Path) -> None:
@@ -121,7 +123,9 @@ def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Pa
     figure.savefig(path)
 
 
-def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+def confusion_matrix(
+    counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Counts by true and predicted class."""
     import numpy as np
 
@@ -142,4 +146,4 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], pa
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title("Confusion on the test split, pruned network", loc="left", fontsize=10)
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)

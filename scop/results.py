@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,11 @@ class Result:
         return f"{self.dataset} {self.params['recipe']}"
 
     @property
+    def rerun(self) -> str | None:
+        """The command that measures it again; None where nobody knows where it is."""
+        return None if self.place is None else f"scop rerun {shlex.quote(self.place)}"
+
+    @property
     def training(self) -> str | None:
         """The same for results of networks that were trained alike, whatever was pruned; None where that is unknown."""
         first, dash, _ = str(self.params.get("recipe", "")).partition("-")
@@ -95,6 +101,8 @@ class Result:
             "residual": evaluation["residual"],
             **{name: value for name, value in made.items() if value is not None},
         }
+        if (device := evaluation.get("trained_on")) is not None:
+            params["trained_on"] = device
         if sections:
             params["recipe"] = _recipe(sections)
         return cls(
@@ -148,7 +156,7 @@ class VariantResult:
 
 def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation with what was timed, and by which run: it lies apart from what a rerun reproduces."""
-    merged = {**evaluation, "run": timings.get("run")}
+    merged = {**evaluation, "run": timings.get("run"), "trained_on": timings.get("trained_on")}
     for network in NETWORKS:
         seconds = timings.get("train_seconds", {}).get(network)
         merged[network] = evaluation[network] | {"latency_ms": timings["latency_ms"][network], "train_seconds": seconds}

@@ -28,7 +28,8 @@ def log(client: Any, experiment: str, row: Result, parent: str | None = None, st
     """Write a row into MLflow as step evaluate does; returns the run's id."""
     from mlflow.entities import Metric, Param, RunTag
 
-    tags = {"scop.step": "evaluate", "scop.variant": row.name, "scop.device": row.device, "scop.dataset": row.dataset}
+    tags = {"scop.step": "evaluate", "scop.variant": row.name, "scop.dataset": row.dataset}
+    tags |= {"scop.measured_on": row.device, "scop.device": row.device}
     tags |= {"mlflow.parentRunId": parent} if parent else {}
     run = client.create_run(experiment, run_name=f"{row.name} evaluate").info.run_id
     client.log_batch(

@@ -84,7 +84,7 @@ def environment(address: str) -> dict[str, str]:
 
 @dataclass
 class Faults:
-    """A proxy in front of an S3 server, which can be told to fail.
+    """A proxy in front of a server, which can be told to fail.
 
     Attributes:
         address: of the proxy.
@@ -106,8 +106,17 @@ def faulty_s3() -> Iterator[Faults]:
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
     moto.start()
+    try:
+        with faulty(moto.get_host_and_port()[1]) as faults:
+            yield faults
+    finally:
+        moto.stop()
+
+
+@contextlib.contextmanager
+def faulty(port: int) -> Iterator[Faults]:
+    """A proxy with faults in front of what listens on a port."""
     faults = Faults()
-    port = moto.get_host_and_port()[1]
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Proxy,), {"faults": faults, "upstream": port}))
     proxy.daemon_threads = True
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
@@ -117,13 +126,13 @@ def faulty_s3() -> Iterator[Faults]:
     finally:
         proxy.shutdown()
         proxy.server_close()
-        moto.stop()
 
 
 _ANSWERS = {
     "503": (503, "SlowDown", ""),
     "expired": (400, "ExpiredToken", ""),
     "denied": (403, "AccessDenied", ""),
+    **{str(status): (status, "Refused", "") for status in (401, 403, 500)},
     "elsewhere": (400, "AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>"),
 }
 

@@ -20,6 +20,12 @@ def test_a_meter_tells_time_and_the_machine() -> None:
     assert cost.device_seconds == cost.seconds
 
 
+def test_sums_say_that_there_was_more() -> None:
+    runs = [Spent("a run", "a GPU", 3600.0, 36e5), Spent("a run", "a GPU", 60.0, 36e5, at_least=True)]
+    (both,) = total(runs, "2 runs")
+    assert (both.time, both.energy) == ("at least 1.0 h", "at least 2.00 kWh")
+
+
 def test_several_devices_cost_their_sum() -> None:
     cost = Cost("a GPU", 4, 10.0, 3.0, 5000.0)
     assert cost.metrics == {"device_seconds": 40, "energy_joules": 5000}

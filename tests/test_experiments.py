@@ -97,13 +97,51 @@ def test_costs_are_told_by_the_device_that_each_step_used(client, request, capsy
 
 def test_a_killed_step_is_named_whatever_it_is_called(client, request, capsys) -> None:
     name = request.node.name
-    parent = start_parent(name, "run", {})
+    parent = start_parent(name, "run", {"scop.run": "run"})
     experiment = client.get_experiment_by_name(name).experiment_id
     log(client, experiment, result(), parent)
     killed = log(client, experiment, result(), parent, status="KILLED")
     client.update_run(killed, name='it\'s "mine"')
     assert compare(name) == 0
     assert capsys.readouterr().err == f'missing: it\'s "mine" (run {killed}): it was killed\n'
+    end_parent(parent, False, {}, [], "step finetune failed: OOMKilled")  # as who saw it says
+    assert compare(name) == 0
+    assert capsys.readouterr().err == f'missing: it\'s "mine" (run {killed}): step finetune failed: OOMKilled\n'
+
+
+def test_a_run_that_failed_without_a_step_that_did_is_named_itself(client, sweep: str, capsys) -> None:
+    experiment = client.get_experiment_by_name(sweep).experiment_id
+    log(client, experiment, result("l1", 0.7), alone := start_parent(sweep, "third", {"scop.run": "third"}))
+    end_parent(alone, False, {}, [], "step finetune vanished without a word")
+    other = client.create_run(experiment, run_name="somebody else's").info.run_id
+    client.set_terminated(other, "FAILED")
+    assert compare(sweep) == 0
+    first, second = sorted(capsys.readouterr().err.splitlines())
+    assert first.startswith("missing: scop-0.9 evaluate (run ")
+    assert second == f"missing: third (run {alone}): step finetune vanished without a word"
+    assert compare(sweep, "--where", "params.method = 'random'") == 0
+    assert "third" not in capsys.readouterr().err
+
+
+def test_a_step_that_never_closed_was_killed_and_what_it_cost_is_not_known(client, request, capsys) -> None:
+    name = request.node.name
+    parent = start_parent(name, "run", {"scop.run": "run"})
+    experiment = client.get_experiment_by_name(name).experiment_id
+    log(client, experiment, result(), parent)
+    tags = {"mlflow.parentRunId": parent, "scop.step": "finetune"}
+    lost = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
+    end_parent(parent, False, {}, [])  # as a step on a cluster does, beside others
+    assert client.get_run(lost).info.status == "RUNNING"
+    end_parent(parent, False, {}, [], "step finetune failed", alone=True)
+    assert client.get_run(lost).info.status == "KILLED"
+    assert compare(name) == 0
+    said = capsys.readouterr()
+    assert said.err == f"missing: scop finetune (run {lost}): step finetune failed\n"
+    assert "cost:    at least 10 s on a CPU, energy not told, 1 run\n" in said.out
+    lost = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
+    assert start_parent(name, "run", {"scop.run": "run"}, resumed=True) == parent
+    assert client.get_run(lost).info.status == "KILLED"  # with the whole run, which could not say so
+    assert "scop.error" not in client.get_run(parent).data.tags
 
 
 def test_what_the_page_lacks_is_said(client, sweep: str, tmp_path: Path, capsys) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from scop.cost import Spent
 from scop.page import Page
@@ -26,7 +27,13 @@ EVALUATION: dict[str, Any] = {
     "classes": ["cat", "</script><b>dog"],
     "scores": {"conv1": [0.1, 0.2, -0.1], "conv2": [0.3] * 4},
 }
-SWEEP = [result(method, rate, seed) for method in ("scop", "l1", "random") for rate in (0.3, 0.5) for seed in (0, 1)]
+PLACE = "a run/scop/evaluate/evaluation"
+SWEEP = [
+    result(method, rate, seed, place=PLACE)
+    for method in ("scop", "l1", "random")
+    for rate in (0.3, 0.5)
+    for seed in (0, 1)
+]
 
 
 def made(folder: Path, results: list[Result], **more: Any) -> Path:
@@ -86,6 +93,8 @@ def test_hover_tells_the_facts_and_a_click_goes_to_the_row(page: Any) -> None:
     told = page.locator("#pareto .hovertext").first.text_content()
     assert "scop-0." in told
     assert "top-1" in told
+    assert "run run-scop-0." in told
+    assert "scop rerun 'a run/scop/evaluate/evaluation'" in told
     page.mouse.click(x, y)
     page.wait_for_selector("tbody tr.chosen")
     assert page.locator("tbody tr.chosen th").inner_text().startswith("scop-0.")
@@ -133,6 +142,32 @@ def test_it_prints(tmp_path: Path) -> None:
         assert content.startswith(b"%PDF")
         assert len(content) > 20_000
         assert not view.locator("#filter").is_visible()
+        assert view.locator("tbody td.rerun").first.is_visible()
+
+
+def test_each_plot_has_its_run_and_the_command_beside_it(page: Any) -> None:
+    assert page.locator("#of-runs").inner_text().strip() == (
+        "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
+    )
+
+
+def test_the_best_of_each_column_is_bold_and_what_is_missing_is_not(tmp_path: Path) -> None:
+    without = {key: value for key, value in result("random", 0.4).metrics.items() if key != "pruned_macs"}
+    rows = [result("scop", 0.3), result("l1", 0.5), result(name="lacking", metrics=without)]
+    with opened(made(tmp_path, rows), 1440) as view:
+        columns = view.locator("thead th").all_inner_texts()
+        bold = {
+            (row.locator("th").inner_text(), columns[1 + number])
+            for row in view.locator("tbody tr").all()
+            for number, cell in enumerate(row.locator("td").all())
+            if cell.evaluate("one => getComputedStyle(one).fontWeight") == "700"
+        }
+        assert {("scop-0.3", "top-1"), ("scop-0.3", "drop"), ("l1-0.5", "MACs")} <= bold
+        assert "lacking" not in {name for name, _ in bold}
+    only = [result("scop", 0.3), result(name="lacking", metrics={"pruned_top1": 0.5, "dense_top1": 0.6})]
+    with opened(made(tmp_path, only), 1440) as view:
+        assert view.locator("td.best").all_inner_texts()[0].startswith("92.5")
+        assert not view.locator("td.best", has_text="\u2013").count()
 
 
 def test_a_dark_screen_prints_dark_on_white(tmp_path: Path) -> None:
@@ -186,8 +221,9 @@ def test_thousands_of_rows_are_shown_in_parts(tmp_path: Path) -> None:
         assert view.locator("tbody tr").count() == 400
 
 
-def test_contrast_and_focus(tmp_path: Path) -> None:
-    with opened(made(tmp_path, SWEEP), 1440, color_scheme="dark") as view:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_and_focus(tmp_path: Path, scheme: str) -> None:
+    with opened(made(tmp_path, SWEEP), 1440, color_scheme=scheme) as view:
         ratio = """() => {
           const of = (text) => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
             .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -210,6 +246,10 @@ def test_pictures_are_written_with_error_bars_over_seeds(tmp_path: Path) -> None
     assert {"confusion-scop-0.3.png", "confusion-scop-0.3-2.png"} <= written  # two seeds
     assert {"accuracy-macs-digits-d0d0d0d0.png", "accuracy-macs-digits-e1e1e1e1.png"} <= written
     assert all((tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
+    told = Image.open(tmp_path / "png" / "confusion-scop-0.3.png").text["Description"]
+    assert told == "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
+    told = Image.open(tmp_path / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
+    assert len(told) == len(SWEEP)
     found = points(SWEEP, "pruned_macs")
     assert len(found) == 6
     assert all(point.dy > 0 for point in found)

@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.console import Console
+from pipelines.experiments import Mlflow
 from pipelines.pipeline import compile_pipeline
 from scop import cli, load_model, make_model
 from scop.config import Config
@@ -158,7 +159,12 @@ def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str
     assert (params["network"], params["method"], params["prune_rate"]) == ("resnet20", "scop", "0.45")
     assert (params["dense_epochs"], params["knockoff_epochs"], params["finetune_epochs"]) == ("8", "2", "4")
     assert metrics["top1_drop"] == pytest.approx(metrics["dense_top1"] - metrics["pruned_top1"])
-    assert metrics["pruned_train_seconds"] > 0
+    sides = ("top1", "top5", "params", "macs", "bytes", "train_seconds")
+    assert all(metrics[f"{network}_{what}"] > 0 for network in ("dense", "pruned") for what in sides)
+    timed = [f"{network}_latency_ms_batch1_{p}" for network in ("dense", "pruned") for p in ("p50", "p95")]
+    assert all(metrics[key] > 0 for key in timed)
+    assert evaluate.data.tags["scop.measured_on"] == f"{evaluate.data.tags['scop.device']} (2 threads)"
+    assert {f.path for f in client.list_artifacts(evaluate.info.run_id)} >= {"evaluation.json", "confusion.png"}
     assert evaluate.data.tags["scop.model"] == "models:/digits-resnet20-scop/1"
     assert len(evaluate.outputs.model_outputs) == 1
     layers = json.loads(Path(client.download_artifacts(evaluate.info.run_id, "layers.json")).read_text())
@@ -193,6 +199,13 @@ def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
     with torch.no_grad():
         expected = load_model(summary["variants"][0]["model"])(images).numpy()
     assert float(np.abs(registered.predict(images.numpy())["logits"] - expected).max()) < 1e-4
+    signature = registered.metadata.signature
+    assert [tuple(entry.shape) for entry in signature.inputs] == [(-1, *digits.info.shape)]
+    assert signature.outputs.input_names() == ["logits"]
+    assert registered.input_example[signature.inputs.input_names()[0]].shape == (2, *digits.info.shape)
+    tags, scop = MlflowClient(uri).get_model_version("digits-resnet20-scop", "1").tags, summary["variants"][0]
+    assert (tags["prune_rate"], tags["method"]) == ("0.45", "scop")
+    assert float(tags["top1_drop"]) == pytest.approx(scop["dense"]["top1"] - scop["pruned"]["top1"], abs=1e-6)
 
 
 @pytest.mark.parametrize("width", [360, 1440])
@@ -200,7 +213,9 @@ def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple
     folder, _ = finished
     with opened(folder / "report.html", width) as page:
         assert page.locator(".plot .main-svg").count() >= 5
-        assert sorted(page.locator("tbody th").all_inner_texts()) == ["none", "scop"]
+        assert sorted(page.locator("#results tbody th").all_inner_texts()) == ["none", "scop"]
+        steps = page.locator("section", has_text="What it cost").locator("tbody th").all_inner_texts()
+        assert {"train_dense", "scop/finetune", "none/export", "compare", "all steps"} <= set(steps)
         assert page.locator("#pareto .point").count() == 3  # with the dense one
         record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
         name = page.locator("th", has_text=re.compile("^scop$"))
@@ -222,6 +237,7 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         said = capsys.readouterr().out
         assert "scikit-learn digits" in said
         assert re.search(r"cost:    \d+ s on .+, energy not told, 1 run\n", said)
+        assert said.count("cost:") == 1  # however many threads a step used, it is one device
         assert {"accuracy-macs.png", "kept-channels.png", "confusion-scop.png"} <= {
             path.name for path in (tmp_path / "png").iterdir()
         }
@@ -236,6 +252,7 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         # By default what was allowed when it was exported counts.
         client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "-1")
         assert cli.main(["promote", "digits-resnet20-scop/1"]) == 1
+        assert cli.main(["promote", "digits-resnet20-scop/1", "--set", "export.tolerance=1"]) == 1  # not a preset's
         client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "0.9")
         assert cli.main(["promote", "digits-resnet20-scop@candidate"]) == 0
         assert "models:/digits-resnet20-scop@champion is version 1 now" in capsys.readouterr().out
@@ -284,6 +301,30 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FAILED"
     assert "fewer than a batch" in parent.data.tags["scop.error"]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path, monkeypatch, capsys) -> None:
+    command = [sys.executable, "-m", "scop.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while not list(tmp_path.glob("checkpoints/train_dense-*/*.json")):
+            assert run.poll() is None
+        for step in psutil.Process(run.pid).children(recursive=True):
+            step.kill()
+        said = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 1
+    assert "step train_dense failed" in said
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(database)
+    runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
+    status = {run.info.run_name: run.info.status for run in runs}
+    assert (status.pop("train_dense"), status.pop("prepare_data")) == ("KILLED", "FINISHED")
+    assert list(status.values()) == ["FAILED"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    (failure,) = Mlflow("none").read(["digits-resnet20"]).failures
+    assert failure.name == "train_dense"
+    assert failure.error.startswith("step train_dense failed; all that it said is in ")
 
 
 @pytest.mark.slow

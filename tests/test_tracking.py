@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +166,44 @@ def test_a_server_that_dies_costs_no_training(tmp_path: Path, monkeypatch, capsy
     unsent = [json.loads(line) for line in (tmp_path / UNSENT).read_text().splitlines()]
     assert [entry["what"] for entry in unsent] == ["metrics", "metrics", "close"]
     assert unsent[1]["content"] == {"step": 3, "loss": 0.25}
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_server_that_fails_or_refuses_midway_costs_no_training(
+    server: str, digits_folder: Path, tmp_path: Path, monkeypatch, capsys, status: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    with services.faulty(int(server.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
+        parent = start_parent("midway", str(status), {"scop.run": str(status)})
+        monkeypatch.setenv(PARENT_VARIABLE, parent)
+        logged = [("POST", "/api/2.0/mlflow/runs/log-batch")] * 3  # of an epoch too
+
+        def plan(method: str, path: str) -> str | None:
+            return str(status) if proxy.seen.count(logged[0]) >= len(logged) else None
+
+        proxy.plan = plan
+        output = tmp_path / "model"
+        run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
+    assert load_model(output) is not None
+    said = capsys.readouterr().out
+    assert said.count("tracking: MLflow failed") == 1
+    assert str(status) in said.partition("tracking: MLflow failed")[2].splitlines()[0]
+    unsent = [json.loads(line)["what"] for line in (output / UNSENT).read_text().splitlines()]
+    assert unsent[-1] == "close"
+    assert "metrics" in unsent
+
+
+def test_what_the_machine_does_is_recorded_while_a_step_works(server: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+    tracker.watch_system()
+    client, deadline = MlflowClient(), time.monotonic() + 60
+    while not (found := client.get_run(tracker.run_id).data.metrics):
+        assert time.monotonic() < deadline
+    tracker.close(succeeded=True)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= found.keys()
 
 
 def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,17 @@ _PAIRS = 40
 DETAILS = ("kept", "channels", "unsure", "history", "dense_history", "confusion", "classes")
 _COLUMNS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params", "pruned_bytes")
 # Parameters by which results are told apart, where they differ.
-_LABELS = ("network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed")
+_LABELS = (
+    "network",
+    "method",
+    "prune_rate",
+    "residual",
+    "round_to",
+    "finetune_epochs",
+    "finetune_lr",
+    "trained_on",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,7 @@ class Page:
         }
 
     def _row(self, number: int, result: Result) -> dict[str, Any]:
-        rerun = None if result.place is None else f"scop rerun {shlex.quote(result.place)}"
-        row = asdict(result) | {"identity": result.identity, "rerun": rerun, "details": None}
+        row = asdict(result) | {"identity": result.identity, "rerun": result.rerun, "details": None}
         evaluation = self.details.get(number, {})
         if not all(key in evaluation for key in DETAILS):  # of an earlier version
             return row

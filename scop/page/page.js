@@ -41,6 +41,9 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 const deviation = (values) => values.length < 2 ? 0
   : Math.sqrt(values.reduce((sum, value) => sum + (value - mean(values)) ** 2, 0) / (values.length - 1));
 
+// Which run a row is of, and how to make it again.
+const source = (row) => [row.run && `run ${row.run}`, row.rerun].filter(Boolean);
+
 // -- which rows -------------------------------------------------------------------------------------------------------
 
 const distinct = (key) => [...new Set(data.rows.map((row) => row[key]))];
@@ -130,7 +133,7 @@ function tableRow(row, bests) {
   name.append(button);
   line.append(name, ...data.labels.map((label) => cell(String(row.params[label] ?? "–"), "text")));
   for (const key of data.columns) {
-    const made = cell(shown(metrics.get(key), row.metrics[key]), row.metrics[key] === bests.get(key) ? "best" : "");
+    const made = cell(shown(metrics.get(key), row.metrics[key]), bests.get(key) !== undefined && row.metrics[key] === bests.get(key) ? "best" : "");
     const before = row.metrics[key.replace("pruned_", "dense_")];
     if (key.startsWith("pruned_") && before !== undefined && row.metrics[key] !== undefined) {
       const small = document.createElement("small"), metric = metrics.get(key);
@@ -233,7 +236,7 @@ function pareto() {
       : plain(`${label.replaceAll("_", " ")} ${own[0].params[label]}`)),
     ...data.columns.map((key) => `${metrics.get(key).title} ${shown(metrics.get(key),
       own.every((row) => key in row.metrics) ? mean(own.map((row) => row.metrics[key])) : undefined)}`),
-    ...own.slice(0, RUNS_IN_HOVER).map((row) => row.run ? `run ${plain(row.run)}` : null),
+    ...own.slice(0, RUNS_IN_HOVER).flatMap(source).map(plain),
     own.length > RUNS_IN_HOVER ? "..." : null].filter(Boolean).join("<br>");
   const traces = methods.map((method) => points.filter((point) => point.method === method)).filter((own) => own.length)
     .map((own) => ({
@@ -300,7 +303,7 @@ function details() {
   if (!rows.length) return;
   element("of-runs").replaceChildren(...rows.flatMap((row) => {
     const run = document.createElement("code");
-    run.textContent = [row.run && `run ${row.run}`, row.rerun].filter(Boolean).join("; ");
+    run.textContent = source(row).join("; ");
     return [`${row.name}: `, run, document.createElement("br")];
   }));
   keptChannels(rows);

@@ -20,6 +20,7 @@ _STYLES = list(
 )
 _ACCURACY = "pruned_top1"
 _CURVES = 6
+_SOURCES = 200
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Point:
 def write_pictures(page: Page, folder: Path) -> list[Path]:
     """Write the plots into a folder, and give their paths.
 
-    Results on different data, and latencies of different devices, are plots of their own.
+    Results on different data, and latencies of different devices, are plots of their own. Each file says in its
+    metadata (PNG's text ``Description``) which runs it shows, and the commands that measure them again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -58,25 +60,36 @@ def write_pictures(page: Page, folder: Path) -> list[Path]:
                 path = folder / f"accuracy-{_file_name(metric.title)}{tail and '-' + tail}.png"
                 if _accuracy(own, metric, path, device):
                     written.append(path)
-    details = _named({number: page.results[number].name for number in page.details}, page.details)
+    details = _named(page)
     if details:
-        shown = dict(list(details.items())[:_CURVES])
-        _kept_channels(shown, folder / "kept-channels.png")
-        _learning_curves(shown, folder / "learning-curves.png")
-        written += [folder / "kept-channels.png", folder / "learning-curves.png"]
-    for name, evaluation in details.items():
+        some = dict(list(details.items())[:_CURVES])
+        shown, metadata = {name: e for name, (_, e) in some.items()}, _sources([result for result, _ in some.values()])
+        for draw, file in ((_kept_channels, "kept-channels.png"), (_learning_curves, "learning-curves.png")):
+            draw(shown, folder / file, metadata)
+            written.append(folder / file)
+    for name, (result, evaluation) in details.items():
         path = folder / f"confusion-{_file_name(name)}.png"
-        confusion_matrix(evaluation["confusion"], evaluation["classes"], path)
+        confusion_matrix(evaluation["confusion"], evaluation["classes"], path, _sources([result]))
         written.append(path)
-    scored: list[tuple[str, Any]] = []  # the variants of one run share their scores
-    for name, evaluation in details.items():
-        if evaluation.get("scores") and all(evaluation["scores"] != other for _, other in scored):
-            scored.append((name, evaluation["scores"]))
-    for name, scores in scored:
+    scored: list[tuple[str, Result, Any]] = []  # the variants of one run share their scores
+    for name, (result, evaluation) in details.items():
+        if (scores := evaluation.get("scores")) and all(scores != other for _, _, other in scored):
+            scored.append((name, result, scores))
+    for name, result, scores in scored:
         path = folder / (f"scores-{_file_name(name)}.png" if len(scored) > 1 else "scores.png")
-        score_histograms(scores, path)
+        score_histograms(scores, path, _sources([result]))
         written.append(path)
     return written
+
+
+def _sources(results: Sequence[Result]) -> dict[str, str]:
+    """What a PNG file says of where it comes from."""
+    lines = [
+        f"{result.name}: {'; '.join(filter(None, (result.run and f'run {result.run}', result.rerun)))}"
+        for result in results[:_SOURCES]
+    ]
+    more = [f"and {len(results) - _SOURCES} more"] if len(results) > _SOURCES else []
+    return {"Description": "\n".join(lines + more)}
 
 
 def points(results: Sequence[Result], across: str, up: str = _ACCURACY) -> list[Point]:
@@ -111,16 +124,16 @@ def _on_one_dataset(results: Sequence[Result]) -> Iterator[tuple[str, list[Resul
         yield name, own
 
 
-def _named(names: Mapping[int, str], details: Mapping[int, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Evaluations that have all that is drawn by name, those of one name numbered."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for number, evaluation in details.items():
+def _named(page: Page) -> dict[str, tuple[Result, Mapping[str, Any]]]:
+    """Results whose evaluations have all that is drawn, by name, those of one name numbered."""
+    found: dict[str, tuple[Result, Mapping[str, Any]]] = {}
+    for number, evaluation in page.details.items():
         if not all(key in evaluation for key in DETAILS):
             continue
-        name, count = names[number].replace("$", r"\$"), 1  # which matplotlib takes for mathematics
+        name, count = page.results[number].name.replace("$", r"\$"), 1  # which matplotlib takes for mathematics
         while (title := name if count == 1 else f"{name} {count}") in found:
             count += 1
-        found[title] = evaluation
+        found[title] = page.results[number], evaluation
     return found
 
 
@@ -172,7 +185,7 @@ def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str
     axes.yaxis.set_major_formatter(_percent())
     axes.xaxis.set_major_formatter(_prefixed())
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata=_sources(results))
     return True
 
 
@@ -188,7 +201,7 @@ def _prefixed() -> Any:
     return EngFormatter(sep=" ")
 
 
-def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path, metadata: Mapping[str, str]) -> None:
     channels: dict[str, int] = {}
     for evaluation in evaluations.values():
         channels |= evaluation["channels"]
@@ -209,10 +222,10 @@ def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> 
     axes.xaxis.set_major_formatter(_percent())
     axes.set_xlabel("share of channels kept")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)
 
 
-def _learning_curves(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def _learning_curves(evaluations: Mapping[str, Mapping[str, Any]], path: Path, metadata: Mapping[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(4.0)
@@ -232,4 +245,4 @@ def _learning_curves(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -
     axes.yaxis.set_major_formatter(_percent())
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from scop.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery
+from scop.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery, trained_on
 from scop.config import EvaluateSection, VariantSection
 from scop.data import load_dataset
 from scop.device import describe_device
 from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
 from scop.manifest import TIMINGS, write_manifest
-from scop.parents import DATASET_TAG, DEVICE_TAG
+from scop.parents import DATASET_TAG, MEASURED_TAG
 from scop.parsing import Section
 from scop.plan import ChannelPlan
 from scop.plots import confusion_matrix
@@ -96,6 +96,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     timings = {
         "latency_ms": latencies,
         "train_seconds": seconds,
+        "trained_on": trained_on(inputs.pruned),
         "device": evaluation["device"],
         "threads": evaluation["threads"],
         "run": context.tracker.run_id,
@@ -108,7 +109,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         context.tracker.log_file(outputs.evaluation / name)
     result = Result.of(with_timings(evaluation, timings))
     context.tracker.log_params(result.params)
-    context.tracker.set_tags({DEVICE_TAG: result.device})
+    context.tracker.set_tags({MEASURED_TAG: result.device})
     context.tracker.set_tags({DATASET_TAG: result.dataset}, of_the_run=True)
     kept = [{"layer": layer, "channels": plan.channels[layer], "kept": len(k)} for layer, k in plan.kept.items()]
     context.tracker.log_table({key: [row[key] for row in kept] for key in kept[0]} if kept else {}, "layers.json")

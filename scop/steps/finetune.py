@@ -82,7 +82,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
     made_by = {"finetune": section.model_dump(mode="json"), "variant": variant.model_dump(mode="json")}
     save_settings(outputs.model, inputs.dense, inputs.plan, **made_by)
-    save_model(pruned, outputs.model, history=history, others=[SURGERY, SETTINGS])
+    save_model(pruned, outputs.model, history=history, device=context.device, others=[SURGERY, SETTINGS])
     if (after := validation_accuracy(pruned, dataset, context)) is not None:
         metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
     metrics |= {

@@ -376,9 +376,8 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
 
 def _tell_cost(tracker: Tracker, name: str, cost: Cost) -> None:
     tracker.log_metrics(cost.metrics)
-    if name != ROW_STEP:  # which says itself what its latencies were measured on
-        # The device of a pipeline's run is the one that it trains on.
-        tracker.set_tags({DEVICE_TAG: cost.device}, of_the_run=name in TRAINING_STEPS)
+    # The device of a pipeline's run is the one that it trains on.
+    tracker.set_tags({DEVICE_TAG: cost.device}, of_the_run=name in TRAINING_STEPS)
 
 
 def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:

@@ -55,7 +55,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             print(f"dense: starts from {section.pretrained}{but}", flush=True)
         history = train_supervised(model, dataset, section, context, label="dense")
     save_settings(outputs.model, dense=section.model_dump(mode="json"))
-    save_model(model, outputs.model, history=history, others=[SETTINGS])
+    save_model(model, outputs.model, history=history, device=context.device, others=[SETTINGS])
 
     metrics = {
         "params": float(count_parameters(model)),

@@ -85,7 +85,7 @@ def fill(database: Path, experiment: str, count: int) -> None:
         tags = {
             "scop.step": "evaluate",
             "scop.variant": row.name,
-            "scop.device": row.device,
+            "scop.measured_on": row.device,
             "scop.dataset": row.dataset,
         }
         tags |= {"mlflow.parentRunId": parents[number // 3], "mlflow.runName": f"{row.name} evaluate"}
