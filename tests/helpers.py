@@ -93,12 +93,8 @@ def randomise_batch_norms(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                for tensor, low in (
-                    (module.running_mean, -0.5),
-                    (module.running_var, 0.5),
-                    (module.weight, 0.5),
-                    (module.bias, -0.5),
-                ):
+                for name, low in {"running_mean": -0.5, "running_var": 0.5, "weight": 0.5, "bias": -0.5}.items():
+                    tensor: torch.Tensor = getattr(module, name)
                     tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
 
 

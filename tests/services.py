@@ -28,8 +28,12 @@ def free_port() -> int:
 @contextlib.contextmanager
 def process(command: list[str], port: int, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """A server on a port, from when it listens until the end of the block; gives its address."""
-    options = {"stderr": subprocess.STDOUT, "start_new_session": True, "env": environment}
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, **options) as server:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        ) as server,
+    ):
         try:
             deadline = time.monotonic() + 60
             while True:

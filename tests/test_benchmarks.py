@@ -128,6 +128,11 @@ def test_what_is_measured_is_the_preset(network: str) -> None:
         assert variant.model_dump(exclude=same) == by_name[name].model_dump(exclude=same)
 
 
+def test_fine_tuning_can_be_longer_than_a_sitting_on_two_cores_allows() -> None:
+    usual, longer = plans()["resnet20"], plans(epochs=100)["resnet20"]
+    assert longer.finetune == usual.finetune.model_copy(update={"epochs": 100})
+
+
 def test_the_page_of_results_is_made_of_the_figures() -> None:
     assert PAGE.read_text() == render(), "run make results"
 
@@ -156,7 +161,7 @@ plan = Plan(
     {{name: plans()["resnet56"].variants[name] for name in ("none", "scop")}},
 )
 folder = Path({str(tmp_path)!r})
-assert work_through({{"noise": plan}}, dataset, folder, folder, 1, lambda: False) == 0
+assert work_through({{"noise": plan}}, dataset, folder, folder, 1, lambda: False, graphs=True) == 0
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert set(json.loads((tmp_path / "accuracy-noise.json").read_text())["variants"]) == {"none-0", "scop-0"}

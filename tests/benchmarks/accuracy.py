@@ -39,21 +39,23 @@ def _variants(budget: dict[str, float]) -> dict[str, VariantSection]:
     }
 
 
-def plans(weights: Path | None = WEIGHTS, compiled: bool = False) -> dict[str, Plan]:
+def plans(weights: Path | None = WEIGHTS, compiled: bool = False, epochs: int | None = None) -> dict[str, Plan]:
     """By name; those of ResNet-56 and ResNet-50 are sized for 25 minutes on one data-centre GPU with one seed.
 
     Args:
         weights: of ResNet-20; it is trained where there are none.
         compiled: train through torch.compile.
+        epochs: of fine-tuning; by default those that a sitting has time for.
     """
     more = {"compile": compiled}
+    length: dict[str, Any] = more if epochs is None else more | {"epochs": epochs}
     given = {"weights": str(weights)} if weights is not None and weights.exists() else {}
     return {
         "resnet20": Plan(
             DenseSection.model_validate(
                 {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
             ),
-            FinetuneSection.model_validate({"epochs": 40, "lr": 0.1, "warmup_epochs": 4, **_FINE, **more}),
+            FinetuneSection.model_validate({"epochs": 40, "lr": 0.1, "warmup_epochs": 4, **_FINE, **length}),
             _variants({"macs": 0.442}),
             once=("l1",),
             command="make bench-accuracy",
@@ -63,7 +65,7 @@ def plans(weights: Path | None = WEIGHTS, compiled: bool = False) -> dict[str, P
                 {"model": "resnet56", "epochs": 60, "lr": 0.4, "warmup_epochs": 12, **_DENSE, **more}
             ),
             FinetuneSection.model_validate(
-                {"epochs": 30, "lr": 0.1, "warmup_epochs": 3, "batch_size": 256, **_FINE, **more}
+                {"epochs": 30, "lr": 0.1, "warmup_epochs": 3, "batch_size": 256, **_FINE, **length}
             ),
             _variants({"macs": 0.44}),
             once=("l1",),
@@ -73,7 +75,7 @@ def plans(weights: Path | None = WEIGHTS, compiled: bool = False) -> dict[str, P
                 {"model": "torchvision:resnet50", "epochs": 40, "lr": 0.1, "warmup_epochs": 8, **_DENSE, **more}
             ),
             FinetuneSection.model_validate(
-                {"epochs": 20, "lr": 0.05, "warmup_epochs": 2, "batch_size": 256, **_FINE, **more}
+                {"epochs": 20, "lr": 0.05, "warmup_epochs": 2, "batch_size": 256, **_FINE, **length}
             ),
             _variants({"params": 10_587_835}),
             once=("l1",),
@@ -94,9 +96,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="these variants; none for just the dense network")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile on a GPU")
+    parser.add_argument("--graphs", action="store_true", help="replay passes as CUDA graphs instead of compiling them")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning (default: those of the network's plan)")
     options = parser.parse_args(arguments)
     deadline = Deadline(options.minutes)
-    every = plans(options.weights, compiled=torch.cuda.is_available() and not options.no_compile)
+    compiled = torch.cuda.is_available() and not options.no_compile and not options.graphs
+    every = plans(options.weights, compiled, options.epochs)
     unknown = [name for name in options.networks if name not in every]
     if unknown:
         parser.error(f"no network {unknown[0]!r} (known: {', '.join(every)})")
@@ -110,6 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         deadline,
         only=options.only,
         jobs=options.jobs,
+        graphs=options.graphs,
     )
 
 

@@ -37,6 +37,7 @@ from scop.plan import ChannelPlan
 from scop.sources import load_source
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit
+from tests.benchmarks.graphs import Graphed
 from tests.benchmarks.measure import machine, settings_hash
 
 LATENCY_BATCH = 64
@@ -81,6 +82,7 @@ class Work:
         earlier: figures of an earlier report, by variant and seed. Those of a network that was trained for the
             benchmark count only where that network is, in the folder.
         alone: whether nothing else is done meanwhile; only then are speeds measured.
+        graphs: whether passes are replayed as CUDA graphs, on a GPU.
 
     Attributes:
         fingerprint: of the dense network and the images.
@@ -98,8 +100,10 @@ class Work:
         stopping: Callable[[], bool],
         earlier: Mapping[str, dict[str, Any]] | None = None,
         alone: bool = True,
+        graphs: bool = False,
     ) -> None:
         self.name, self.plan, self.dataset, self.stopping, self.alone = name, plan, dataset, stopping, alone
+        self._objective = Graphed if graphs else Supervised
         self.device = pick_device()
         given = plan.dense.weights and sha256(Path(plan.dense.weights).read_bytes()).hexdigest()
         dense = [plan.dense.model_dump(exclude={"weights", *HOW}), given]
@@ -239,7 +243,7 @@ class Work:
         torch.manual_seed(section.seed)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distillation = section.distillation if isinstance(section, FinetuneSection) else None
-        objective = Supervised(model, self.device, section, teacher, distillation)
+        objective = self._objective(model, self.device, section, teacher, distillation)
         checkpoints = Checkpoints(str(self.folder / f"checkpoints-{label}-{settings}"), settings, keep=1)
         history = fit(
             objective,
@@ -354,6 +358,7 @@ def work_through(
     prefix: str = "accuracy",
     only: Collection[str] | None = None,
     jobs: int = 1,
+    graphs: bool = False,
 ) -> int:
     """Seed by seed, so that each network has figures as early as possible.
 
@@ -369,6 +374,7 @@ def work_through(
         prefix: of the JSON files' names.
         only: of these variants; of none for the dense networks alone.
         jobs: so many variants at a time, each in a process of its own.
+        graphs: replay passes as CUDA graphs, on a GPU.
 
     Returns:
         0 when all is done, 3 while work is left.
@@ -383,7 +389,7 @@ def work_through(
     works = []
     for name, plan in chosen.items():
         earlier = json.loads(files[name].read_text())["variants"] if files[name].exists() else None
-        works.append(Work(name, plan, dataset, folder, stopping, earlier, alone=jobs == 1))
+        works.append(Work(name, plan, dataset, folder, stopping, earlier, alone=jobs == 1, graphs=graphs))
     networks: list[Task] = [(work, work.prepare) for work in works]
     variants: list[Task] = [
         (work, partial(work.run, variant, seed))
