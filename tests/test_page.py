@@ -91,6 +91,8 @@ def test_hover_tells_the_facts_and_a_click_goes_to_the_row(page: Any) -> None:
     page.mouse.move(x, y)
     page.wait_for_selector("#pareto .hovertext")
     told = page.locator("#pareto .hovertext").first.text_content()
+    box = page.locator("#pareto .hovertext path").first.bounding_box()
+    assert 0 <= box["x"] < box["x"] + box["width"] <= page.viewport_size["width"]
     assert "scop-0." in told
     assert "top-1" in told
     assert "run run-scop-0." in told

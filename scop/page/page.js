@@ -231,12 +231,14 @@ function pareto() {
   });
   const kind = points.length > MARKS_IN_SVG ? "scattergl" : "scatter";
   const bars = (values) => ({ type: "data", array: values, visible: values.some(Boolean), thickness: 1, width: 3 });
+  // A command with a long path would be wider than a phone.
+  const pieces = new RegExp(`.{1,${element("pareto").clientWidth < 560 ? 32 : 80}}`, "gu");
   const facts = ({ own }) => [plain(own[0].name) + (own.length > 1 ? ` (${own.length} runs)` : ""),
     ...data.labels.map((label) => own[0].params[label] === undefined || (own.length > 1 && label === "seed") ? null
       : plain(`${label.replaceAll("_", " ")} ${own[0].params[label]}`)),
     ...data.columns.map((key) => `${metrics.get(key).title} ${shown(metrics.get(key),
       own.every((row) => key in row.metrics) ? mean(own.map((row) => row.metrics[key])) : undefined)}`),
-    ...own.slice(0, RUNS_IN_HOVER).flatMap(source).map(plain),
+    ...own.slice(0, RUNS_IN_HOVER).flatMap(source).flatMap((text) => text.match(pieces)).map(plain),
     own.length > RUNS_IN_HOVER ? "..." : null].filter(Boolean).join("<br>");
   const traces = methods.map((method) => points.filter((point) => point.method === method)).filter((own) => own.length)
     .map((own) => ({
