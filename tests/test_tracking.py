@@ -88,6 +88,20 @@ def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path:
     assert parent.info.status == "RUNNING"
 
 
+def test_the_run_knows_image_machine_device_and_versions(
+    on_a_cluster: str, digits_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    image = f"registry.example.com/scop@sha256:{64 * '0'}"
+    monkeypatch.setenv("SCOP_IMAGE", image)
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
+    (parent,), (child,) = runs_of(on_a_cluster)
+    tags = parent.data.tags
+    assert (tags["scop.image"], tags["scop.device"]) == (image, child.data.tags["scop.device"])
+    assert {"scop.version", "scop.torch", "scop.python", "scop.machine", "mlflow.source.git.commit"} <= tags.keys()
+    configuration = MlflowClient().list_artifacts(parent.info.run_id, "configuration")
+    assert [entry.path for entry in configuration] == ["configuration/train_dense.yaml"]
+
+
 def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
     """The worst order: each looks before the other has created."""
     from scop import parents
