@@ -133,7 +133,8 @@ function tableRow(row, bests) {
   name.append(button);
   line.append(name, ...data.labels.map((label) => cell(String(row.params[label] ?? "–"), "text")));
   for (const key of data.columns) {
-    const made = cell(shown(metrics.get(key), row.metrics[key]), bests.get(key) !== undefined && row.metrics[key] === bests.get(key) ? "best" : "");
+    const winner = bests.get(key), wins = winner !== undefined && row.metrics[key] === winner;
+    const made = cell(shown(metrics.get(key), row.metrics[key]), wins ? "best" : "");
     const before = row.metrics[key.replace("pruned_", "dense_")];
     if (key.startsWith("pruned_") && before !== undefined && row.metrics[key] !== undefined) {
       const small = document.createElement("small"), metric = metrics.get(key);
