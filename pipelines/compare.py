@@ -144,7 +144,7 @@ def compare_runs(places: Sequence[str]) -> Comparison:
     summary = {"run_id": title, "variants": [result.summary() for result in found], "missing": missing}
     spent = _spent(begun)
     sums = total(spent, f"{len(places)} run{'s' * (len(places) != 1)}")
-    page = page_of(found, scored, f"Pruning run {title}", missing, [*spent, *total(spent, "all steps")])
+    page = page_of(found, scored, f"Pruning run {title}", missing, [*spent, *total(spent, "all steps, last tries")])
     return Comparison(title, page, missing, summary, sums)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.mlflow_server import configure_mlflow, first_line, shown
-from scop.parents import COST_TAG, DATASET_TAG, ERROR_TAG, KFP_TAG, MEASURED_TAG, PARENT_TAG
+from scop.parents import COST_TAG, DATASET_TAG, DEVICE_TAG, ERROR_TAG, KFP_TAG, MEASURED_TAG, PARENT_TAG
 from scop.results import Result, Value
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
@@ -287,11 +287,11 @@ class Mlflow:
         with ThreadPoolExecutor(_PARTS) as pool:
             ended = dict(zip(asked, pool.map(last_tries, asked), strict=True))
         for parent, runs in ended.items():
+            # A killed step could not say why; if no other one failed, what the whole run says is of it.
+            all_killed = parent in failed and all(run.status == "KILLED" for run in runs)
+            told = failed[parent].tags.get(ERROR_TAG) if all_killed else None
             for run in runs:
-                why = run.tags.get(ERROR_TAG)
-                if why is None and run.status == "KILLED":  # it could not say so itself
-                    why = failed[parent].tags.get(ERROR_TAG) if parent in failed else None
-                yield Failure(run.name, run.id, why or _UNTOLD[run.status])
+                yield Failure(run.name, run.id, run.tags.get(ERROR_TAG) or told or _UNTOLD[run.status])
 
     def _explained(self, error: Exception, where: str | None) -> UserError:
         code, message = str(getattr(error, "error_code", "")), first_line(error)
@@ -333,7 +333,7 @@ def _result(run: _Run) -> Result:
         params={key: _typed(value) for key, value in run.params.items() if "." not in key},
         metrics={k: v for k, v in run.metrics.items() if math.isfinite(v) and not k.startswith("system/")},
         dataset=tags.get(DATASET_TAG, ""),
-        device=tags.get(MEASURED_TAG, ""),
+        device=tags.get(MEASURED_TAG) or tags.get(DEVICE_TAG, ""),
         run=run.id,
         place=tags.get("scop.place"),
     )

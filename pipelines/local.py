@@ -221,19 +221,19 @@ def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | N
     try:
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):
             report = _execute(config, place, folder, *docker)
+        summary = json.loads((report / "summary.json").read_text())
+        summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         # The report anew, for only now is it known what all the steps cost.
         compare_runs([place]).page.write(folder / "report.html")
+        files = [folder / name for name in ("config.yaml", "summary.json", "report.html")]
+        _send(files, place)
     except BaseException as error:
         end_parent(parent, False, {}, [folder / "config.yaml"], str(error), alone=True)
         raise
     finally:
         with contextlib.suppress(UserError, FileNotFoundError):
             _send([folder / "log.txt"], place)
-    summary = json.loads((report / "summary.json").read_text())
-    summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    files = [folder / name for name in ("config.yaml", "summary.json", "report.html")]
-    _send(files, place)
     end_parent(parent, True, headline(summary) | {"seconds": summary["seconds"]}, files, alone=True)
     return LocalRun(place, summary, os.environ["MLFLOW_TRACKING_URI"])
 

@@ -157,6 +157,8 @@ def _table(
     rows.sort(key=lambda row: [_sort_key(row, column, metric) for column, (metric, _) in columns.items()])
     names = list(dict.fromkeys(str(result.params.get("dataset", "")) for result in results))
     notes = ["times are told apart by device" if len(devices) > 1 else f"times on {devices[0] or 'an unknown device'}"]
+    if any(metric.endswith("train_seconds") for metric in metrics):
+        notes.append(f"trained on {', '.join(sorted({str(r.params.get('trained_on', 'unknown')) for r in results}))}")
     notes += _dense(results, metrics) + _mixed(list(groups.values()), labels)
     if base is not None and not any(figure.change is not None for row in rows for figure in row.figures.values()):
         notes.append(f"nothing here to compare with: no {baseline} on these data")

@@ -31,6 +31,7 @@ COST_TAG = "scop.cost"
 SECONDS, ENERGY = "total_device_seconds", "total_energy_joules"
 """Metrics of a pipeline's run: the sums over devices."""
 _PAGE = 1000
+_OLDEST_FIRST = ["attributes.start_time ASC"]
 
 
 def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resumed: bool = False) -> str:
@@ -46,7 +47,9 @@ def start_parent(experiment: str, run_name: str, tags: Mapping[str, str], resume
         client = MlflowClient()
         experiment_id = find_experiment(client, experiment, artifact_root())
         if resumed:
-            earlier = client.search_runs([experiment_id], f"tags.`scop.run` = '{tags['scop.run']}'")
+            earlier = client.search_runs(
+                [experiment_id], f"tags.`scop.run` = '{tags['scop.run']}'", order_by=_OLDEST_FIRST
+            )
             for run in earlier:
                 if PARENT_TAG not in run.data.tags:
                     _begin_again(client, experiment_id, run)
@@ -83,7 +86,8 @@ def end_parent(
         metrics: headline figures.
         files: to keep with it.
         error: why it failed, where no step has said so.
-        alone: whether no step can be at work any more; those that have not closed their runs were killed.
+        alone: whether no step can be at work any more. Those that have not closed their runs were killed; where all
+            succeeded, they could not reach MLflow.
     """
     from mlflow.tracking import MlflowClient
 
@@ -91,17 +95,17 @@ def end_parent(
         client = MlflowClient()
         parent = client.get_run(run_id)
         if alone:
-            _close_children(client, parent.info.experiment_id, run_id)
-        _log_cost(client, parent.info.experiment_id, run_id)
+            _close_children(client, parent.info.experiment_id, run_id, "FINISHED" if succeeded else "KILLED")
+        log_cost(client, parent.info.experiment_id, run_id)
         for key, value in metrics.items():
             client.log_metric(run_id, key, value)
-        for path in files:
-            client.log_artifact(run_id, str(path))
         if succeeded and ERROR_TAG in parent.data.tags:
             client.delete_tag(run_id, ERROR_TAG)  # of a try that was made good
         if error and ERROR_TAG not in parent.data.tags:
             client.set_tag(run_id, ERROR_TAG, error)
         client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
+        for path in files:  # last, since these have a store of their own, which may fail
+            client.log_artifact(run_id, str(path))
     except Exception as error:
         print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
 
@@ -149,7 +153,7 @@ def close_parent(experiment: str, kfp_run: str, succeeded: bool, error: str | No
         return None
     parent = _merged(client, known.experiment_id, found)
     _close_children(client, known.experiment_id, parent.info.run_id)
-    _log_cost(client, known.experiment_id, parent.info.run_id)
+    log_cost(client, known.experiment_id, parent.info.run_id)
     if error:
         client.set_tag(parent.info.run_id, ERROR_TAG, error)
     if parent.info.status != status:
@@ -174,14 +178,14 @@ def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
             return found
 
 
-def _close_children(client: Any, experiment_id: str, parent: str) -> None:
-    """Steps that have not closed their runs were killed."""
+def _close_children(client: Any, experiment_id: str, parent: str, status: str = "KILLED") -> None:
+    """Close the runs of steps that have not done so themselves."""
     for child in _children(client, experiment_id, parent):
         if child.info.status == "RUNNING":
-            client.set_terminated(child.info.run_id, "KILLED")
+            client.set_terminated(child.info.run_id, status)
 
 
-def _log_cost(client: Any, experiment_id: str, parent: str) -> None:
+def log_cost(client: Any, experiment_id: str, parent: str) -> None:
     """The sums of what the steps cost, each try of them; what killed ones cost is not known."""
     children = _children(client, experiment_id, parent)
     spent = [

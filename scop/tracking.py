@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from scop.errors import UserError
 from scop.mlflow_server import EXPERIMENT_VARIABLE, artifact_root, configure_mlflow, find_experiment, first_line, shown
-from scop.parents import ERROR_TAG, PARENT_TAG, end_parent, join_parent, rejoin_parent
+from scop.parents import ERROR_TAG, PARENT_TAG, end_parent, join_parent, log_cost, rejoin_parent
 
 PARENT_VARIABLE = "SCOP_PARENT_RUN_ID"
 KFP_RUN_VARIABLE = "KFP_RUN_ID"
@@ -297,8 +297,11 @@ class MlflowTracker:
                 for run in filter(None, (self._run, self._parent)):
                     self._client.set_tag(run, ERROR_TAG, error)
             self._client.set_terminated(self._run, "FINISHED" if succeeded else "FAILED")
-            if self._kfp_run and self._parent and (last is not None or not succeeded):
-                end_parent(self._parent, succeeded, last or {}, [])
+            if self._kfp_run and self._parent:
+                if last is not None or not succeeded:
+                    end_parent(self._parent, succeeded, last or {}, [])
+                else:  # no later step may come to tell it
+                    log_cost(self._client, self._experiment, self._parent)
 
         # Even where something failed before: a run that is not closed looks as if it went on for ever.
         self._reachable = self.run_id is not None

@@ -138,10 +138,21 @@ def test_a_step_that_never_closed_was_killed_and_what_it_cost_is_not_known(clien
     said = capsys.readouterr()
     assert said.err == f"missing: scop finetune (run {lost}): step finetune failed\n"
     assert "cost:    at least 10 s on a CPU, energy not told, 1 run\n" in said.out
+    failed = client.create_run(experiment, run_name="l1 finetune", tags=tags).info.run_id
+    client.set_tag(failed, "scop.error", "the loss is nan")
+    client.set_terminated(failed, "FAILED")
+    assert compare(name) == 0
+    assert set(capsys.readouterr().err.splitlines()) == {
+        f"missing: scop finetune (run {lost}): it was killed",  # and not by what the other one failed of
+        f"missing: l1 finetune (run {failed}): the loss is nan",
+    }
     lost = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
     assert start_parent(name, "run", {"scop.run": "run"}, resumed=True) == parent
     assert client.get_run(lost).info.status == "KILLED"  # with the whole run, which could not say so
     assert "scop.error" not in client.get_run(parent).data.tags
+    silent = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
+    end_parent(parent, True, {}, [], alone=True)
+    assert client.get_run(silent).info.status == "FINISHED"  # it succeeded, and could not reach MLflow at its end
 
 
 def test_what_the_page_lacks_is_said(client, sweep: str, tmp_path: Path, capsys) -> None:

@@ -221,6 +221,15 @@ def test_thousands_of_rows_are_shown_in_parts(tmp_path: Path) -> None:
         assert view.locator("tbody tr").count() == 200
         view.locator("#more").click()
         assert view.locator("tbody tr").count() == 400
+        view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert view.locator("#results tbody tr").count() == 2000  # on paper nobody can ask for more
+
+
+def test_a_network_without_plots_says_so(page: Any) -> None:
+    page.locator("tbody th button", has_text="random-0.5").first.click()
+    assert (
+        page.locator("#of-runs").inner_text().startswith("Of random-0.5 this page has no plots; these are of others.")
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -304,7 +304,10 @@ function details() {
   const rows = withDetails();
   element("details").hidden = rows.length === 0;
   if (!rows.length) return;
-  element("of-runs").replaceChildren(...rows.flatMap((row) => {
+  const chosen = data.rows[state.chosen];
+  const lacking = chosen && !rows.includes(chosen) ? [`Of ${chosen.name} this page has no plots; these are of others.`,
+    document.createElement("br")] : [];
+  element("of-runs").replaceChildren(...lacking, ...rows.flatMap((row) => {
     const run = document.createElement("code");
     run.textContent = source(row).join("; ");
     return [`${row.name}: `, run, document.createElement("br")];
@@ -453,6 +456,7 @@ const plots = () => document.querySelectorAll(".plot.js-plotly-plot");
 for (const event of ["beforeprint", "afterprint"])
   window.addEventListener(event, () => {
     document.documentElement.classList.toggle("printing", event === "beforeprint");
+    state.limit = event === "beforeprint" ? Infinity : ROWS_AT_ONCE;
     everything();
     plots().forEach((plot) => Plotly.Plots.resize(plot));
   });
