@@ -173,7 +173,7 @@ def regrow(pruned: nn.Module, dense: nn.Module) -> nn.Module:
     places, weights = apply_cuts(numbered, spec.cuts).state_dict(), pruned.state_dict()
     grown = copy.deepcopy(dense).cpu()
     for name, tensor in grown.state_dict().items():
-        tensor.zero_().view(-1)[places[name].long().flatten()] = weights[name].cpu().flatten()
+        tensor.zero_().put_(places[name].long(), weights[name].cpu())
     return grown
 
 

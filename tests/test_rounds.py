@@ -1,5 +1,6 @@
 """Several rounds of prune and fine-tune, and the control that is trained from scratch."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def test_a_regrown_network_is_the_pruned_one_and_has_zeros_where_channels_went(n
     grown = regrow(pruned, model)
     images = torch.randn(3, 3, 16, 16)
     assert torch.allclose(grown(images), pruned(images), atol=1e-4)
+    trained = (copy.deepcopy(network).to(memory_format=torch.channels_last) for network in (pruned, model))
+    assert all(map(torch.equal, regrow(*trained).state_dict().values(), grown.state_dict().values()))
     layer = next(iter(plan.kept))
     assert not grown.get_submodule(layer).weight[plan.removed(layer)].any()
     again = prune(grown, plan)
