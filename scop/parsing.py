@@ -118,7 +118,9 @@ def override(values: dict[str, Any], change: str) -> None:
     target: Any = values
     try:
         for part in parents:
-            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            if isinstance(target, dict) and target.get(part) is None:  # left out, or said to be none
+                target[part] = {}
+            target = target[int(part) if isinstance(target, list) else part]
         target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"--set {key!r}: there is no such entry in the configuration") from error

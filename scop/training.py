@@ -91,6 +91,27 @@ class CheckpointStore(Protocol):
     def load(self) -> dict[str, Any] | None: ...
 
 
+class Step:
+    """One step of training: the loss, its gradients, and the parameters moved by them.
+
+    Args:
+        objective: what is minimised.
+        optimizer: over its parameters.
+    """
+
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+        self.objective, self.optimizer = objective, optimizer
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(loss, logits) before the step, as `Objective.loss` gives them, without a graph of gradients."""
+        loss, logits = self.objective.loss(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.objective.after_step()
+        return loss.detach(), None if logits is None else logits.detach()
+
+
 def fit(
     objective: Objective,
     batches: TrainingBatches,
@@ -106,6 +127,7 @@ def fit(
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     checkpoints: CheckpointStore | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    step: type[Step] = Step,
 ) -> list[EpochRecord]:
     """Train, in place.
 
@@ -123,6 +145,7 @@ def fit(
         on_epoch: told of every epoch that was trained here.
         checkpoints: one is written after every epoch; training goes on from the newest.
         stopping: asked after every step; once it says yes, a checkpoint is written and `Stopped` raised.
+        step: how one is taken.
 
     Returns:
         The records of all epochs, those before a resumption included.
@@ -152,6 +175,7 @@ def fit(
             checkpoints.save(state, len(history), begun["steps"] if begun else 0)
 
     stopping = distributed.agreed(stopping)
+    take = step(objective, optimizer)
     said = -math.inf
     for epoch in range(len(history), epochs):
         torch.manual_seed(seed * 1_000_003 + epoch + 0x9E37_79B9 * distributed.rank())
@@ -159,7 +183,7 @@ def fit(
             batches.set_epoch(epoch)
         work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{epochs}", begun)
         begun = None
-        if not work.train(objective, batches, optimizer, rate, stopping):
+        if not work.train(take, batches, rate, stopping):
             try:
                 save(work.state())
             except UserError as error:
@@ -204,17 +228,10 @@ class _Epoch:
             self.steps, self.seconds, self._random = begun["steps"], begun["seconds"], begun["random"]
             self.tally.restore(begun["tally"])
 
-    def train(
-        self,
-        objective: Objective,
-        batches: TrainingBatches,
-        optimizer: torch.optim.Optimizer,
-        rate: LearningRate,
-        stopping: Callable[[], bool],
-    ) -> bool:
+    def train(self, take: Step, batches: TrainingBatches, rate: LearningRate, stopping: Callable[[], bool]) -> bool:
         """Go through the batches that are left; False if stopped. Raises UserError at a loss that is not finite."""
         started, before = time.perf_counter(), self.seconds
-        objective.start_epoch()
+        take.objective.start_epoch()
         with progress(self.length, self.label) as bar:
             # What was trained on already is made again and left out, so that augmentation goes on as it would have.
             rest = islice(batches, self.steps, None)
@@ -226,11 +243,7 @@ class _Epoch:
                 images, labels = images_and_labels
                 step = self.tally.first_step + self.steps
                 lr = rate.set(step)
-                loss, logits = objective.loss(images, labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                objective.after_step()
+                loss, logits = take(images, labels)
                 self.tally.add(loss, logits, labels, lr)
                 self.steps += 1
                 bar.update(1)
@@ -296,10 +309,10 @@ class _Tally:
         self.hits: Tensor | int = 0
 
     def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor, lr: float) -> None:
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
         self.rates.append(lr)
         if logits is not None:
-            self.hits = self.hits + (logits.detach().argmax(1) == labels.to(logits.device)).sum()
+            self.hits = self.hits + (logits.argmax(1) == labels.to(logits.device)).sum()
             self.seen += len(labels)
 
     def state(self) -> dict[str, Any]:

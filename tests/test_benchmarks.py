@@ -129,7 +129,7 @@ def test_what_is_measured_is_the_preset(network: str) -> None:
 
 
 def test_fine_tuning_can_be_longer_than_a_sitting_on_two_cores_allows() -> None:
-    usual, longer = plans()["resnet20"], plans(epochs=100)["resnet20"]
+    usual, longer = plans()["resnet20"], plans(changes={"epochs": 100})["resnet20"]
     assert longer.finetune == usual.finetune.model_copy(update={"epochs": 100})
 
 

@@ -65,6 +65,10 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.finetune.epochs == 3
     assert config.variants[0].prune_rate == 0.3
     assert config.knockoff.betas == (0.1, 0.2)
+    path.write_text("variants:\n  - {name: a, prune_rate: 0.2, budget: null}\n")
+    (variant,) = load_config(path, ["variants.0.budget.macs=0.5"]).variants
+    assert variant.budget is not None
+    assert variant.budget.macs == 0.5
     for override, message in (
         ("finetune.epochs", "must have the form section.key=value"),
         ("variants.7.prune_rate=0.3", "there is no such entry"),

@@ -1,15 +1,15 @@
-"""Passes of small networks replayed as CUDA graphs, for the benchmarks on a GPU.
+"""Training steps of small networks replayed as CUDA graphs, for the benchmarks on a GPU.
 
-Launching such a network's kernels one by one takes longer than running them.
-``python -m tests.benchmarks.graphs`` compares losses and speed of both ways on a GPU, to be run before the rest is
-believed; it is in no setting of the configuration until it has been.
+Launching such a network's kernels one by one takes longer than running them, so all of a step is captured once, from
+the images to the moved weights and their average, and replayed from then on. ``python -m tests.benchmarks.graphs``
+compares losses and speed of both ways on a GPU, to be run before the rest is believed; it is in no setting of the
+configuration until it has been.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -18,65 +18,64 @@ from torch import Tensor
 
 from scop import make_model
 from scop.config import DistillationSection, FinetuneSection
-from scop.device import autocast, pick_device
-from scop.distillation import Watched
+from scop.device import pick_device
 from scop.supervised import Supervised, make_optimizer
+from scop.training import Objective, Step
 from tests.benchmarks.measure import machine, take_turns
 
 _WARMUP = 3
 _CHECKED = 20  # steps
 
 
-class Graphed(Supervised):
-    """The same training, its passes forward and backward, and the teacher's, replayed; no other without a GPU."""
+class Replayed(Step):
+    """Steps that are the first few times launched, which is what libraries settle their algorithms in, then replayed.
 
-    def _begin(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-        forward = super()._begin(images)
-        if images.device.type != "cuda":
-            return forward
-        assert self._watched is not None
-        if self._distillation is not None:
-            with autocast(images.device, self.dtype):
-                self._distillation._teacher = Replayed(self._distillation._teacher, images)
-        # Capturing runs the network on these images a few times, of which its batch norms are to know nothing.
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        # Weights that were cast once must not be kept: each replay has to cast them anew.
-        with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            graphed: Any = torch.cuda.make_graphed_callables(self._watched, (images.clone(),))
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(before[name])
-        replay: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = graphed
-        return replay
-
-
-class Replayed(Watched):
-    """A watched network's pass without gradients, captured once.
-
-    Args:
-        watched: in eval mode; it is called no more.
-        images: (B, C, H, W), as all that follow are.
+    The objective must do the same for every batch, in the network's own process alone, and wait for no result. The
+    learning rate may change: the captured step reads it on the GPU.
     """
 
-    def __init__(self, watched: Watched, images: Tensor) -> None:
-        super().__init__(watched.network)
-        self._hooks += watched._hooks
-        self._images = images.clone()
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(_WARMUP):
-                watched(self._images)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph), torch.no_grad():
-            self._answer = watched(self._images)
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(objective, optimizer)
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._graph: Any = None
+        self._taken = 0
+        self._rates: list[Tensor] = []
+        for group in optimizer.param_groups:
+            group["foreach"], group["fused"] = False, True  # only fused kernels read a rate on the GPU
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the network gave; overwritten by the next call."""
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        if images.device.type != "cuda":
+            raise ValueError(f"only a GPU replays steps, and these images are on {images.device}")
+        if self._taken < _WARMUP:
+            self._taken += 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                loss, logits = super().__call__(images, labels)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return loss.clone(), None if logits is None else logits.clone()
+        if self._graph is None:
+            self._capture(images, labels)
         self._images.copy_(images)
+        self._labels.copy_(labels)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            rate.fill_(group["lr"])
         self._graph.replay()
-        answer: tuple[Tensor, list[Tensor]] = self._answer
-        return answer
+        return self._loss.clone(), None if self._logits is None else self._logits.clone()
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        """Note down what a step does, without doing it."""
+        self._images, self._labels = images.clone(), labels.clone()
+        groups = self.optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        self._rates = [torch.tensor(number, device=images.device) for number in numbers]
+        self.optimizer.zero_grad(set_to_none=True)  # so that gradients lie in the graph's own memory
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            self._loss, self._logits = super().__call__(self._images, self._labels)
+        for group, number in zip(groups, numbers, strict=True):
+            group["lr"] = number
 
 
 def compare(name: str, batch_size: int = 128) -> dict[str, float]:
@@ -87,33 +86,26 @@ def compare(name: str, batch_size: int = 128) -> dict[str, float]:
     images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch_size,), device=device)
     section = FinetuneSection(lr=0.01, ema=0.998, distillation=DistillationSection(weight=0.9, attention=50))
-    steps: dict[str, Callable[[], Tensor]] = {}
+    steps: dict[str, Step] = {}
     losses: dict[str, list[float]] = {}
-    for way, kind in {"launched": Supervised, "replayed": Graphed}.items():
+    for way, kind in {"launched": Step, "replayed": Replayed}.items():
         student = deepcopy(teacher)
         frozen = deepcopy(teacher).eval().requires_grad_(False)
-        objective = kind(student, device, section, frozen, section.distillation)
-        steps[way] = _step(objective, make_optimizer(student, section), images, labels)
+        objective = Supervised(student, device, section, frozen, section.distillation)
+        optimizer = make_optimizer(student, section)
+        steps[way] = kind(objective, optimizer)
         objective.start_epoch()
-        losses[way] = [float(steps[way]()) for _ in range(_CHECKED)]
+        losses[way] = []
+        for number in range(_CHECKED):
+            for group in optimizer.param_groups:
+                group["lr"] = section.lr * (1 + number) / _CHECKED
+            losses[way].append(float(steps[way](images, labels)[0]))
     apart = max(abs(one - two) / abs(one) for one, two in zip(*losses.values(), strict=True))
-    seconds = take_turns(steps, turns=50)
+    seconds = take_turns({way: lambda step=step: step(images, labels) for way, step in steps.items()}, turns=50)  # type: ignore[misc]
     return {**{f"{way}_ms": 1000 * value for way, value in seconds.items()}, "losses_apart": apart}
 
 
-def _step(
-    objective: Supervised, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
-) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        loss, _ = objective.loss(images, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        objective.after_step()
-        return loss.detach()
-
-    return step
-
-
 if __name__ == "__main__":
-    print(json.dumps({name: compare(name) for name in sys.argv[1:] or ("resnet20", "resnet56")} | machine(), indent=1))
+    names = sys.argv[1:] or ("resnet20", "resnet56", "torchvision:resnet50")
+    every = {f"{name}, batches of {size}": compare(name, size) for name in names for size in (128, 512)}
+    print(json.dumps(every | machine(), indent=1))

@@ -36,8 +36,8 @@ from scop.knockoff import Scores
 from scop.plan import ChannelPlan
 from scop.sources import load_source
 from scop.supervised import Supervised, make_optimizer, recalibrate
-from scop.training import fit
-from tests.benchmarks.graphs import Graphed
+from scop.training import Step, fit
+from tests.benchmarks.graphs import Replayed
 from tests.benchmarks.measure import machine, settings_hash
 
 LATENCY_BATCH = 64
@@ -82,7 +82,7 @@ class Work:
         earlier: figures of an earlier report, by variant and seed. Those of a network that was trained for the
             benchmark count only where that network is, in the folder.
         alone: whether nothing else is done meanwhile; only then are speeds measured.
-        graphs: whether passes are replayed as CUDA graphs, on a GPU.
+        graphs: whether steps are replayed as CUDA graphs, on a GPU.
 
     Attributes:
         fingerprint: of the dense network and the images.
@@ -103,8 +103,8 @@ class Work:
         graphs: bool = False,
     ) -> None:
         self.name, self.plan, self.dataset, self.stopping, self.alone = name, plan, dataset, stopping, alone
-        self._objective = Graphed if graphs else Supervised
         self.device = pick_device()
+        self._step = Replayed if graphs and self.device.type == "cuda" else Step
         given = plan.dense.weights and sha256(Path(plan.dense.weights).read_bytes()).hexdigest()
         dense = [plan.dense.model_dump(exclude={"weights", *HOW}), given]
         self.fingerprint = settings_hash(*dense, dataset.info.content, len(dataset["train"]))
@@ -243,7 +243,7 @@ class Work:
         torch.manual_seed(section.seed)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distillation = section.distillation if isinstance(section, FinetuneSection) else None
-        objective = self._objective(model, self.device, section, teacher, distillation)
+        objective = Supervised(model, self.device, section, teacher, distillation)
         checkpoints = Checkpoints(str(self.folder / f"checkpoints-{label}-{settings}"), settings, keep=1)
         history = fit(
             objective,
@@ -256,6 +256,7 @@ class Work:
             warmup_epochs=section.warmup_epochs,
             checkpoints=Seldom(checkpoints),
             stopping=self.stopping,
+            step=self._step,
         )
         objective.finish()
         checkpoints.remove()
@@ -374,7 +375,7 @@ def work_through(
         prefix: of the JSON files' names.
         only: of these variants; of none for the dense networks alone.
         jobs: so many variants at a time, each in a process of its own.
-        graphs: replay passes as CUDA graphs, on a GPU.
+        graphs: replay steps as CUDA graphs, on a GPU.
 
     Returns:
         0 when all is done, 3 while work is left.
