@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from scop.config import DenseSection, FinetuneSection, VariantSection
+from tests.benchmarks.graphs import check_replays
 from tests.benchmarks.work import Deadline, Plan, images, work_through
 
 ROOT = Path(__file__).parents[2]
@@ -106,21 +107,27 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="of each network, three at most (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="these variants; none for just the dense network")
-    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile on a GPU")
-    parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs instead of compiling passes")
+    parser.add_argument(
+        "--steps",
+        choices=("replayed", "compiled", "launched"),
+        default="replayed" if torch.cuda.is_available() else "launched",
+        help="replayed as CUDA graphs, through torch.compile, or as they are (default: %(default)s)",
+    )
     parser.add_argument(
         "--finetune", type=json.loads, help='changes to its settings, as {"epochs": 100} (default: none)'
     )
     options = parser.parse_args(arguments)
     deadline = Deadline(options.minutes)
-    compiled = torch.cuda.is_available() and not options.no_compile and not options.graphs
-    every = plans(options.weights, compiled, options.finetune)
+    every = plans(options.weights, options.steps == "compiled", options.finetune)
     unknown = [name for name in options.networks if name not in every]
     if unknown:
         parser.error(f"no network {unknown[0]!r} (known: {', '.join(every)})")
+    chosen = {name: every[name] for name in options.networks or every}
+    if options.steps == "replayed":
+        check_replays({name: (plan.dense.model, plan.finetune) for name, plan in chosen.items()})
     dataset = images(options.archive, options.work / "cifar10")
     return work_through(
-        {name: every[name] for name in options.networks or every},
+        chosen,
         dataset,
         options.work,
         options.results,
@@ -128,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
         deadline,
         only=options.only,
         jobs=options.jobs,
-        graphs=options.graphs,
+        graphs=options.steps == "replayed",
     )
 
 

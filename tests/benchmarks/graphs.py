@@ -1,37 +1,38 @@
 """Training steps of small networks replayed as CUDA graphs, for the benchmarks on a GPU.
 
 Launching such a network's kernels one by one takes longer than running them, so all of a step is captured once, from
-the images to the moved weights and their average, and replayed from then on. ``python -m tests.benchmarks.graphs``
-compares losses and speed of both ways on a GPU, to be run before the rest is believed; it is in no setting of the
-configuration until it has been.
+the images to the moved weights and their average, and replayed from then on. Before that is believed, losses of both
+ways are compared on the GPU at hand. It is in no setting of the configuration until it has been seen to work on one.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scop import make_model
-from scop.config import DistillationSection, FinetuneSection
+from scop.config import FinetuneSection
 from scop.device import pick_device
 from scop.supervised import Supervised, make_optimizer
 from scop.training import Objective, Step
-from tests.benchmarks.measure import machine, take_turns
+from tests.benchmarks.measure import take_turns
 
 _WARMUP = 3
 _CHECKED = 20  # steps
+_TOLERANCE = 0.01  # of the loss; bf16, and kernels that add up in another order
 
 
 class Replayed(Step):
     """Steps that are the first few times launched, which is what libraries settle their algorithms in, then replayed.
 
-    The objective must do the same for every batch, in the network's own process alone, and wait for no result. The
-    learning rate may change: the captured step reads it on the GPU.
+    For SGD, in one process, and an objective that does the same for every batch and waits for no result. The learning
+    rate may change: the captured step reads it on the GPU.
     """
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
@@ -78,14 +79,18 @@ class Replayed(Step):
             group["lr"] = number
 
 
-def compare(name: str, batch_size: int = 128) -> dict[str, float]:
-    """Milliseconds of a step in both ways, and by how much their losses differ in the first few."""
+def compare(model: str, section: FinetuneSection) -> dict[str, float]:
+    """Milliseconds of a step in both ways, and by how much their losses differ in the first few.
+
+    Args:
+        model: a factory's name.
+        section: how it is trained; with its own copy as teacher, on noise.
+    """
     device = pick_device()
     torch.manual_seed(0)
-    teacher = make_model(name, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch_size,), device=device)
-    section = FinetuneSection(lr=0.01, ema=0.998, distillation=DistillationSection(weight=0.9, attention=50))
+    teacher = make_model(model, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(section.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (section.batch_size,), device=device)
     steps: dict[str, Step] = {}
     losses: dict[str, list[float]] = {}
     for way, kind in {"launched": Step, "replayed": Replayed}.items():
@@ -98,14 +103,17 @@ def compare(name: str, batch_size: int = 128) -> dict[str, float]:
         losses[way] = []
         for number in range(_CHECKED):
             for group in optimizer.param_groups:
-                group["lr"] = section.lr * (1 + number) / _CHECKED
+                group["lr"] = 0.1 * section.lr * (1 + number) / _CHECKED
             losses[way].append(float(steps[way](images, labels)[0]))
     apart = max(abs(one - two) / abs(one) for one, two in zip(*losses.values(), strict=True))
-    seconds = take_turns({way: lambda step=step: step(images, labels) for way, step in steps.items()}, turns=50)  # type: ignore[misc]
+    seconds = take_turns({way: partial(step, images, labels) for way, step in steps.items()}, turns=50)
     return {**{f"{way}_ms": 1000 * value for way, value in seconds.items()}, "losses_apart": apart}
 
 
-if __name__ == "__main__":
-    names = sys.argv[1:] or ("resnet20", "resnet56", "torchvision:resnet50")
-    every = {f"{name}, batches of {size}": compare(name, size) for name in names for size in (128, 512)}
-    print(json.dumps(every | machine(), indent=1))
+def check_replays(networks: Mapping[str, tuple[str, FinetuneSection]]) -> None:
+    """Print what replaying gains, for networks given as (factory, settings); raises SystemExit where it is wrong."""
+    for name, (model, section) in networks.items():
+        figures = compare(model, section)
+        print(name, json.dumps({key: round(value, 4) for key, value in figures.items()}), flush=True)
+        if not figures["losses_apart"] < _TOLERANCE:
+            raise SystemExit(f"{name}: replayed steps do not train as launched ones do; give --steps compiled")
