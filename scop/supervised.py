@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import PARAM_LIST, AveragedModel
+from torch.optim.swa_utils import AveragedModel
 
 from scop import distributed
 from scop.config import DistillationSection, TrainingSection
@@ -52,9 +53,9 @@ class Supervised:
         self._distillation: Distillation | None = None
         self._watched: Watched | None = None
         self._forward: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
-        self.average: AveragedModel | None = None
+        self.average: MovingAverage | None = None
         if section.ema:
-            self.average = AveragedModel(model, multi_avg_fn=_moving_average(section.ema), use_buffers=True)
+            self.average = MovingAverage(model, section.ema)
         synchronised = distributed.several() and section.sync_batch_norm
         if synchronised and section.compile:
             raise UserError("compile cannot synchronise batch norms; set sync_batch_norm: false, or compile: false")
@@ -113,16 +114,35 @@ class Supervised:
             self.average.update_parameters(self.model)
 
 
-def _moving_average(decay: float) -> Callable[[PARAM_LIST, PARAM_LIST, Tensor | int], None]:
-    """Like torch's ``get_ema_multi_avg_fn``, which has four kernels for each batch norm's counter."""
+class MovingAverage(AveragedModel):
+    """``w <- d w + (1 - d) w'`` of all weights and batch norm statistics, from the first ones on.
 
-    def average(averaged: PARAM_LIST, current: PARAM_LIST, _: Tensor | int) -> None:
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-        else:
-            torch._foreach_copy_(averaged, current)
+    Without what a GPU waits for at every step: torch's own way looks at a counter and copies it to where the weights
+    are. Nor does it have four kernels for each batch norm's counter.
 
-    return average
+    Args:
+        model: whose average it is.
+        decay: d, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averaged, current = _values(self.module), _values(model)
+        smooth = [bool(self.n_averaged) and value.is_floating_point() for value in averaged]
+        if any(smooth):
+            torch._foreach_lerp_(list(compress(averaged, smooth)), list(compress(current, smooth)), 1 - self.decay)
+        if not all(smooth):
+            rest = [not each for each in smooth]
+            torch._foreach_copy_(list(compress(averaged, rest)), list(compress(current, rest)))
+        self.n_averaged += 1
+
+
+def _values(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:
