@@ -34,7 +34,7 @@ test: $(READY)  ## the fast tests, under 10 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not docker" $(ARGS)
 
 test-slow: $(READY)  ## the tests that take longer
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 test-docker: $(READY)  ## the tests in containers; they need a docker engine, and build the image
 	$(BIN)/python -m pytest -m docker $(ARGS)
