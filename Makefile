@@ -63,7 +63,7 @@ format: $(READY)  ## let ruff format and mend
 bench: $(READY)  ## measure speed; JSON goes to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench-scores: $(READY)  ## judge scores on ResNet-20 and a VGG without fine-tuning; two hours on two cores
+bench-scores: $(READY)  ## judge scores on ResNet-20, a VGG and ResNet-56 without fine-tuning; hours on two cores
 	$(BIN)/python -m tests.benchmarks.scores $(ARGS)
 
 bench-quality: $(READY)  ## how good each source's knockoffs are
