@@ -73,7 +73,7 @@ bench-accuracy: $(READY)  ## what ResNet-20 loses, three seeds; a night on two c
 	$(BIN)/python -m tests.benchmarks.accuracy resnet20 --seeds 3 --minutes 60 $(ARGS)
 
 bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it again until it says that all is done
-	$(BIN)/python -m tests.benchmarks.accuracy resnet56 resnet50 $(ARGS)
+	$(BIN)/python -m tests.benchmarks.accuracy resnet56 resnet50 --train $(ARGS)
 
 bench-variants: $(READY)  ## residual rules, and SCOP against its controls, shortly fine-tuned; an hour and more
 	$(BIN)/python -m tests.benchmarks.variants $(ARGS)

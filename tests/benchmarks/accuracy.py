@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,7 @@ RESNET56 = Path(__file__).parent / "weights" / "resnet56-cifar10.safetensors"
 _AUGMENTED: dict[str, Any] = {"crop_padding": 4, "flip": True, "schedule": "one_cycle"}
 _DENSE: dict[str, Any] = _AUGMENTED | {"batch_size": 512}
 _FINE: dict[str, Any] = _AUGMENTED | {"ema": 0.998, "distillation": {"weight": 0.9, "attention": 50}}
-
-_LARGE = _FINE | {"batch_size": 512, "ema": 0.99}
+_LARGE: dict[str, Any] = _FINE | {"batch_size": 512, "ema": 0.99}
 
 
 def _variants(budget: dict[str, float]) -> dict[str, VariantSection]:
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("networks", nargs="*", help="resnet20, resnet56, resnet50; all by default")
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="the images (default: %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of ResNet-20 (default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="train dense networks that have weights, too")
     parser.add_argument("--work", type=Path, default=WORK, help="what is kept between calls (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON goes (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (default: %(default)s)")
@@ -122,7 +123,13 @@ def main(arguments: Sequence[str]) -> int:
     unknown = [name for name in options.networks if name not in every]
     if unknown:
         parser.error(f"no network {unknown[0]!r} (known: {', '.join(every)})")
+    if options.steps == "replayed" and not torch.cuda.is_available():
+        parser.error("--steps replayed needs a GPU, and there is none; leave it out")
     chosen = {name: every[name] for name in options.networks or every}
+    if options.train:
+        chosen = {
+            name: replace(plan, dense=plan.dense.model_copy(update={"weights": None})) for name, plan in chosen.items()
+        }
     if options.steps == "replayed":
         check_replays({name: (plan.dense.model, plan.finetune) for name, plan in chosen.items()})
     dataset = images(options.archive, options.work / "cifar10")
