@@ -46,13 +46,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scop import distributed
 from scop.config import BatchNormMode, KnockoffSection, ScoreKind
 from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
+from scop.folding import folded_copy
 from scop.graph import ChannelGraph, out_channels
 from scop.knockoff_sources import KnockoffSource, make_source
 from scop.parsing import parse
@@ -578,29 +577,3 @@ def frozen_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype, batch
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(dtype)
     return live
-
-
-def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy of the model in eval mode, batch norms folded into the convolutions that they follow.
-
-    Args:
-        model: the network; not changed.
-        graph: its channels.
-        dtype: of the weights of convolutions and linear layers.
-    """
-    folded = copy.deepcopy(model).float().eval().requires_grad_(False)
-    for name, module in list(folded.named_modules()):
-        # A subclass or a parametrised convolution computes with other weights than those that it holds.
-        plain = type(module) is nn.Conv2d and not parametrize.is_parametrized(module) and not module._forward_pre_hooks
-        if plain and (norm := graph.batch_norm(name)) is not None:
-            batch_norm = folded.get_submodule(norm)
-            if not isinstance(batch_norm, _BatchNorm) or not batch_norm.track_running_stats:
-                continue
-            folded.set_submodule(name, fuse_conv_bn_eval(module, batch_norm))
-            folded.set_submodule(norm, nn.Identity())
-        if getattr(module, "inplace", False):
-            module.inplace = False
-    for module in folded.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.to(dtype)
-    return folded.requires_grad_(False)

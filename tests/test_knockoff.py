@@ -13,8 +13,9 @@ from scop.batches import Augmentation, Batches
 from scop.config import DenseSection
 from scop.data import Dataset, Split
 from scop.evaluation import measure_accuracy
+from scop.folding import folded_copy
 from scop.graph import ChannelGraph
-from scop.knockoff import Competition, Scores, folded_copy, gated_layers
+from scop.knockoff import Competition, Scores, gated_layers
 from scop.knockoff_sources import shuffle
 from scop.selection import knockoff_threshold
 from scop.sensitivity import measure_sensitivity

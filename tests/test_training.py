@@ -12,7 +12,7 @@ from scop.batches import Augmentation, Batches
 from scop.checkpoints import Checkpoints
 from scop.config import DenseSection, DistillationSection, FinetuneSection
 from scop.data import Dataset
-from scop.distillation import find_stages
+from scop.distillation import Distillation, attention, find_stages
 from scop.evaluation import measure_accuracy
 from scop.learning_rate import lr_factor
 from scop.supervised import Supervised, make_optimizer, recalibrate
@@ -191,6 +191,43 @@ def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batch
     assert student.first.weight.grad.abs().sum() > 0
     objective.finish()
     assert not student.third_norm._forward_hooks or len(student.third_norm._forward_hooks) == 1  # this test's own
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_attention_has_the_gradient_of_its_formula(memory: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    own = torch.randn(2, 5, 4, 3).to(memory_format=memory).requires_grad_()
+    target = torch.randn(2, 7, 4, 3)
+    maps = [F.normalize(part.square().sum(1).flatten(1)) for part in (own, target)]
+    (expected,) = torch.autograd.grad((maps[0] - maps[1]).square().sum(1).mean(), own)
+    (gradient,) = torch.autograd.grad(attention(own, target), own)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert gradient.stride() == own.stride()
+
+
+def test_the_teacher_is_folded_where_it_can_be_and_stays_as_it_was(model: nn.Module) -> None:
+    images = torch.randn(4, 1, 8, 8)
+    teacher = copy.deepcopy(model).eval()
+    before = copy.deepcopy(teacher.state_dict())
+    expected = teacher(images)
+    distillation = Distillation(teacher, model, DistillationSection(), torch.float32, images)
+    batch_norms = [m for m in distillation.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not batch_norms
+    assert torch.allclose(distillation.teacher(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+    class Unfollowed(nn.Module):  # refuses what the graph tries it on
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = teacher
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) != len(images):
+                raise ValueError("another batch")
+            return self.network(x)
+
+    unfollowed = Distillation(Unfollowed(), model, DistillationSection(), torch.float32, images)
+    assert torch.equal(unfollowed.teacher(images)[0], expected)
 
 
 def test_stages_end_where_the_resolution_does() -> None:

@@ -33,8 +33,9 @@ from scop.config import DenseSection, KnockoffSection, VariantSection
 from scop.data import Dataset
 from scop.device import autocast, autocast_dtype, pick_device
 from scop.evaluation import measure_accuracy
+from scop.folding import folded_copy
 from scop.graph import ChannelGraph
-from scop.knockoff import folded_copy, gated_layers
+from scop.knockoff import gated_layers
 from scop.selection import Selection
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import fit

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scop import make_model, prune, select_channels, train_knockoffs
-from scop.artifacts import load_weights
+from scop.artifacts import load_weights, save_model
 from scop.batches import Augmentation, Batches
 from scop.checkpoints import Checkpoints
 from scop.config import DataSection, DenseSection, FinetuneSection, KnockoffSection, TrainingSection, VariantSection
@@ -211,7 +211,7 @@ class Work:
         return ChannelPlan.load(path)
 
     def finetuned(self, name: str, seed: int) -> dict[str, Any]:
-        """Figures of a variant."""
+        """Figures of a variant, whose network is kept beside them."""
         section, dense = self.plan.finetune.model_copy(update={"seed": seed}), self.dense()
         pruned = prune(dense, self.selected(name, dense, seed))
         for network in (pruned, dense):
@@ -222,6 +222,7 @@ class Work:
             recalibrate(pruned, self.batches(section.batch_size, section), 50, self.device, dtype)
         recalibrated = measure_accuracy(pruned.eval(), self.test(), self.device).top1
         seconds = self.train(pruned, section, f"{name}-{seed}", teacher, self.settings(name))
+        save_model(pruned, self._file(name, seed, "model"))
         return self.figures(pruned) | {
             "recalibrated_top1": recalibrated,
             "seconds": seconds,
