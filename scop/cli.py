@@ -14,6 +14,7 @@ import scop
 if TYPE_CHECKING:
     from pipelines.profile import ClusterProfile
     from pipelines.submit import Cluster, Submission
+    from scop.config import Config, VariantSection
 
 DEFAULT_CONFIG = "digits-resnet20"
 _PAIRS_SHOWN = 12
@@ -298,15 +299,11 @@ def _run(options: argparse.Namespace) -> int:
 def _step(options: argparse.Namespace) -> None:
     from pipelines.presets import find_config
     from scop.config import load_config
-    from scop.errors import UserError
     from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, find_step, run_step
 
     config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
-    variants = {variant.label: variant for variant in config.variants}
-    label = options.variant or next(iter(variants))
-    if label not in variants:
-        raise UserError(f"--variant {label!r} is not in the configuration (known: {', '.join(variants)})")
-    sections = config.model_dump(mode="json") | {"variant": variants[label].model_dump(mode="json")}
+    variant = _variant(config, options.variant)
+    sections = config.model_dump(mode="json") | {"variant": variant.model_dump(mode="json")}
     wanted = find_step(options.name).Config.model_fields
     if config.run.checkpoints:
         os.environ.setdefault(CHECKPOINTS_VARIABLE, config.run.checkpoints)
@@ -330,13 +327,10 @@ def _select(options: argparse.Namespace) -> None:
         raise UserError("--output writes a plan by a run's scores: name the RUN, or look only, --dry-run")
     place = find_run(options.run, options.runs) if options.run else None
     config = select.config_of(options.config, place, options.set)
-    variants = {variant.label: variant for variant in config.variants}
-    label = options.variant or next(iter(variants))
-    if label not in variants:
-        raise UserError(f"--variant {label!r} is not in the configuration (known: {', '.join(variants)})")
+    variant = _variant(config, options.variant)
     dense = select.dense_of_run(place) if place else select.dense_of(config)
-    plan = select.plan_of(dense, variants[label])
-    select.print_plan(dense, plan, label)
+    plan = select.plan_of(dense, variant)
+    select.print_plan(dense, plan, variant.label)
     if options.output and not options.dry_run:
         select.save(plan, options.output)
         print(f"plan: {options.output}")
@@ -473,6 +467,18 @@ def _doctor(options: argparse.Namespace) -> int:
         print(finding, flush=True)
         missing |= finding.state == "missing"
     return int(missing)
+
+
+def _variant(config: Config, label: str | None) -> VariantSection:
+    """The variant of that name, or the first."""
+    from scop.errors import UserError
+
+    variants = {variant.label: variant for variant in config.variants}
+    if label is None:
+        return config.variants[0]
+    if label not in variants:
+        raise UserError(f"--variant {label!r} is not in the configuration (known: {', '.join(variants)})")
+    return variants[label]
 
 
 def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:
