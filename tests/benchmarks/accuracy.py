@@ -58,15 +58,22 @@ def plans(
     more = {"compile": compiled}
     changed: dict[str, Any] = {**more, **(changes or {})}
     given = {"weights": str(weights)} if weights is not None and weights.exists() else {}
+    resnet20 = Plan(
+        DenseSection.model_validate(
+            {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
+        ),
+        FinetuneSection.model_validate({"epochs": 40, "lr": 0.1, "warmup_epochs": 4, **_FINE, **changed}),
+        _variants({"macs": 0.442}),
+        once=("l1",),
+        command="make bench-accuracy",
+    )
+    longer: dict[str, Any] = {"epochs": 75, "lr": 0.1, "warmup_epochs": 5, "weight_decay": 1e-4}
     return {
-        "resnet20": Plan(
-            DenseSection.model_validate(
-                {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
-            ),
-            FinetuneSection.model_validate({"epochs": 40, "lr": 0.1, "warmup_epochs": 4, **_FINE, **changed}),
-            _variants({"macs": 0.442}),
-            once=("l1",),
-            command="make bench-accuracy",
+        "resnet20": resnet20,
+        "resnet20-long": replace(
+            resnet20,
+            finetune=FinetuneSection.model_validate({**longer, **_FINE, **changed}),
+            command="python -m tests.benchmarks.accuracy resnet20-long --seeds 3",
         ),
         "resnet56": Plan(
             DenseSection.model_validate(
@@ -98,7 +105,7 @@ def plans(
 def main(arguments: Sequence[str]) -> int:
     """0 when all is done, 3 while work is left."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.accuracy", description=__doc__)
-    parser.add_argument("networks", nargs="*", help="resnet20, resnet56, resnet50; all by default")
+    parser.add_argument("networks", nargs="*", help="resnet20, resnet20-long, resnet56, resnet50; all by default")
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="the images (default: %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of ResNet-20 (default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="train dense networks that have weights, too")

@@ -106,6 +106,7 @@ def _accuracy(content: dict[str, Any]) -> str:
 
 At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["epochs"]} epochs, `none` just as long:
 batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
+weight decay {finetune["weight_decay"]:g},
 distillation from the dense network ({distillation}, attention {finetune["distillation"]["attention"]:g}), moving
 average ({finetune["ema"]}). Top-1 on the test split, which
 nothing was chosen by: before fine-tuning, with batch norms recalibrated, and after it; mean and standard deviation over
