@@ -142,7 +142,7 @@ def attention(features: Tensor, target: Tensor) -> Tensor:
 class _Energy(torch.autograd.Function):
     """The sum over channels of the squared features, in float32: (B, C, H, W) -> (B, H, W).
 
-    Written out because autograd makes copies of all features in float32, there and back: four times as slow.
+    Written out because autograd makes copies of all features in float32, there and back: twice as slow and more.
     """
 
     @staticmethod
