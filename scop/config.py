@@ -375,11 +375,13 @@ class DistillationSection(Section):
         weight: share of the distillation loss, 0 for none.
         temperature: softens both networks' answers.
         attention: weight of the distance between both networks' attention maps, stage by stage, 0 for none.
+        attention_until: share of the epochs in which attention is learned, the first ones.
     """
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature: PositiveFloat = 4.0
     attention: NonNegativeFloat = 0.0
+    attention_until: Annotated[float, Field(gt=0, le=1)] = 0.6
 
 
 class FinetuneSection(TrainingSection):

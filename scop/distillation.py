@@ -4,7 +4,8 @@ Answers (Hinton et al., 2015, arXiv 1503.02531): ``T^2 KL(teacher / T || student
 
 Attention (Zagoruyko and Komodakis, 2017, arXiv 1612.03928): at the end of each stage the mean over channels of the
 squared features, one map for an image, brought to length 1; the squared distance between teacher and student. It does
-not care how many channels each of them has, which is what pruning changes.
+not care how many channels each of them has, which is what pruning changes. It is a guide for the first part of a
+training: a network that is too small to do both gives up some of the answers for the maps (docs/knockoffs.md).
 """
 
 from __future__ import annotations
@@ -100,14 +101,14 @@ class Distillation:
             loss: scalar, float32.
             images: (B, C, H, W).
             logits: of the student (B, classes), float32.
-            maps: of the student, one (B, C', H', W') for each stage.
+            maps: of the student, one (B, C', H', W') for each stage; none where attention is not asked for.
         """
         section = self._section
         with torch.no_grad(), autocast(images.device, self._dtype):
             target, targets = self.teacher(images)
         if section.weight:
             loss = (1 - section.weight) * loss + section.weight * answers(logits, target.float(), section.temperature)
-        if self.stages:
+        if maps:
             distances = [attention(own, theirs) for own, theirs in zip(maps, targets, strict=True)]
             loss = loss + section.attention * torch.stack(distances).mean()
         return loss

@@ -99,7 +99,7 @@ class FlowMatching:
     def state(self) -> nn.Module:
         return self._velocity
 
-    def start_epoch(self) -> None:
+    def start_epoch(self, epoch: int) -> None:
         self._velocity.train()
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, None]:

@@ -302,7 +302,7 @@ class Competition:
             return torch.optim.Adam(self.gates.parameters(), lr=self.section.lr, betas=self.section.betas)
         return torch.optim.SGD(self.gates.parameters(), lr=0.0)
 
-    def start_epoch(self) -> None:
+    def start_epoch(self, epoch: int) -> None:
         pass
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import compress
@@ -36,6 +37,7 @@ class Supervised:
     Attributes:
         average: the network with the exponential moving average of all weights and batch norm statistics, if the
             settings ask for one.
+        attentive: whether the teacher's attention is learned in this epoch.
     """
 
     def __init__(
@@ -50,6 +52,9 @@ class Supervised:
         self.dtype = autocast_dtype(device, section.precision)
         self.smoothing = section.label_smoothing
         self._compile, self._teacher, self._lesson = section.compile, teacher, distillation
+        share = distillation.attention_until if distillation else 0.0
+        self._attentive_epochs = math.ceil(share * section.epochs - 1e-9)  # 0.55 * 20 = 11.000000000000002 is 11
+        self.attentive = True
         self._distillation: Distillation | None = None
         self._watched: Watched | None = None
         self._forward: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None
@@ -84,8 +89,9 @@ class Supervised:
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 
-    def start_epoch(self) -> None:
+    def start_epoch(self, epoch: int) -> None:
         self.model.train()
+        self.attentive = epoch < self._attentive_epochs
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = to_device(images, labels, self.device)
@@ -96,7 +102,7 @@ class Supervised:
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
         if self._distillation is not None:
-            loss = self._distillation.mixed(loss, images, logits, maps)
+            loss = self._distillation.mixed(loss, images, logits, maps if self.attentive else [])
         return loss, logits
 
     def _begin(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:

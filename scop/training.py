@@ -37,8 +37,8 @@ class Objective(Protocol):
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """(loss, logits) of a batch: scalar and (B, classes), both float32; None where nothing is classified."""
 
-    def start_epoch(self) -> None:
-        """Bring modules into training mode."""
+    def start_epoch(self, epoch: int) -> None:
+        """Bring modules into training mode for an epoch, counted from 0."""
 
     def after_step(self) -> None:
         """Called when the optimizer has moved the parameters."""
@@ -231,7 +231,7 @@ class _Epoch:
     def train(self, take: Step, batches: TrainingBatches, rate: LearningRate, stopping: Callable[[], bool]) -> bool:
         """Go through the batches that are left; False if stopped. Raises UserError at a loss that is not finite."""
         started, before = time.perf_counter(), self.seconds
-        take.objective.start_epoch()
+        take.objective.start_epoch(self.epoch)
         with progress(self.length, self.label) as bar:
             # What was trained on already is made again and left out, so that augmentation goes on as it would have.
             rest = islice(batches, self.steps, None)

@@ -50,7 +50,7 @@ def test_a_narrow_stream_is_trained_with_the_right_gradients() -> None:
     F.cross_entropy(plain(images), labels).backward()
     pruned.to(memory_format=torch.channels_last)
     objective = Supervised(pruned, CPU, DenseSection(precision="fp32", ema=0.9))
-    objective.start_epoch()
+    objective.start_epoch(0)
     loss, _ = objective.loss(images, labels)
     loss.backward()
     objective.after_step()

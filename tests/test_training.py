@@ -16,7 +16,7 @@ from scop.distillation import Distillation, attention, find_stages
 from scop.evaluation import measure_accuracy
 from scop.learning_rate import lr_factor
 from scop.supervised import Supervised, make_optimizer, recalibrate
-from scop.training import fit
+from scop.training import EpochRecord, fit
 from tests.helpers import small_convnext
 
 CPU = torch.device("cpu")
@@ -246,7 +246,7 @@ def test_maps_that_have_no_place_for_both_are_no_stages() -> None:
     assert not [stage for stage in stages if ".block." in stage]
     section = FinetuneSection.model_validate({"distillation": {"attention": 1.0}, "precision": "fp32"})
     objective = Supervised(pruned, CPU, section, dense.requires_grad_(False), section.distillation)
-    objective.start_epoch()
+    objective.start_epoch(0)
     loss, _ = objective.loss(images, torch.arange(2))
     assert math.isfinite(loss.item())
     objective.finish()
@@ -301,6 +301,25 @@ def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, m
     assert len(inputs) == 4
     assert torch.allclose(model.first_norm.running_mean, expected, atol=1e-5)
     assert model.first_norm.momentum == 0.1
+
+
+def test_attention_is_learned_for_the_first_part_of_the_epochs(digits: Dataset, model: nn.Module) -> None:
+    plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
+    student, teacher = scop.prune(model, plan), copy.deepcopy(model).eval().requires_grad_(False)
+    section = FinetuneSection.model_validate(
+        {"epochs": 5, "lr": 0.01, "precision": "fp32", "distillation": {"attention": 10.0, "attention_until": 0.4}}
+    )
+    objective = Supervised(student, CPU, section, teacher, section.distillation)
+    batches = Batches(digits["train"], digits.info, 64, CPU, seed=0)
+    images, labels = next(iter(batches))
+    attended: list[bool] = []
+
+    def look(record: EpochRecord) -> None:
+        loss, logits = objective.loss(images, labels)
+        attended.append(loss.item() - F.cross_entropy(logits, labels).item() > 1e-3)
+
+    fit(objective, batches, make_optimizer(student, section), epochs=5, label="attention", on_epoch=look)
+    assert attended == [True, True, False, False, False]
 
 
 def test_attention_without_maps_is_refused(digits: Dataset) -> None:

@@ -62,17 +62,20 @@ def plans(
         DenseSection.model_validate(
             {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
         ),
-        FinetuneSection.model_validate({"epochs": 40, "lr": 0.1, "warmup_epochs": 4, **_FINE, **changed}),
+        FinetuneSection.model_validate(
+            {"epochs": 40, "lr": 0.1, "warmup_epochs": 4, "weight_decay": 1e-4, **_FINE, **changed}
+        ),
         _variants({"macs": 0.442}),
         once=("l1",),
         command="make bench-accuracy",
     )
-    longer: dict[str, Any] = {"epochs": 75, "lr": 0.1, "warmup_epochs": 5, "weight_decay": 1e-4}
+    always = {"distillation": {**_FINE["distillation"], "attention_until": 1.0}}
+    longer: dict[str, Any] = {"epochs": 75, "lr": 0.1, "warmup_epochs": 5, "weight_decay": 1e-4, **_FINE, **always}
     return {
         "resnet20": resnet20,
         "resnet20-long": replace(
             resnet20,
-            finetune=FinetuneSection.model_validate({**longer, **_FINE, **changed}),
+            finetune=FinetuneSection.model_validate(longer | changed),
             command="python -m tests.benchmarks.accuracy resnet20-long --seeds 3",
         ),
         "resnet56": Plan(

@@ -31,8 +31,8 @@ _TOLERANCE = 0.01  # of the loss; bf16, and kernels that add up in another order
 class Replayed(Step):
     """Steps that are the first few times launched, which is what libraries settle their algorithms in, then replayed.
 
-    For SGD, in one process, and an objective that does the same for every batch and waits for no result. The learning
-    rate may change: the captured step reads it on the GPU.
+    For SGD, in one process, and an objective that does the same for every batch of an epoch and waits for no result.
+    The learning rate may change: the captured step reads it on the GPU.
     """
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
@@ -40,6 +40,7 @@ class Replayed(Step):
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph: Any = None
         self._taken = 0
+        self._attentive = True
         self._rates: list[Tensor] = []
         for group in optimizer.param_groups:
             group["foreach"], group["fused"] = False, True  # only fused kernels read a rate on the GPU
@@ -47,6 +48,9 @@ class Replayed(Step):
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         if images.device.type != "cuda":
             raise ValueError(f"only a GPU replays steps, and these images are on {images.device}")
+        attentive = getattr(self.objective, "attentive", True)
+        if attentive != self._attentive:  # another step than the one that was captured
+            self._attentive, self._graph, self._taken = attentive, None, 0
         if self._taken < _WARMUP:
             self._taken += 1
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -99,7 +103,7 @@ def compare(model: str, section: FinetuneSection) -> dict[str, float]:
         objective = Supervised(student, device, section, frozen, section.distillation)
         optimizer = make_optimizer(student, section)
         steps[way] = kind(objective, optimizer)
-        objective.start_epoch()
+        objective.start_epoch(0)
         losses[way] = []
         for number in range(_CHECKED):
             for group in optimizer.param_groups:

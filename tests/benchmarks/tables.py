@@ -101,13 +101,15 @@ def _accuracy(content: dict[str, Any]) -> str:
     ((what, limit),) = content["settings"]["variants"]["scop"]["budget"].items()
     name = {"macs": "MACs", "params": "parameters"}[what]
     share = f"{limit:.1%} of the {name}" if limit <= 1 else f"{limit:,.0f} {name}"
-    distillation = finetune["distillation"]["weight"]
+    lesson = finetune["distillation"]
+    until = lesson.get("attention_until", 1.0)
+    attention = f"attention {lesson['attention']:g}" + (f" in the first {until:.0%} of the epochs" if until < 1 else "")
     return f"""## {content["network"]}, CIFAR-10 (JPEG q75)
 
 At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["epochs"]} epochs, `none` just as long:
 batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
 weight decay {finetune["weight_decay"]:g},
-distillation from the dense network ({distillation}, attention {finetune["distillation"]["attention"]:g}), moving
+distillation from the dense network ({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving
 average ({finetune["ema"]}). Top-1 on the test split, which
 nothing was chosen by: before fine-tuning, with batch norms recalibrated, and after it; mean and standard deviation over
 seeds. The drop is that of `none` less that of the variant, seed by seed, with its 95 % interval. Speed is that of
@@ -180,7 +182,7 @@ interval: only where that leaves out 0 is there a difference.
 
 _WAYS = {
     "none": "nothing removed",
-    "usual": "as the presets have it: global selection, distillation of answers and attention, moving average",
+    "usual": "as the presets have it, but for attention in all epochs: global selection, distillation, moving average",
     "uniform": "the same share removed from each layer",
     "labels-only": "without distillation",
     "answers-only": "without attention",
