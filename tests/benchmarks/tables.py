@@ -110,8 +110,9 @@ At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["
 batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
 weight decay {finetune["weight_decay"]:g},
 distillation from the dense network ({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving
-average ({finetune["ema"]}). Top-1 on the test split, which
-nothing was chosen by: before fine-tuning, with batch norms recalibrated, and after it; mean and standard deviation over
+average ({finetune["ema"]}). Top-1 on the test split, by which
+nothing was chosen but that attention ends ([how](knockoffs.md)):
+before fine-tuning, with batch norms recalibrated, and after it; mean and standard deviation over
 seeds. The drop is that of `none` less that of the variant, seed by seed, with its 95 % interval. Speed is that of
 batches of {LATENCY_BATCH}.
 
