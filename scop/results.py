@@ -28,6 +28,10 @@ _OF_SECTIONS = {
     "variant.fdr": "fdr",
     "variant.floor": "floor",
     "variant.round_to": "round_to",
+    "variant.min_channels": "min_channels",
+    "variant.include": "include",
+    "variant.exclude": "exclude",
+    "variant.rates": "rates",
     "variant.rounds": "rounds",
     "variant.seed": "variant_seed",
     "finetune.epochs": "finetune_epochs",
@@ -105,7 +109,7 @@ class Result:
             "method": evaluation["method"],
             "prune_rate": evaluation["prune_rate"],
             "residual": evaluation["residual"],
-            **{name: value for name, value in made.items() if value is not None},
+            **{name: _plain(value) for name, value in made.items() if value not in (None, [], {})},
         }
         if (device := evaluation.get("trained_on")) is not None:
             params["trained_on"] = device
@@ -187,6 +191,13 @@ def _recipe(sections: Mapping[str, Any]) -> str:
 
 def _hash(settings: Mapping[str, Any], digits: int) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def _plain(value: Any) -> Value:
+    """Lists and mappings as text, which fits into a cell."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {entry}" for key, entry in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _entry(sections: Mapping[str, Any], path: str) -> Any:

@@ -74,6 +74,17 @@ def test_only_what_was_trained_alike_is_compared() -> None:
     assert [one.second for one in compare_pairs(unknown)] == ["scratch", "none"]
 
 
+def test_what_differs_besides_the_method_is_said_and_like_comes_first() -> None:
+    rows = results({"scop": [0.90, 0.92], "fpgm": [0.82, 0.84], "l1": [0.80, 0.82], "none": [0.93, 0.95]})
+    rows = changed(changed(rows, "scop", selection="global"), "fpgm", selection="global")
+    rows = changed(changed(rows, "l1", selection="uniform", exclude="layer3.*"), "none", selection="uniform")
+    alike, unlike, reference = (str(one) for one in compare_pairs(rows))
+    assert alike.startswith("scop is better than fpgm at the same MACs: ")
+    cause = "selection global against uniform, exclude none against layer3.*"
+    assert unlike.startswith(f"scop is better than l1 at the same MACs, {cause}: ")
+    assert "uniform" not in reference
+
+
 def test_the_same_budget_is_one_of_macs_of_parameters_or_of_latency() -> None:
     def said(**metrics: float) -> list[str]:
         rows = results({"scop": [0.90, 0.92], "l1": [0.89, 0.90]})
