@@ -14,7 +14,7 @@ from pipelines.presets import find_config
 from pipelines.runs import CONFIG, records_of
 from scop import storage
 from scop.artifacts import load_model, load_pretrained, load_weights
-from scop.budget import Sizes
+from scop.budget import Sizes, describe_latency
 from scop.config import Config, VariantSection, load_config
 from scop.errors import UserError
 from scop.graph import ChannelGraph
@@ -116,7 +116,7 @@ def save(plan: ChannelPlan, path: Path) -> None:
     write_atomically(path, plan.model_dump_json(indent=1) + "\n")
 
 
-def print_plan(dense: Dense, plan: ChannelPlan, label: str) -> None:
+def print_plan(dense: Dense, plan: ChannelPlan, variant: VariantSection) -> None:
     """The table: for each layer that loses output channels how many stay, what is left of it and of all, and what
     stays whole and why."""
     from rich.console import Console
@@ -138,12 +138,12 @@ def print_plan(dense: Dense, plan: ChannelPlan, label: str) -> None:
         cells = [layer, str(channels), str(len(kept)), f"{1 - len(kept) / channels:.0%}"]
         cells += [f"{human(old)} -> {human(new)}" for old, new in zip(before[layer], after[layer], strict=True)]
         view.add_row(*map(Text, [*cells, *([str(len(plan.unsure.get(layer, [])))] if plan.unsure else [])]))
-    print(f"{label}: residual rule {plan.residual}, selection {plan.selection}, rate {plan.prune_rate:.4g}")
+    print(f"{variant.label}: residual rule {plan.residual}, selection {plan.selection}, rate {plan.prune_rate:.4g}")
     Console(width=max(Console().width, 100)).print(view)
     for line in graph.left_whole(plan.residual):
         print(f"stays whole: {line}")
     for title, what in (("parameters", "params"), ("MACs", "macs")):
         old, new = sizes.count(what), sizes.count(what, plan)
         print(f"{title}: {human(old)} -> {human(new)}, {1 - new / old:.1%} removed")
-    if plan.latency_ms is not None:
-        print(f"latency: {plan.latency_ms:.3g} ms, as measured here")
+    if (latency := describe_latency(plan, variant.budget)) is not None:
+        print(f"latency: {latency}")

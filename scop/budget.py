@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _STRONGEST = 0.99
 _HALVINGS = 12
-_AROUND, _TRIES = 3, 2
+_AROUND, _TRIES, _CHECKS = 3, 2, 3
 _CLOSE, _NEAR = 0.01, 0.03
 """Of a measured latency to its target: better than the first it is not known, and the second is near enough."""
 
@@ -177,8 +177,8 @@ def _between(selection: Selection, weak: float, strong: float, fits: Callable[[C
 def solve_measured(selection: Selection, target: float, latency: Callable[[ChannelPlan], float]) -> ChannelPlan:
     """The plan whose measured latency is nearest to the target, and not more than a percent above it.
 
-    What is found is measured anew, and says what it takes. Where that is not near the target, a disturbed measurement
-    may have led astray, and the search goes on from there, once.
+    What is found is measured anew, three times, and says what it takes in the median. Where that is not near the
+    target, a disturbed measurement may have led astray, and the search goes on from there, once.
     """
     whole, strongest = selection.plan(0.0), selection.plan(_STRONGEST)
     if (ms := latency(whole)) <= target:
@@ -189,7 +189,7 @@ def solve_measured(selection: Selection, target: float, latency: Callable[[Chann
     found: dict[float, ChannelPlan] = {}
     for _ in range(_TRIES):
         plan, strength = _search(selection, target, latency, weak, strong)
-        found[ms := latency(plan)] = plan
+        found[ms := statistics.median(latency(plan) for _ in range(_CHECKS))] = plan
         if ms > target * (1 + _CLOSE):
             weak, strong = strength, _STRONGEST
         elif ms < target * (1 - _NEAR):
@@ -199,6 +199,22 @@ def solve_measured(selection: Selection, target: float, latency: Callable[[Chann
     fitting = [ms for ms in found if ms <= target * (1 + _CLOSE)]
     ms = max(fitting) if fitting else min(found)
     return _taking(found[ms], ms)
+
+
+def describe_latency(plan: ChannelPlan, budget: BudgetSection | None) -> str | None:
+    """What the network takes, and where it is not near its budget, that; None where it was not measured."""
+    if plan.latency_ms is None:
+        return None
+    takes = f"{plan.latency_ms:.3g} ms, as measured here"
+    off = plan.latency_ms / budget.latency_ms - 1 if budget and budget.latency_ms else 0.0
+    whole = all(len(kept) == plan.channels[layer] for layer, kept in plan.kept.items())
+    if -_NEAR <= off <= _CLOSE or (whole and off < 0):
+        return takes
+    side = "above" if off > 0 else "below"
+    return (
+        f"{takes}, {abs(off):.1%} {side} its budget: no network was found nearer to it; where other programs run, stop "
+        "them and select again, or measure larger batches (budget.batch_size)"
+    )
 
 
 def _taking(plan: ChannelPlan, ms: float) -> ChannelPlan:

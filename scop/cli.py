@@ -330,7 +330,7 @@ def _select(options: argparse.Namespace) -> None:
     variant = _variant(config, options.variant)
     dense = select.dense_of_run(place) if place else select.dense_of(config)
     plan = select.plan_of(dense, variant)
-    select.print_plan(dense, plan, variant.label)
+    select.print_plan(dense, plan, variant)
     if options.output and not options.dry_run:
         select.save(plan, options.output)
         print(f"plan: {options.output}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scop.artifacts import load_model, save_settings
+from scop.budget import describe_latency
 from scop.config import VariantSection
 from scop.graph import ChannelGraph
 from scop.knockoff import Scores
@@ -54,8 +55,9 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         context.tracker.log_file(outputs.plan / name)
     kept, channels = sum(map(len, plan.kept.values())), sum(plan.channels.values())
     print(f"{config.variant.label}: keeps {kept} of {channels} channels in {len(plan.kept)} layers", flush=True)
-    if plan.latency_ms is not None:
-        print(f"{config.variant.label}: takes {plan.latency_ms:.3g} ms", flush=True)
+    budget = config.variant.budget if config.variant.rounds == 1 else None  # the first of several goes part of the way
+    if (latency := describe_latency(plan, budget)) is not None:
+        print(f"{config.variant.label}: takes {latency}", flush=True)
     for line in ChannelGraph(model, plan.input_shape).left_whole(plan.residual):
         print(f"{config.variant.label}: stays whole: {line}", flush=True)
     return StepResult(
