@@ -155,6 +155,15 @@ class ChannelGraph:
                 hook.remove()
         return calls
 
+    @cached_property
+    def _idle(self) -> dict[str, set[int]]:
+        """Layers with parameters that no example reaches, and the numbers of channels that they could take or give.
+
+        A forward that looks at its input, or at whether it trains, may come to them another time.
+        """
+        layers = (module for module in self._names if not list(module.children()) and module not in self._calls)
+        return {self._names[layer]: widths for layer in layers if (widths := _widths(layer))}
+
     # -- groups ---------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -201,6 +210,8 @@ class ChannelGraph:
             writes = dep.target.module in producers and self._dependencies.is_out_channel_pruning_fn(dep.handler)
             if writes and list(indices) != list(range(channels)):
                 refusal = refusal or "its channels meet those of another layer at different places"
+        if idle := next((name for name, widths in self._idle.items() if channels in widths), None):
+            refusal = refusal or f"{idle!r}, which may read or write them, did not run on an example image"
         names = sorted(self._names[p] for p in producers)
         ordered = tuple(name for name in self._names.values() if name in names)
         residual = any(_is_add(dep.target) for dep, _ in items) and len(producers) > 1
@@ -353,6 +364,15 @@ def _listed(names: list[str]) -> str:
 def out_channels(layer: nn.Module) -> int:
     """How many channels a convolution, or a linear layer that acts as one, puts out."""
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
+
+
+def _widths(layer: nn.Module) -> set[int]:
+    """Numbers of channels that a layer with parameters could take or give; none of one without."""
+    if not list(layer.parameters(recurse=False)):
+        return set()
+    keys = ("in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels")
+    known = {width for key in keys if isinstance(width := getattr(layer, key, None), int)}
+    return known or {size for parameter in layer.parameters(recurse=False) for size in parameter.shape}
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -231,6 +231,35 @@ def test_a_dead_channel_scores_nothing_and_a_duplicate_half(model, batches: Batc
     assert twice[5] == pytest.approx(twice[2].item(), rel=1e-3)
 
 
+def test_the_false_discovery_rate_of_a_network_on_simulated_data_is_near_what_is_asked() -> None:
+    """A hundred independent features, of which sixty say nothing about the label, though the network reads them.
+
+    Where features are independent, those of another example are Model-X knockoffs.
+    """
+    generator = torch.Generator().manual_seed(1)
+    null = torch.arange(100) >= 40
+    effects = torch.where(null, 0.0, 0.4) * torch.randn(100, generator=generator).sign()
+    mixed, head = nn.Conv2d(100, 100, 1), nn.Linear(100, 2)
+    network = nn.Sequential(mixed, nn.Flatten(), head).eval()
+    proportions: dict[float, list[float]] = {0.1: [], 0.2: []}
+    for seed in range(16):
+        images = torch.randn(4096, 100, 1, 1, generator=generator)
+        labels = torch.rand(4096, generator=generator) < torch.sigmoid(images.flatten(1) @ effects)
+        with torch.no_grad():
+            mixed.weight.copy_(torch.eye(100)[:, :, None, None])
+            mixed.bias.zero_()
+            head.weight.zero_()
+            head.weight[1] = effects + 0.1 * torch.randn(100, generator=generator)  # as learned from few examples
+        data = list(zip(images.split(256), labels.long().split(256), strict=True))
+        w = train_knockoffs(network, data, epochs=1, seed=seed).signed["0"]
+        for q, found in proportions.items():
+            kept = w >= knockoff_threshold(w, q)
+            found.append(float((kept & null).sum() / kept.sum().clamp_min(1)))
+            assert int((kept & ~null).sum()) >= 34
+    for q, found in proportions.items():
+        assert 0.5 * q < sum(found) / len(found) < 1.3 * q
+
+
 class NoiseFed(nn.Module):
     """Half of the first channels see the image, the others a second one that is noise."""
 

@@ -57,6 +57,16 @@ class Conditional(Odd):
         return x * 2 if x.mean() > 1e9 else x
 
 
+class Branches(Odd):
+    """Where a layer is that an example does not come to, and an image may."""
+
+    def own(self) -> None:
+        self.other = nn.Conv2d(16, 16, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.other(x) if x.mean() > 1e6 else x
+
+
 class Keywords(Odd):
     def forward(self, x: Tensor, scale: float = 1.0, *, flag: bool = False) -> Tensor:
         return self.last(self.first(x) * scale)
@@ -145,6 +155,16 @@ def test_an_unusual_forward_is_pruned_where_that_is_exact(
     macs = count_macs(model, (3, 8, 8))
     plan = select_channels(model, method="l1", input_shape=(3, 8, 8), budget={"macs": 0.8})
     assert count_macs(prune_exactly(model, plan)[0], (3, 8, 8)) <= 0.8 * macs
+
+
+def test_layers_that_no_example_reaches_keep_their_channels() -> None:
+    model = Branches()
+    graph = ChannelGraph(model, (3, 8, 8))
+    why = "'other', which may read or write them, did not run on an example image"
+    assert graph.survey("scatter")[1] == [f"a: {why}", f"b: {why}"]
+    pruned = prune_exactly(model, select_channels(model, method="random", input_shape=(3, 8, 8)))[0]
+    assert pruned(1e10 + torch.rand(2, 3, 8, 8)).shape == (2, 5)  # by way of the other layer
+    assert count_parameters(pruned) < count_parameters(model)
 
 
 class Sigmoid(Odd):

@@ -413,6 +413,19 @@ def test_nothing_to_decide_is_no_mistake_and_nothing_to_prune_is_one() -> None:
         select_channels(model, scores, include=["layer1.*"], exclude=["layer1.*"])
 
 
+def test_fpgm_removes_what_is_nearest_to_the_others() -> None:
+    """On a line 0.1, 0.2, 0.3, 0.9 the distances sum up to 1.1, 0.9, 0.9 and 2.1."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([0.1, 0.2, 0.9, 0.3])[:, None, None, None])
+    kept = [
+        select_channels(model, method="fpgm", prune_rate=rate, input_shape=(1, 4, 4)).kept["0"] for rate in (0.5, 0.75)
+    ]
+    assert kept == [[0, 2], [2]]
+    by_norm = select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 4, 4))
+    assert by_norm.kept["0"] == [2, 3]
+
+
 @pytest.mark.parametrize("fdr", [0.1, 0.3])
 def test_the_false_discovery_rate_is_kept_on_known_nulls(fdr: float) -> None:
     """Of 500 channels 350 are nulls with symmetric statistics: among those kept about a share q are nulls, no more."""

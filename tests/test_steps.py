@@ -112,6 +112,21 @@ def plan_folder(digits_folder: Path, model_folder: Path, tmp_path_factory: pytes
     return folder / "plan"
 
 
+def test_sensitivity_is_an_artifact_of_the_knockoff_phase(
+    digits_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"epochs": 1, "batch_size": 64, "sensitivity": {"rates": [0, 0.5, 0.75], "images": 50}}
+    inputs, scores = {"dataset": str(digits_folder), "dense": str(model_folder)}, tmp_path / "scores"
+    run_step("train_knockoff", {"knockoff": settings}, inputs, {"scores": str(scores)})
+    table = json.loads((scores / "sensitivity.json").read_text())
+    assert (table["split"], table["images"], table["rates"]) == ("validation", 50, [0, 0.5, 0.75])
+    assert set(table["top1"]) == {"first", "second", "third"}
+    whole = {accuracies[0] for accuracies in table["top1"].values()}
+    assert len(whole) == 1  # nothing is removed at 0, of whichever layer
+    assert all(accuracies[2] < accuracies[0] for accuracies in table["top1"].values())
+    assert {"sensitivity.json", "sensitivity.png"} <= set(read_folder(scores).files)
+
+
 @pytest.mark.parametrize(
     "step",
     ["train_dense", *(pytest.param(step, marks=pytest.mark.slow) for step in ("train_knockoff", "finetune"))],
