@@ -5,15 +5,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from scop import load_model, make_model, prune, select_channels
+from scop import load_model, make_model, prune, select_channels, train_knockoffs
 from scop.config import VariantSection
 from scop.graph import RESIDUAL_RULES, ChannelGraph
-from scop.knockoff import gated_layers
+from scop.knockoff import Scores, gated_layers
 from scop.plan import ChannelPlan
 from scop.spec import spec_of
 from scop.steps.runtime import run_step
@@ -101,8 +102,19 @@ def finetune(dataset: Path, dense: Path, folder: Path, variant: dict[str, object
 
 
 def test_rounds_prune_further_and_train_in_between(
-    digits_folder: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits_folder: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    competed: list[torch.Tensor] = []
+
+    def watched(network: nn.Module, *args: Any, **settings: Any) -> Scores:
+        competed.append(network.get_submodule("first").weight.detach().clone())
+        return train_knockoffs(network, *args, **settings)
+
+    monkeypatch.setattr("scop.steps.finetune.train_knockoffs", watched)
     variant = {"method": "scop", "prune_rate": 0.875, "rounds": 3, "residual": "coupled"}
     folder = finetune(digits_folder, model_folder, tmp_path, variant, round_epochs=1)
     said = capsys.readouterr().out
@@ -121,6 +133,10 @@ def test_rounds_prune_further_and_train_in_between(
     assert epochs == [1, 2, 3, 4]
     surgery = json.loads((folder / "surgery.json").read_text())
     assert surgery["masked_pruned"] < 1e-4
+    # Knockoffs competed anew before the second and the third round, with what was left and trained further.
+    assert [int(weight.flatten(1).any(1).sum()) for weight in competed] == [8, 4]
+    still_there = competed[1].flatten(1).any(1)
+    assert not torch.equal(competed[0][still_there], competed[1][still_there])
 
 
 def test_a_narrower_network_is_trained_from_random_weights(

@@ -154,7 +154,11 @@ class Work:
         made = [section.model_dump(), *([SELECTION] if section.selection == "global" else [])]
         if section.method == "scop":
             made.append(self.knockoff.model_dump())
-        return settings_hash(self.fingerprint, self.plan.finetune.model_dump(exclude=HOW), *made)
+        finetune = self.plan.finetune.model_dump(exclude=HOW)
+        lesson = finetune["distillation"]
+        if not lesson["attention"] or lesson["attention_until"] == 1:
+            del lesson["attention_until"]  # a later setting; figures from before it are as good
+        return settings_hash(self.fingerprint, finetune, *made)
 
     @property
     def knockoff(self) -> KnockoffSection:
@@ -227,6 +231,7 @@ class Work:
             "recalibrated_top1": recalibrated,
             "seconds": seconds,
             "speedup": self.speedup(dense, pruned) if self.alone else None,
+            "compile": section.compile,
             "settings_hash": self.settings(name),
             "machine": machine(),
         }
@@ -271,7 +276,7 @@ class Work:
         return Batches(self.dataset["test"], self.dataset.info, 500, self.device)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
-        """Accuracy on the test split, which nothing was chosen by, and sizes."""
+        """Accuracy on the test split, and sizes."""
         accuracy = measure_accuracy(model.eval(), self.test(), self.device)
         return {
             "top1": accuracy.top1,
