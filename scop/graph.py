@@ -157,12 +157,12 @@ class ChannelGraph:
 
     @cached_property
     def _idle(self) -> dict[str, set[int]]:
-        """Layers with parameters that no example reaches, and the numbers of channels that they could take or give.
+        """Convolutions that no example reaches, and the numbers of channels that they take and give.
 
-        A forward that looks at its input, or at whether it trains, may come to them another time.
+        A forward that looks at its input may come to them another time.
         """
-        layers = (module for module in self._names if not list(module.children()) and module not in self._calls)
-        return {self._names[layer]: widths for layer in layers if (widths := _widths(layer))}
+        layers = (module for module in self._names if isinstance(module, nn.Conv2d) and module not in self._calls)
+        return {self._names[layer]: {layer.in_channels, layer.out_channels} for layer in layers}
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
@@ -364,15 +364,6 @@ def _listed(names: list[str]) -> str:
 def out_channels(layer: nn.Module) -> int:
     """How many channels a convolution, or a linear layer that acts as one, puts out."""
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
-
-
-def _widths(layer: nn.Module) -> set[int]:
-    """Numbers of channels that a layer with parameters could take or give; none of one without."""
-    if not list(layer.parameters(recurse=False)):
-        return set()
-    keys = ("in_channels", "out_channels", "in_features", "out_features", "num_features", "num_channels")
-    known = {width for key in keys if isinstance(width := getattr(layer, key, None), int)}
-    return known or {size for parameter in layer.parameters(recurse=False) for size in parameter.shape}
 
 
 def _is_depthwise(module: nn.Module) -> bool:
