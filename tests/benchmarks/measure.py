@@ -18,6 +18,9 @@ import torch
 from scop.device import describe_device, pick_device
 from scop.revision import git_revision
 
+_REVISION = git_revision()
+"""Of the code that runs; the checkout may be another one when hours of work have ended."""
+
 
 def take_turns(work: Mapping[str, Callable[[], object]], turns: int, warmup: int = 2) -> dict[str, float]:
     """Median seconds of each piece of work.
@@ -46,7 +49,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "revision": git_revision(),
+        "revision": _REVISION,
         "date": datetime.now(UTC).date().isoformat(),
     }
 
