@@ -14,8 +14,9 @@ from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
 from scop.data import Dataset
 from tests.benchmarks.accuracy import plans
+from tests.benchmarks.sittings import WORK_LEFT, Deadline, work_through
 from tests.benchmarks.tables import PAGE, render
-from tests.benchmarks.work import WORK_LEFT, Deadline, Plan, work_through
+from tests.benchmarks.work import Plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,7 +150,8 @@ from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection
 from scop.data import Split, make_dataset
 from tests.benchmarks.accuracy import plans
-from tests.benchmarks.work import Plan, work_through
+from tests.benchmarks.sittings import work_through
+from tests.benchmarks.work import Plan
 
 images = np.random.default_rng(0).integers(0, 256, (256, 1, 8, 8), dtype=np.uint8)
 split = Split(images, np.arange(256) % 10)

@@ -20,7 +20,8 @@ import torch
 
 from scop.config import DenseSection, FinetuneSection, VariantSection
 from tests.benchmarks.graphs import check_replays
-from tests.benchmarks.work import Deadline, Plan, images, work_through
+from tests.benchmarks.sittings import Deadline, images, work_through
+from tests.benchmarks.work import Plan
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "runs" / "benchmarks" / "accuracy"

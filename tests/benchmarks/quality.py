@@ -21,7 +21,7 @@ from scop.knockoff_sources import make_source
 from scop.selection import knockoff_threshold
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
 from tests.benchmarks.measure import machine, settings_hash
-from tests.benchmarks.work import images
+from tests.benchmarks.sittings import images
 
 SOURCES: dict[str, dict[str, Any]] = {
     "shuffle": {},

@@ -43,7 +43,7 @@ from tests.benchmarks import remedies
 from tests.benchmarks.accuracy import RESNET56
 from tests.benchmarks.measure import machine, settings_hash
 from tests.benchmarks.remedies import REMEDIES
-from tests.benchmarks.work import images
+from tests.benchmarks.sittings import images
 from tests.helpers import SHARED
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,7 +22,8 @@ from scop.data import Dataset, Split
 from scop.device import pick_device
 from scop.graph import RESIDUAL_RULES, ChannelGraph
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
-from tests.benchmarks.work import LATENCY_BATCH, Deadline, Plan, images, work_through
+from tests.benchmarks.sittings import Deadline, images, work_through
+from tests.benchmarks.work import LATENCY_BATCH, Plan
 
 WORK = ROOT / "runs" / "benchmarks" / "variants"
 SHAPE = (3, 32, 32)

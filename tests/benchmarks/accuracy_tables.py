@@ -1,0 +1,235 @@
+"""Sections of docs/results.md about accuracy: what pruning costs after fine-tuning, and what brings it back."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scop.text import human
+from tests.benchmarks.cells import (
+    differences,
+    group_by_seed,
+    group_by_variant,
+    percents,
+    provenance,
+    remark,
+    speed_of,
+    with_interval,
+)
+from tests.benchmarks.work import LATENCY_BATCH
+
+_TARGETS = {
+    "resnet20": ("55.8 % of the MACs removed", "about 1.5", 0.8),
+    "resnet56": ("56 % of the MACs removed", "0.06 (SCOP), a gain of 0.24 (Torch-Pruning)", 0.0),
+    "resnet50": ("at most 10,587,835 parameters", "0.5 claimed, 1.4 in its README (Golden Stick)", 0.0),
+}
+"""Budget, published drop of top-1 in points, and the drop to reach, by network."""
+
+
+def figures_section(folder: Path) -> str:
+    """What pruning is to cost at most, and what it costs, as far as the folder's results tell."""
+    rows = []
+    for network, (budget, published, most) in _TARGETS.items():
+        path = folder / f"accuracy-{network}.json"
+        by_variant = group_by_variant(json.loads(path.read_text())["variants"]) if path.exists() else {}
+        drops = differences(by_variant.get("none", {}), by_variant.get("scop", {}))
+        cells = [network, budget, published, f"at most {most:g}", "not measured", ""]
+        if drops:
+            reached = "reached" if statistics.fmean(drops) <= most else "missed"
+            cells[-2:] = [f"{with_interval(drops)}, {len(drops)} seeds", reached]
+        rows.append(f"| {' | '.join(cells)} |")
+    return f"""## The figures to reach
+
+CIFAR-10 (JPEG q75). The drop is the top-1 of `none`, the network that is not pruned and fine-tuned just as long, less
+that of the pruned one, in points: the mean over seeds, with its 95 % interval. Details are in the networks' own tables.
+
+| network | budget | published drop | to reach | drop | |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Two cores carry ResNet-20; `make bench-gpu` measures the others in parts, on a GPU.
+"""
+
+
+def accuracy_section(content: dict[str, Any]) -> str:
+    """A network of `make bench-accuracy`: each variant over its seeds, against `none`."""
+    dense, finetune = content["dense"], content["settings"]["finetune"]
+    by_variant = group_by_variant(content["variants"])
+    reference = by_variant.get("none", {})
+    rows = [f"| dense | | | {dense['top1']:.2%} | | {human(dense['params'])} | {human(dense['macs'])} | |"]
+    for name in content["settings"]["variants"]:
+        found = by_variant.get(name, {})
+        if not found:
+            continue
+        first, drops = next(iter(found.values())), differences(reference, found)
+        cells = [name, str(len(found)), *(percents(found, key) for key in ("recalibrated_top1", "top1"))]
+        cells += [
+            "" if name == "none" or not drops else with_interval(drops),
+            human(first["params"]),
+            human(first["macs"]),
+        ]
+        cells.append(speed_of(found))
+        rows.append(f"| {' | '.join(cells)} |")
+    ((what, limit),) = content["settings"]["variants"]["scop"]["budget"].items()
+    name = {"macs": "MACs", "params": "parameters"}[what]
+    share = f"{limit:.1%} of the {name}" if limit <= 1 else f"{limit:,.0f} {name}"
+    lesson = finetune["distillation"]
+    until = lesson.get("attention_until", 1.0)
+    attention = f"attention {lesson['attention']:g}" + (f" in the first {until:.0%} of the epochs" if until < 1 else "")
+    return f"""## {content["network"]}, CIFAR-10 (JPEG q75)
+
+At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["epochs"]} epochs, `none` just as long:
+batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
+weight decay {finetune["weight_decay"]:g},
+distillation from the dense network ({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving
+average ({finetune["ema"]}). Top-1 on the test split: before fine-tuning, with batch norms recalibrated, and after it;
+mean and standard deviation over seeds. By this split it was chosen that selection is global and that attention ends
+([how](knockoffs.md)), and nothing else. The drop is that of `none` less that of the variant, seed by seed, with its
+95 % interval. Speed is that of batches of {LATENCY_BATCH}.
+
+| network | seeds | before | after | drop | parameters | MACs | speed |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+{provenance(content["command"], content["variants"].values())}
+"""
+
+
+def variants_section(content: dict[str, Any]) -> str:
+    """Residual rules at equal MACs and at equal latency, and SCOP against its controls."""
+    settings = content["settings"]["variants"]
+    by_variant = group_by_variant(content["variants"])
+    rules, methods = [], []
+    for name, found in ((name, by_variant[name]) for name in settings if name in by_variant):
+        first, figures = name.partition("-")[0], next(iter(found.values()))
+        sizes = [human(figures["params"]), human(figures["macs"])]
+        accuracy = [str(len(found)), *(percents(found, key) for key in ("recalibrated_top1", "top1"))]
+        speed = speed_of(found)
+        if "residual" in settings[name]:
+            rules.append([first, name.partition("-")[2], *sizes, speed, *accuracy])
+        if name == "scatter-macs" or "residual" not in settings[name]:
+            selection = settings[name].get("selection", "uniform")
+            method = settings[name].get("method", "scop")
+            against = (
+                ""
+                if method in ("scop", "none")
+                else with_interval(
+                    differences(by_variant.get("scatter-macs" if selection == "global" else "scop-uniform", {}), found)
+                )
+            )
+            methods.append([method, "" if method == "none" else selection, *sizes, *accuracy, against])
+    (latency,) = {v["budget"]["latency_ms"] for v in settings.values() if "latency_ms" in v.get("budget", {})}
+    then = f", and then at the same latency ({latency:g} ms for a batch of {LATENCY_BATCH}, measured while\nselecting)"
+    if not any(what == "latency" for _, what, *_ in rules):
+        then = ""
+    finetune, images = content["settings"]["finetune"], content["training_images"]
+    return f"""## Short fine-tuning: {content["network"]}, CIFAR-10 (JPEG q75)
+
+Networks of one budget, trained for {finetune["epochs"]} epoch of {images:,} images (batch {finetune["batch_size"]},
+peak rate {finetune["lr"]}, distillation from the dense network {finetune["distillation"]["weight"]}): enough to tell
+good selections from bad ones, and not what they come to in the end. Top-1 on the test split after recalibration of the
+batch norms, and after fine-tuning; mean and standard deviation over seeds, of which each has scores of its own.
+
+### Residual rules
+
+Each rule at the same MACs{then}, selection global. Speed is that of batches of {LATENCY_BATCH} against
+the dense network's, by turns, after fine-tuning.
+
+| rule | same | parameters | MACs | speed | seeds | before | after |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(f"| {' | '.join(row)} |" for row in rules)}
+
+### Methods
+
+Rule scatter. The last column is SCOP's top-1 less the control's by the same selection, seed by seed, with its 95 %
+interval: only where that leaves out 0 is there a difference.
+
+| method | selection | parameters | MACs | seeds | before | after | SCOP's lead |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(f"| {' | '.join(row)} |" for row in methods)}
+
+{remark(content)}{provenance(content["command"], content["variants"].values())}
+"""
+
+
+WAYS = {
+    "none": "nothing removed",
+    "usual": "as the presets have it, but for attention in all epochs: global selection, distillation, moving average",
+    "uniform": "the same share removed from each layer",
+    "labels-only": "without distillation",
+    "answers-only": "without attention",
+    "no-average": "without the moving average of weights",
+    "two-rounds": "in two rounds, of 1 and 2 epochs",
+    "twice-as-long": "6 epochs",
+}
+
+
+def recovery_section(content: dict[str, Any]) -> str:
+    """What brings accuracy back, one thing changed at a time."""
+    by_way, rows = group_by_seed(content["variants"]), []
+    for way, changed in WAYS.items():
+        found = by_way[way]
+        against = "" if way == "usual" else with_interval(differences(found, by_way["usual"]))
+        sizes = [human(next(iter(found.values()))[key]) for key in ("params", "macs")]
+        rows.append([changed, str(len(found)), percents(found, "top1"), against, *sizes])
+    finetune, validation = content["config"]["finetune"], content["config"]["data"]["validation"]
+    return f"""## What brings accuracy back: resnet20, {content["data"]}
+
+At most 44.2% of the MACs stay, but for the first row. Fine-tuned for {finetune["epochs"]} epochs of
+{1 - validation:.0%} of the training images, batch {finetune["batch_size"]}, peak rate {finetune["lr"]}; each row
+differs from the second by what it says. Top-1 on the test split, mean and standard deviation over seeds; then the
+difference to the second row, seed by seed, with its 95 % interval: where that holds 0, nothing is to be told.
+
+| way | seeds | top-1 | against the second | parameters | MACs |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(f"| {' | '.join(row)} |" for row in rows)}
+
+{provenance(content["command"], [content])}
+"""
+
+
+def run_section(name: str, content: dict[str, Any]) -> str:
+    groups = group_by_seed(content["variants"])
+    none = {v["name"].partition("-seed")[0] for v in content["variants"] if v["method"] == "none"}
+    reference = groups[none.pop()] if none else {}
+    config, device = content["config"], content["machine"]
+    finetune, epochs = config["finetune"], config["knockoff"].get("epochs")
+    phase = f"of {epochs} epochs" if epochs else f"by score {config['knockoff'].get('score', 'fisher')}"
+    rules = sorted({variant["residual"] for variant in config["variants"] if variant["method"] != "none"})
+    dense = "dense, as given" if config["dense"].get("weights") else "dense"
+    first = content["variants"][0]["dense"]
+    rows = [_row(dense, {"": first}, {}), *(_row(*item, reference) for item in groups.items())]
+    titles = ["network", "seeds", "top-1", "top-5", "parameters", "MACs"]
+    titles += [*(f"ms, batch {batch}" for batch in first["latency_ms"]), "against `none`"]
+    return f"""## {name}: {content["data"]}
+
+{config["dense"]["model"]}; knockoff phase {phase}; fine-tuning of {finetune["epochs"]}
+epochs, batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]};
+residual rule {", ".join(rules)}. Top-1 is the mean over seeds with its standard deviation. The last column compares
+with `none`, nothing removed and fine-tuned just as long, seed by seed: the mean difference and its 95 % interval.
+
+| {" | ".join(titles)} |
+|{" --- |" * len(titles)}
+{chr(10).join(rows)}
+
+{remark(content)}Command: `{content["command"]}` ({content["seconds"] / 60:.0f} minutes, not alone on the machine).
+Machine:
+{device["device"]}, Python {device["python"]}, torch {device["torch"]}, revision {device["revision"]}, {device["date"]}.
+"""
+
+
+def _row(name: str, by_seed: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]) -> str:
+    found = list(by_seed.values())
+    pairs = differences(by_seed, reference)
+    cells = [
+        name,
+        str(len(found)) if any(by_seed) else "",
+        *(percents(by_seed, key) for key in ("top1", "top5")),
+        human(found[0]["params"]),
+        human(found[0]["macs"]),
+    ]
+    for batch in found[0]["latency_ms"]:
+        cells.append(f"{statistics.fmean(figures['latency_ms'][batch]['p50'] for figures in found):.2f}")
+    return f"| {' | '.join([*cells, '' if by_seed == reference else with_interval(pairs)])} |"

@@ -1,0 +1,71 @@
+"""Cells of the tables in docs/results.md: means, deviations and intervals over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from scop.paired import interval
+
+
+def provenance(command: str, rows: Iterable[dict[str, Any]]) -> str:
+    """By which command, on which machines: rows may be of several."""
+    machines = [row["machine"] for row in rows]
+
+    def every(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(machine[key]) for machine in machines))
+
+    return f"""Command: `{command}`. Machine: {every("device")}, Python {every("python")}, torch {every("torch")};
+revision {every("revision")}; {every("date")}."""
+
+
+def remark(content: dict[str, Any]) -> str:
+    return f"{content['remark']}\n\n" if "remark" in content else ""
+
+
+def group_by_variant(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures by VARIANT-SEED -> variant -> seed -> figures."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, figures in rows.items():
+        variant, _, seed = key.rpartition("-")
+        groups.setdefault(variant, {})[seed] = figures
+    return groups
+
+
+def speed_of(found: dict[str, dict[str, Any]]) -> str:
+    """The mean over those seeds by which it was measured."""
+    known = [figures["speedup"] for figures in found.values() if figures["speedup"] is not None]
+    return f"{statistics.fmean(known):.2f}x" if known else ""
+
+
+def group_by_seed(variants: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Variant -> seed -> figures."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for variant in variants:
+        name, _, seed = variant["name"].partition("-seed")
+        groups.setdefault(name, {})[seed] = variant["pruned"]
+    return groups
+
+
+def differences(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> list[float]:
+    """Top-1 of the one less that of the other in points, for each seed that both have."""
+    return [100 * (theirs[seed]["top1"] - own["top1"]) for seed, own in ours.items() if seed in theirs]
+
+
+def with_interval(points: list[float]) -> str:
+    """Their mean and its 95 % interval."""
+    if not points:
+        return ""
+    low, high = interval(points)
+    known = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
+    return f"{statistics.fmean(points):+.2f}{known}"
+
+
+def percents(by_seed: dict[str, dict[str, Any]], key: str) -> str:
+    return percent([figures[key] for figures in by_seed.values()], 2)
+
+
+def percent(values: list[float], digits: int = 1) -> str:
+    deviation = f" ± {100 * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.{digits}f}{deviation}"
