@@ -12,8 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-# Before torch starts its threads; two cores are what the tests are planned for, one for each of two test processes.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Before torch starts its threads: two cores are what the tests are planned for, one for each of two test processes.
+# These inherit what the process that starts them has set here, and more threads than cores mostly wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import torch
