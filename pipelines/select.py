@@ -18,11 +18,11 @@ from scop.budget import Sizes, describe_latency
 from scop.config import Config, VariantSection, load_config
 from scop.errors import UserError
 from scop.graph import ChannelGraph
-from scop.knockoff import Scores
 from scop.manifest import write_atomically
 from scop.models import network_for
 from scop.parsing import override, parse
 from scop.plan import ChannelPlan
+from scop.scores import Scores
 from scop.selection import select_channels
 from scop.sources import peek
 from scop.spec import spec_of

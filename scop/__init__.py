@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from scop.artifacts import load_model as load_model
     from scop.artifacts import save_model as save_model
     from scop.errors import UserError as UserError
-    from scop.knockoff import Scores as Scores
     from scop.knockoff import train_knockoffs as train_knockoffs
     from scop.models import make_model as make_model
     from scop.plan import ChannelPlan as ChannelPlan
+    from scop.scores import Scores as Scores
     from scop.selection import select_channels as select_channels
     from scop.surgery import prune as prune
 
 # Imported when first used: `scop --help` should not wait for torch.
 _HOMES = {
     "ChannelPlan": "scop.plan",
-    "Scores": "scop.knockoff",
+    "Scores": "scop.scores",
     "UserError": "scop.errors",
     "load_model": "scop.artifacts",
     "make_model": "scop.models",

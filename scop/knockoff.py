@@ -30,105 +30,32 @@ dense model is never touched, since all of this happens on a copy. A step costs 
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from scop import distributed
-from scop.config import BatchNormMode, KnockoffSection, ScoreKind
+from scop.config import KnockoffSection
 from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
-from scop.folding import folded_copy
+from scop.gates import Gates, HeldGates, TrainedGates
 from scop.graph import ChannelGraph, out_channels
 from scop.knockoff_sources import KnockoffSource, make_source
 from scop.parsing import parse
+from scop.scores import Scores
 from scop.sync_batch_norm import SynchronisedBatchNorms
 from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit
+from scop.two_streams import TwoStreams, frozen_copy
 
 IMAGES_FOR_FISHER = 10_240
 """So many give scores that differ by less than those of two seeds do, see docs/knockoffs.md."""
 
 EPOCHS_AS_PUBLISHED = 20
-
-INITIAL_GATE = 0.5
-"""Of trained gates."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scores(Mapping[str, Tensor]):
-    """The knockoff phase's result: layer -> scores, a float32 tensor (channels,), on the CPU; low ones go.
-
-    Attributes:
-        score: layer -> scores.
-        error: layer -> their standard errors: over images; for trained gates the standard deviation from epoch to
-            epoch, over the last half of them.
-        signed: layer -> W, antisymmetric under swapping real and knockoff, as a knockoff filter needs it: by how many
-            standard errors the loss falls when a gate opens; for trained gates the score itself.
-        gate: layer -> s, in [0, 1].
-        kind: fisher, whose scores are of one loss and can be compared between layers, or published.
-        input_shape: (C, H, W) of the images.
-        history: epoch by epoch.
-    """
-
-    score: dict[str, Tensor]
-    error: dict[str, Tensor]
-    signed: dict[str, Tensor]
-    gate: dict[str, Tensor]
-    kind: ScoreKind
-    input_shape: tuple[int, int, int]
-    history: list[EpochRecord] = field(default_factory=list)
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return self.score[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.score)
-
-    def __len__(self) -> int:
-        return len(self.score)
-
-    def save(self, path: Path) -> None:
-        """Write all but the history to a safetensors file."""
-        tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
-        # One entry, for several come in any order, and the same scores must be the same bytes.
-        save_file(tensors, path, metadata={"scores": f"{_FORMAT} {self.kind} {'x'.join(map(str, self.input_shape))}"})
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote; the history is not part of it."""
-        try:
-            with safe_open(path, "pt") as file:
-                version, _, described = (file.metadata() or {}).get("scores", "").partition(" ")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path} holds no scores of the knockoff phase: {error}") from error
-        kind, _, shape = described.partition(" ")
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-        for key, tensor in tensors.items():
-            part, _, layer = key.partition("/")
-            parts.setdefault(part, {})[layer] = tensor
-        same = all(part.keys() == parts["score"].keys() for part in parts.values())
-        if version != _FORMAT or parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
-            raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
-        channels, height, width = map(int, shape.split("x"))
-        return cls(**parts, kind=kind, input_shape=(channels, height, width))  # type: ignore[arg-type]
-
-
-_FORMAT = "2"
-_PARTS = ("score", "error", "signed", "gate")
 
 
 def train_knockoffs(
@@ -282,7 +209,7 @@ class Competition:
         self._batch_norms = SynchronisedBatchNorms() if shared else nullcontext()
         with torch.no_grad(), autocast(device, self.dtype):
             images = torch.zeros(2, *graph.input_shape, device=device)
-            streams = _TwoStreams(network, self.gates, images, joint=section.batch_norm == "joint")
+            streams = TwoStreams(network, self.gates, images, joint=section.batch_norm == "joint")
         self._streams = distributed.parallel(streams, device)
 
     def make_gates(self, gammas: Mapping[str, Tensor]) -> Gates:
@@ -317,263 +244,3 @@ class Competition:
     def after_epoch(self, record: EpochRecord) -> None:
         """To be called before a checkpoint is written."""
         self.gates.after_epoch(record.epoch)
-
-
-class Gates(nn.Module):
-    """The gates, one of each channel, and what is found out about them.
-
-    Args:
-        gammas: layer -> |gamma| (channels,).
-        value: of all gates.
-    """
-
-    def __init__(self, gammas: Mapping[str, Tensor], value: float) -> None:
-        super().__init__()
-        self.gammas = gammas
-        # Parameter names may not hold dots, and layer names do.
-        self._gates = nn.ParameterDict(
-            {layer.replace(".", "/"): torch.full_like(gamma, value) for layer, gamma in gammas.items()}
-        )
-
-    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Layers and their gates (channels,)."""
-        for name, gate in self._gates.items():
-            yield name.replace("/", "."), gate
-
-    def values(self) -> dict[str, Tensor]:
-        """Layer -> s, on the CPU."""
-        return {layer: gate.detach().float().cpu() for layer, gate in self.named()}
-
-    def opened(self, layer: str, images: int) -> Tensor:
-        """A layer's gates as they meet its feature map: (channels,), or of each image its own (images, channels)."""
-        raise NotImplementedError
-
-    def after_step(self) -> None:
-        """Called when the optimizer has moved them."""
-
-    def after_epoch(self, epoch: int) -> None:
-        """Called at the end of an epoch, counted from 1."""
-
-    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Scores, their standard errors, and W; see `Scores`."""
-        raise NotImplementedError
-
-    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
-        """(all channels,) -> layer -> (channels,), float32 on the CPU."""
-        parts = flat.float().cpu().split_with_sizes([len(gamma) for gamma in self.gammas.values()])
-        return dict(zip(self.gammas, (part.clone() for part in parts), strict=True))
-
-
-class HeldGates(Gates):
-    """Gates that stay where they are, and the moments of the examples' derivatives by them.
-
-    Scores come from one half of the images, at the mixing point; W from the other half, at 1/2: only there a mixture
-    stays as it is when real and knockoff change places, so that the derivative of a channel whose knockoff is as good
-    has the mean 0.
-
-    Args:
-        gammas: layer -> |gamma| (channels,).
-        mixing: value of the gates.
-        by_batch: the halves are every other batch, for networks in which images of a batch see each other, and not
-            every other image.
-    """
-
-    sums: Tensor
-    examples: Tensor
-    distinct: Tensor
-
-    def __init__(self, gammas: Mapping[str, Tensor], mixing: float, by_batch: bool = False) -> None:
-        super().__init__(gammas, mixing)
-        self._to_half, self._by_batch = 0.5 - mixing, by_batch
-        # At the mixing point the derivative's square and fourth power, at 1/2 it and its square.
-        self.register_buffer("sums", torch.zeros(4, sum(map(len, gammas.values())), dtype=torch.float64))
-        self.register_buffer("examples", torch.zeros(2, dtype=torch.float64))
-        self.register_buffer("distinct", torch.zeros((), dtype=torch.float64))
-        self._step: dict[str, Tensor] = {}
-        self._at_half = torch.zeros(0, dtype=torch.bool)
-
-    def opened(self, layer: str, images: int) -> Tensor:
-        if self._by_batch:
-            at_half = (self.examples[0] > self.examples[1]).expand(images)
-        else:
-            # Every other one, so that it is the same ones where several processes share the batch.
-            at_half = torch.arange(images, device=self.sums.device) % 2 == 1
-        self._at_half = at_half
-        gate = self._gates[layer.replace(".", "/")] + self._to_half * at_half[:, None]
-        gate.register_hook(partial(self._note, layer))
-        return gate
-
-    def _note(self, layer: str, gradient: Tensor) -> None:
-        # The loss is the mean over the images, and these are the derivatives of each one's own.
-        own = gradient.double() * len(gradient)
-        at_mixing, at_half = own[~self._at_half], own[self._at_half]
-        square = at_mixing.square()
-        sums = (square, square.square(), at_half, at_half.square())
-        self._step[layer] = torch.stack([part.sum(0) for part in sums])
-
-    def after_step(self) -> None:
-        at_half = self._at_half.sum()
-        counts = torch.stack([len(self._at_half) - at_half, at_half]).double().repeat_interleave(2)
-        total = distributed.summed(torch.cat([*(self._step[layer] for layer in self.gammas), counts[:, None]], 1))
-        self.sums += total[:, :-1]
-        self.examples += total[::2, -1]
-
-    def after_epoch(self, epoch: int) -> None:
-        if epoch == 1:
-            self.distinct.copy_(self.examples.sum())
-
-    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        square, fourth, mean_at_half, square_at_half = (
-            self.sums / self.examples.clamp_min(1).repeat_interleave(2)[:, None]
-        )
-        # An image that is seen again is no new one, though its knockoff is.
-        counts = torch.where(self.distinct > 0, self.examples.minimum(self.distinct), self.examples).clamp_min(1)
-        root = square.sqrt()
-        error_of_square = ((fourth - square**2).clamp_min(0) / counts[0]).sqrt()
-        error = torch.where(root > 0, error_of_square / (2 * root), 0.0)
-        error_of_mean = ((square_at_half - mean_at_half**2).clamp_min(0) / counts[1]).sqrt()
-        # The loss falls where a gate opens: then the real feature helps more than its knockoff.
-        signed = torch.where(error_of_mean > 0, -mean_at_half / error_of_mean, 0.0)
-        return self._by_layer(root), self._by_layer(error), self._by_layer(signed)
-
-
-class TrainedGates(Gates):
-    """Gates in [0, 1] that are trained, and where they stood at the end of each epoch."""
-
-    ends: Tensor
-
-    def __init__(self, gammas: Mapping[str, Tensor], epochs: int) -> None:
-        super().__init__(gammas, INITIAL_GATE)
-        self.register_buffer("ends", torch.zeros(epochs, sum(map(len, gammas.values()))))
-
-    def opened(self, layer: str, images: int) -> Tensor:
-        gate: Tensor = self._gates[layer.replace(".", "/")]
-        return gate
-
-    def after_step(self) -> None:
-        with torch.no_grad():
-            for gate in self._gates.values():
-                gate.clamp_(0, 1)
-
-    def after_epoch(self, epoch: int) -> None:
-        self.ends[epoch - 1] = torch.cat([gate.detach() for gate in self._gates.values()])
-
-    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        score = {layer: self.gammas[layer] * (2 * gate - 1) for layer, gate in self.values().items()}
-        late = self.ends[len(self.ends) // 2 :]
-        # The score is of the last epoch and no mean over epochs, and so is its error.
-        spread = late.std(0) if len(late) > 1 else torch.full_like(late[0], math.nan)
-        error = {layer: 2 * self.gammas[layer] * part for layer, part in self._by_layer(spread).items()}
-        return score, error, {layer: own.clone() for layer, own in score.items()}  # files hold no tensor twice
-
-
-class _TwoStreams(nn.Module):
-    """The frozen network with the gates between its two streams.
-
-    Args:
-        network: without gradients.
-        gates: of its layers.
-        images: some of the right shape (B, C, H, W), to try it on.
-        joint: both streams go through the network as one batch, so that batch norms see both.
-
-    Shape:
-        real images, knockoff images (B, C, H, W) -> logits of the real stream (B, classes).
-    """
-
-    def __init__(self, network: nn.Module, gates: Gates, images: Tensor, joint: bool = False) -> None:
-        super().__init__()
-        self.network, self.joint = network, joint
-        self._gates = nn.ParameterList(gate for _, gate in gates.named())  # for those who ask what is trained
-        self._features: dict[str, Tensor] = {}
-        self._mixing: bool = False
-        for layer, _ in gates.named():
-            meet = self._meet_within if joint else self._meet
-            network.get_submodule(layer).register_forward_hook(partial(meet, layer, gates))
-        self._overwritten: set[str] = set()
-        if not joint:
-            self._overwritten = self._find_overwritten(images)
-
-    def forward(self, images: Tensor, knockoffs: Tensor) -> Tensor:
-        logits: Tensor
-        if self.joint:
-            logits = self.network(torch.cat([images, knockoffs]))
-            return logits[: len(images)]
-        self._mixing = False
-        with torch.no_grad():
-            self.network(knockoffs)
-        self._mixing = True
-        logits = self.network(images)
-        return logits
-
-    def _meet(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Forward hook: keep the knockoff stream's feature map; mix it into the real stream's."""
-        if not self._mixing:
-            self._features[layer] = output
-            return output.clone() if layer in self._overwritten else output
-        gate = gates.opened(layer, len(output))
-        real, knockoff = _channels_second(module, output), _channels_second(module, self._features.pop(layer))
-        mixed: Tensor = _Mix.apply(real, knockoff, gate)
-        return _channels_back(module, mixed)
-
-    def _meet_within(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """The same where one half of the batch are knockoffs; the gradient goes on through them too."""
-        real, knockoff = _channels_second(module, output).chunk(2)
-        gate = gates.opened(layer, len(real))[..., None, None].to(output.dtype)
-        mixed = torch.cat([torch.lerp(knockoff, real, gate.expand_as(real)), knockoff])
-        return _channels_back(module, mixed)
-
-    def _find_overwritten(self, images: Tensor) -> set[str]:
-        """Layers whose output the network changes in place (by a functional ``relu_``, say) after it was kept."""
-        self.network(images)
-        kept, self._features = self._features, {}
-        return {layer for layer, output in kept.items() if output._version > 0}
-
-
-def _channels_second(module: nn.Module, features: Tensor) -> Tensor:
-    """A feature map as (N, C, H, W), which a linear layer puts out as (N, H, W, C)."""
-    return features.movedim(-1, 1) if isinstance(module, nn.Linear) else features
-
-
-def _channels_back(module: nn.Module, features: Tensor) -> Tensor:
-    return features.movedim(1, -1) if isinstance(module, nn.Linear) else features
-
-
-class _Mix(torch.autograd.Function):
-    """``s real + (1 - s) knockoff`` per channel, with gradients for the real stream and the gates.
-
-    Written out because autograd would keep both streams and make the knockoff's gradient, which nobody needs.
-
-    Shape:
-        real, knockoff (N, C, H, W), gate (C,) or (N, C) -> (N, C, H, W).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, real: Tensor, knockoff: Tensor, gate: Tensor) -> Tensor:
-        s = gate.to(real.dtype)[..., None, None]
-        difference = real - knockoff
-        ctx.of_each = gate.dim() == 2
-        ctx.save_for_backward(difference, s)
-        return torch.addcmul(knockoff, difference, s)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor]:
-        difference, s = ctx.saved_tensors
-        (gradient,) = gradients
-        to_real = gradient * s if ctx.needs_input_grad[0] else None
-        to_gate = (gradient * difference).sum((2, 3) if ctx.of_each else (0, 2, 3), dtype=torch.float32)
-        return to_real, None, to_gate
-
-
-def frozen_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype, batch_norm: BatchNormMode) -> nn.Module:
-    """A copy without gradients, whose batch norms use running statistics and are folded, or those of the batch."""
-    if batch_norm == "frozen":
-        return folded_copy(model, graph, dtype)
-    live = copy.deepcopy(model).float().eval().requires_grad_(False)
-    for module in live.modules():
-        if isinstance(module, _BatchNorm):
-            module.train()
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.to(dtype)
-    return live

@@ -32,9 +32,9 @@ from scop.budget import Sizes, solve, unit_prices
 from scop.config import VariantSection
 from scop.errors import UserError
 from scop.graph import ChannelGraph, Prunable, out_channels
-from scop.knockoff import Scores
 from scop.parsing import parse
 from scop.plan import ChannelPlan
+from scop.scores import Scores
 
 LayerScore = Callable[[str], Tensor | None]
 """Gives a convolution's scores (channels,), or None where the method has none for it."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from scop import UserError
 from scop.batches import Augmentation, Batches
 from scop.data import Dataset
-from scop.knockoff import Scores
 from scop.manifest import read_folder
+from scop.scores import Scores
 from scop.steps.processes import _reason
 from scop.steps.runtime import run_step
 

@@ -8,7 +8,8 @@ import pytest
 
 from pipelines.presets import find_config, preset_names
 from pipelines.submit import pin_places
-from scop import cli, storage
+from scop import storage
+from scop.arguments import DEFAULT_CONFIG, make_parser
 from scop.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +31,8 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("page", "words"), commands("scop"))
 def test_commands_are_taken(page: str, words: list[str], monkeypatch) -> None:
-    options = cli._parser().parse_args(words)
-    config = getattr(options, "config", None) or cli.DEFAULT_CONFIG
+    options = make_parser().parse_args(words)
+    config = getattr(options, "config", None) or DEFAULT_CONFIG
     if config not in preset_names() or not hasattr(options, "set") or words[0] == "rerun":
         return
     values = load_config(find_config(config), options.set)

@@ -15,8 +15,9 @@ from scop.data import Dataset, Split
 from scop.evaluation import measure_accuracy
 from scop.folding import folded_copy
 from scop.graph import ChannelGraph
-from scop.knockoff import Competition, Scores, gated_layers
+from scop.knockoff import Competition, gated_layers
 from scop.knockoff_sources import shuffle
+from scop.scores import Scores
 from scop.selection import knockoff_threshold
 from scop.sensitivity import measure_sensitivity
 from scop.supervised import Supervised, make_optimizer

@@ -14,8 +14,9 @@ from torch import nn
 from scop import load_model, make_model, prune, select_channels, train_knockoffs
 from scop.config import VariantSection
 from scop.graph import RESIDUAL_RULES, ChannelGraph
-from scop.knockoff import Scores, gated_layers
+from scop.knockoff import gated_layers
 from scop.plan import ChannelPlan
+from scop.scores import Scores
 from scop.spec import spec_of
 from scop.steps.runtime import run_step
 from scop.surgery import regrow

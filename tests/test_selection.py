@@ -10,8 +10,9 @@ from scop.budget import Sizes, Stopwatch, describe_latency, solve_measured
 from scop.config import BudgetSection, VariantSection
 from scop.evaluation import Latency, count_macs, count_parameters
 from scop.graph import ChannelGraph, Prunable
-from scop.knockoff import Scores, gated_layers
+from scop.knockoff import gated_layers
 from scop.plan import ChannelPlan
+from scop.scores import Scores
 from scop.selection import Candidate, Selection, kept_count, knockoff_threshold
 from tests.helpers import GroupsAndBias
 

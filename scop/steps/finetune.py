@@ -23,10 +23,11 @@ from scop.data import Dataset, load_dataset
 from scop.device import autocast_dtype
 from scop.evaluation import count_macs, count_parameters
 from scop.export import logit_difference
-from scop.knockoff import Scores, train_knockoffs
+from scop.knockoff import train_knockoffs
 from scop.models import make_model
 from scop.parsing import Section, parse
 from scop.plan import ChannelPlan
+from scop.scores import Scores
 from scop.selection import select_channels
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy

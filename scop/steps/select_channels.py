@@ -9,10 +9,10 @@ from scop.artifacts import load_model, save_settings
 from scop.budget import describe_latency
 from scop.config import VariantSection
 from scop.graph import ChannelGraph
-from scop.knockoff import Scores
 from scop.manifest import write_manifest
 from scop.parsing import Section
 from scop.plots import kept_channels
+from scop.scores import Scores
 from scop.selection import select_channels
 from scop.spec import spec_of
 from scop.steps.record import StepResult

@@ -17,12 +17,13 @@ from scop.batches import Batches
 from scop.checkpoints import termination
 from scop.config import KnockoffSection, SensitivitySection
 from scop.data import Dataset, Split, SplitName, load_dataset
-from scop.knockoff import Scores, train_knockoffs
+from scop.knockoff import train_knockoffs
 from scop.knockoff_quality import measure_quality
 from scop.knockoff_sources import make_source
 from scop.manifest import write_manifest
 from scop.parsing import Section
 from scop.plots import knockoff_images, score_histograms, sensitivity_curves
+from scop.scores import Scores
 from scop.sensitivity import measure_sensitivity
 from scop.steps.common import training_batches
 from scop.steps.record import StepResult

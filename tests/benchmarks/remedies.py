@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from scop.config import KnockoffSection
+from scop.gates import Gates, TrainedGates
 from scop.graph import ChannelGraph
-from scop.knockoff import Competition, Gates, TrainedGates
+from scop.knockoff import Competition
 from scop.knockoff_sources import shuffle
 from scop.training import TrainingBatches, fit
 

@@ -28,8 +28,8 @@ from scop.data import Dataset
 from scop.device import autocast_dtype, pick_device
 from scop.errors import Stopped
 from scop.evaluation import count_macs, count_parameters, measure_accuracy, measure_latency
-from scop.knockoff import Scores
 from scop.plan import ChannelPlan
+from scop.scores import Scores
 from scop.supervised import Supervised, make_optimizer, recalibrate
 from scop.training import Step, fit
 from tests.benchmarks.graphs import Replayed
