@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from scop import distributed
 from scop.config import KnockoffSection
+from scop.controls import gamma
 from scop.device import autocast, autocast_dtype, pick_device, to_device
 from scop.errors import UserError
 from scop.gates import Gates, HeldGates, TrainedGates
@@ -169,12 +170,9 @@ def gated_layers(graph: ChannelGraph) -> list[str]:
 
 
 def _gamma(model: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
-    """|gamma| of a convolution's batch norm, ones where it has none: (channels,)."""
-    norm = graph.batch_norm(layer)
-    weight = None if norm is None else model.get_submodule(norm).weight
-    if weight is None:
-        return torch.ones(out_channels(model.get_submodule(layer)))
-    return weight.detach().abs().float().cpu()  # type: ignore[operator]
+    """As `scop.controls` has it, ones where there is none: (channels,)."""
+    found = gamma(model, graph, layer)
+    return torch.ones(out_channels(model.get_submodule(layer))) if found is None else found
 
 
 class Competition:

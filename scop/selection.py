@@ -1,10 +1,6 @@
 """Selection: from scores to a channel plan, under one rule for all methods.
 
-Every method gives one score per channel; low scores go. The controls differ from SCOP in nothing but the score:
-`random` draws it, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the
-absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519), `fpgm` its filter's distance from the others of
-its layer (He et al., 2019, arXiv 1811.00250). `scratch` takes the first of each layer, which is as good as any where
-all weights are drawn anew. `none` removes nothing.
+Every method gives one score per channel, see `scop.controls`; low scores go.
 
 How many go, and from where, is the selection's. `uniform` takes the same share from each layer. `global` takes the
 lowest of all for the share of their layer that is left when their turn comes; under a budget, the lowest for what they
@@ -20,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -30,14 +26,12 @@ from torch import Tensor, nn
 
 from scop.budget import Sizes, solve, unit_prices
 from scop.config import VariantSection
+from scop.controls import LayerScore, score_of
 from scop.errors import UserError
-from scop.graph import ChannelGraph, Prunable, out_channels
+from scop.graph import ChannelGraph, Prunable
 from scop.parsing import parse
 from scop.plan import ChannelPlan
 from scop.scores import Scores
-
-LayerScore = Callable[[str], Tensor | None]
-"""Gives a convolution's scores (channels,), or None where the method has none for it."""
 
 _SURE = 2.0
 """Standard errors from the cut beyond which a selection is sure of a channel."""
@@ -158,7 +152,7 @@ class Selection:
         part: float = 1.0,
     ) -> None:
         self.graph, self.variant, self.before, self.part = graph, variant, before, part
-        score = _score_of(variant, model, graph, scores)
+        score = score_of(variant, model, graph, scores)
         error = scores.error.get if isinstance(scores, Scores) and variant.method == "scop" else None
         if variant.selection == "knockoff_plus":
             error = None  # W counts in standard errors
@@ -356,51 +350,3 @@ def _combined(prunable: Prunable, score: LayerScore, variant: VariantSection) ->
         if not torch.isfinite(scores).all():
             raise UserError(f"layer {prunable.name!r} has scores that are not finite")
     return torch.stack(found).mean(0)
-
-
-def _score_of(
-    variant: VariantSection, model: nn.Module, graph: ChannelGraph, scores: Mapping[str, Tensor] | None
-) -> LayerScore:
-    if variant.method == "scop":
-        if scores is None:
-            raise UserError("method 'scop' needs the scores of the knockoff phase; a control does without")
-        unknown = sorted(set(scores) - {name for name, _ in model.named_modules()})
-        if unknown:
-            raise UserError(f"layer {unknown[0]!r} has scores but is not in the model; were they made for another one?")
-        if variant.selection == "knockoff_plus":
-            if not isinstance(scores, Scores):
-                raise UserError("selection knockoff_plus needs the signed statistics of the knockoff phase")
-            return scores.signed.get
-        return scores.get
-    if variant.method == "random":
-        generator = torch.Generator().manual_seed(variant.seed)
-        return lambda conv: torch.rand(out_channels(model.get_submodule(conv)), generator=generator)
-    if variant.method == "l1":
-        return lambda conv: _filters(model, conv).abs().sum(1)
-    if variant.method == "fpgm":
-        return lambda conv: _distances(_filters(model, conv))
-    if variant.method == "bn_gamma":
-        return lambda conv: _gamma(model, graph, conv)
-    return lambda conv: torch.zeros(out_channels(model.get_submodule(conv)))  # scratch, none
-
-
-def _gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
-    norm = graph.batch_norm(conv)
-    weight = None if norm is None else model.get_submodule(norm).weight
-    return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator]
-
-
-def _distances(filters: Tensor) -> Tensor:
-    """Each filter's sum of Euclidean distances to all of them; small near their geometric median: (C, D) -> (C,).
-
-    Filters of zeros, which an earlier round removed, are not among them.
-    """
-    present = filters[filters.any(1)]
-    return torch.cdist(filters, present, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
-
-
-def _filters(model: nn.Module, conv: str) -> Tensor:
-    """A layer's weights, one row for each channel that it puts out: (C, D)."""
-    weight = model.get_submodule(conv).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().flatten(1).float().cpu()
