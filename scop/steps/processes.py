@@ -29,6 +29,7 @@ from scop.checkpoints import Checkpoints
 from scop.errors import Stopped, UserError
 from scop.mlflow_server import first_line
 from scop.steps import TRAINING_STEPS
+from scop.steps.endings import code_of
 from scop.steps.places import each
 from scop.steps.record import StepResult
 from scop.tracking import MlflowTracker, NoTracker, Tracker
@@ -37,7 +38,6 @@ PROCESSES_VARIABLE = "SCOP_PROCESSES"
 """So many processes train; on a cluster, the number of GPUs that a pod has."""
 
 _JOB, _RESULT = "job.json", "result.json"
-_TERMINATED, _MISTAKE = 143, 2
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_FOR_ALL_NODES = 3600
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torchrun's launcher handles
@@ -190,12 +190,12 @@ def main(name: str) -> int:
             result.save(str(folder / _RESULT))
         return 0
     except UserError as error:
-        kind, message, code = "mistake", str(error), _MISTAKE
+        kind, message, code = "mistake", str(error), code_of(error)
     except Stopped as error:
-        kind, message, code = "stopped", str(error), _TERMINATED
+        kind, message, code = "stopped", str(error), code_of(error)
     except Exception as error:
         traceback.print_exc()
-        kind, message, code = "failure", first_line(error), 1
+        kind, message, code = "failure", first_line(error), code_of(error)
     failure = {"kind": kind, "message": message, "rank": rank, "time": time.time()}
     (folder / f"failure-{rank}.json").write_text(json.dumps(failure))
     return code

@@ -12,10 +12,8 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,14 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from scop import storage
-from scop.checkpoints import STOP_SIGNALS, Checkpoints
+from scop.checkpoints import Checkpoints
 from scop.cost import Cost, Meter
 from scop.errors import Stopped, UserError
 from scop.manifest import CHECKPOINTS, RECORD, read_folder
-from scop.mlflow_server import first_line
 from scop.parents import DEVICE_TAG
 from scop.parsing import Section, parse
 from scop.steps import STEPS, TRAINING_STEPS, train_job
+from scop.steps.endings import TERMINATED, code_of, ending_when_told, reason_of, status_of
 from scop.steps.places import (
     KFP_ROOT_VARIABLE,
     STOPPED,
@@ -77,7 +75,6 @@ ROW_STEP = "evaluate"
 """Its run in MLflow is the row that people compare: it says itself which parameters belong there, and no more do, for
 MLflow reads all that a run has whenever it is looked for."""
 
-TERMINATED = 128 + signal.SIGTERM
 NO_DEVICE = 3
 
 
@@ -169,11 +166,11 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     if (lacking := _lacking_device(processes.here)) is not None:
         _refuse(name, settings, inputs, outputs, lacking)
     if (plan := train_job.planned()) is not None:
-        with _ending_when_told():
+        with ending_when_told():
             return train_job.run(plan, name, settings, inputs, outputs)
     if processes.node > 0:
         return _assist(name, step, settings, inputs, outputs, processes)
-    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_when_told():
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, ending_when_told():
         targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
         with _announced(name, settings, inputs, outputs):
             sources = each(inputs, fetched)
@@ -193,7 +190,7 @@ def _assist(
     name: str, step: StepModule, settings: Section, inputs: Places, outputs: Mapping[str, str], processes: Processes
 ) -> StepResult:
     """A further node's part: its processes work with the first node's, which keeps the record and the outputs."""
-    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, _ending_when_told():
+    with tempfile.TemporaryDirectory(prefix="scop-") as scratch, ending_when_told():
         targets = {key: Path(scratch) / key for key in outputs}
         work = _Work(name, step, settings, inputs, each(inputs, fetched), {}, targets, processes)
         try:
@@ -219,7 +216,7 @@ def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[st
         yield
     except BaseException as error:
         with contextlib.suppress(UserError):
-            file.write(status=_status(error), error=_reason(error), code=_code(error))
+            file.write(status=status_of(error), error=reason_of(error), code=code_of(error))
         raise
 
 
@@ -348,11 +345,11 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
         made = file.record.made({key: read_folder(folder) for key, folder in work.targets.items()})
         file.write(status="done", seconds=cost.seconds, cost=cost, result=result, outputs=made, code=0)
     except BaseException as error:
-        reason = _reason(error)
-        status = _status(error)
+        reason = reason_of(error)
+        status = status_of(error)
         cost = meter.read()
         with contextlib.suppress(UserError):  # S3 itself may be what failed; the first error is the one to tell
-            file.write(status=status, error=reason, seconds=cost.seconds, cost=cost, code=_code(error))
+            file.write(status=status, error=reason, seconds=cost.seconds, cost=cost, code=code_of(error))
         _tell_cost(tracker, name, cost)
         tracker.close(succeeded=False, error=f"{name}: {reason}")
         if status == "stopped":
@@ -397,51 +394,6 @@ def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
         return before.result
     print(f"runs again: {reason}", flush=True)
     return None
-
-
-def _status(error: BaseException) -> str:
-    return "stopped" if isinstance(error, Stopped | _Terminated) else "failed"
-
-
-def _code(error: BaseException) -> int:
-    return 2 if isinstance(error, UserError) else TERMINATED if _status(error) == "stopped" else 1
-
-
-def _reason(error: BaseException) -> str:
-    """In a line; of an error of a library's also what caused it at first."""
-    if not isinstance(error, Exception | _Terminated):
-        return type(error).__name__
-    cause: BaseException = error
-    while not isinstance(error, UserError | Stopped | _Terminated) and (deeper := cause.__cause__ or cause.__context__):
-        cause = deeper
-    if cause is error or first_line(cause) in first_line(error):
-        return first_line(error)
-    return f"{first_line(error)} (because of {type(cause).__name__}: {first_line(cause)})"
-
-
-class _Terminated(SystemExit):
-    """SIGTERM or Ctrl-C came at a time when there was nothing to save."""
-
-    def __str__(self) -> str:
-        return "told to stop"
-
-
-@contextlib.contextmanager
-def _ending_when_told() -> Iterator[None]:
-    """Within, the signals to stop unwind the stack, so that the record says how the step ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise _Terminated(TERMINATED)
-
-    before = {number: signal.signal(number, end) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _checkpoints(record: StepRecord, work: _Work) -> Checkpoints:
