@@ -187,10 +187,11 @@ def _docker_info(what: str) -> str:
 
 
 def _cluster(profile: ClusterProfile, host: str | None) -> str:
-    from pipelines.submit import Cluster
+    from pipelines.server import Server
 
-    server = Cluster(profile if profile.host or not host else profile.model_copy(update={"host": host}))
-    return f"{server.check()} answers, and lets these credentials list experiments"
+    server = Server(profile if profile.host or not host else profile.model_copy(update={"host": host}))
+    server.check()
+    return f"{server.host} answers, and lets these credentials list experiments"
 
 
 def _kfp(host: str) -> str:

@@ -340,9 +340,10 @@ def _check_every(options: argparse.Namespace) -> None:
 
 def _follow(cluster: Cluster, run: Submission, every: float) -> int:
     """Tell how a run goes and ends, and close it in MLflow; 1 where it does not succeed."""
+    from pipelines.progress import follow
     from pipelines.submit import failed_steps, mend_tracking
 
-    outcome = cluster.follow(run, lambda line: print(line, flush=True), every)
+    outcome = follow(cluster.server, run.id, lambda line: print(line, flush=True), every)
     mend_tracking(run, outcome)
     if not outcome.succeeded:
         print(f"scop: {outcome.error}", *failed_steps(run), sep="\n", file=sys.stderr)

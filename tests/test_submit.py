@@ -265,7 +265,7 @@ def test_a_token_is_handed_on(server, profile, monkeypatch, capsys) -> None:
 
 
 def test_a_server_that_does_not_answer(server, profile, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(submit, "_SECONDS", (0.2, 0.2))
+    monkeypatch.setattr("pipelines.server._SECONDS", (0.2, 0.2))
     server.plan = lambda method, path: "hang"
     assert run(profile) == 2
     assert "cannot be reached" in capsys.readouterr().err
