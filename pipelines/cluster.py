@@ -17,9 +17,10 @@ from scop.config import Config, RunSection, TrainingSection, finetune_for
 from scop.errors import UserError
 from scop.manifest import write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, EXPERIMENT_VARIABLE
+from scop.steps.earlier import CHECKPOINTS_VARIABLE, KEEP_VARIABLE
 from scop.steps.processes import PROCESSES_VARIABLE
 from scop.steps.record import EXTERNAL_FILES, IMAGE_VARIABLE
-from scop.steps.runtime import CHECKPOINTS_VARIABLE, DEVICE_VARIABLE, KEEP_VARIABLE
+from scop.steps.runtime import DEVICE_VARIABLE
 from scop.steps.train_job import TRAIN_JOB_VARIABLE, TrainJobPlan
 from scop.tracking import KFP_RUN_VARIABLE
 

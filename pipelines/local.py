@@ -45,6 +45,7 @@ from scop.parsing import parse
 from scop.progress import TERMINAL_VARIABLE
 from scop.steps import STEPS
 from scop.steps.compare import headline
+from scop.steps.earlier import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.steps.places import (
     KFP_ROOT_VARIABLE,
     RUN_ROOT_VARIABLE,
@@ -62,7 +63,6 @@ from scop.steps.record import (
     StepRecord,
     surroundings,
 )
-from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
 from scop.tracking import PARENT_VARIABLE
 
 KFP_FOLDER = ".kfp"

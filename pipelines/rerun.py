@@ -31,8 +31,9 @@ from scop.manifest import TIMINGS, read_folder
 from scop.parsing import override, parse
 from scop.revision import git_revision
 from scop.steps import STEPS
+from scop.steps.earlier import CHECKPOINTS_VARIABLE
 from scop.steps.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord
-from scop.steps.runtime import CHECKPOINTS_VARIABLE, PLACES_VARIABLE
+from scop.steps.runtime import PLACES_VARIABLE
 from scop.tracking import PARENT_VARIABLE
 
 

@@ -67,7 +67,9 @@ def _run(options: argparse.Namespace) -> int:
 def _step(options: argparse.Namespace) -> None:
     from pipelines.presets import find_config
     from scop.config import load_config
-    from scop.steps.runtime import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, find_step, run_step
+    from scop.steps.earlier import CHECKPOINTS_VARIABLE, KEEP_VARIABLE
+    from scop.steps.runtime import run_step
+    from scop.steps.step import find_step
 
     config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
     variant = _variant(config, options.variant)

@@ -15,7 +15,8 @@ from scop import UserError, load_model
 from scop.cli import main
 from scop.manifest import MANIFEST, read_folder
 from scop.steps import STEPS
-from scop.steps.runtime import find_step, run_step
+from scop.steps.runtime import run_step
+from scop.steps.step import find_step
 
 TINY = {"model": "tests.helpers:Plain", "epochs": 1, "batch_size": 64}
 ROOT = Path(__file__).parents[1]

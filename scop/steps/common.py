@@ -13,7 +13,7 @@ from scop.data import Dataset, SplitName
 from scop.device import autocast_dtype
 from scop.distributed import WHOLE, Share
 from scop.evaluation import Accuracy, measure_accuracy
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 from scop.supervised import Supervised, make_optimizer
 from scop.training import EpochRecord, fit
 

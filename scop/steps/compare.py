@@ -17,7 +17,7 @@ from scop.parsing import Section
 from scop.results import VariantResult, with_timings
 from scop.steps.places import exchanged
 from scop.steps.record import RUN_VARIABLE, StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 from scop.storage import join
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]

@@ -24,7 +24,7 @@ from scop.results import Result, with_timings
 from scop.spec import spec_of
 from scop.steps.common import evaluation_batches
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 from scop.text import human
 
 

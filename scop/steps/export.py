@@ -18,7 +18,7 @@ from scop.manifest import TIMINGS, write_manifest
 from scop.parsing import Section
 from scop.steps.common import evaluation_batches
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 
 _IMAGES = 16
 

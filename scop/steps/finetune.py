@@ -32,7 +32,7 @@ from scop.selection import select_channels
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 from scop.supervised import recalibrate
 from scop.surgery import prune_exactly, regrow
 from scop.text import human

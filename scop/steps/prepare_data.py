@@ -10,7 +10,7 @@ from scop.data import save_dataset
 from scop.parsing import Section
 from scop.sources import load_source
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 from scop.storage import local
 
 

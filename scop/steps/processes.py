@@ -32,6 +32,7 @@ from scop.steps import TRAINING_STEPS
 from scop.steps.endings import code_of
 from scop.steps.places import each
 from scop.steps.record import StepResult
+from scop.steps.step import Context, find_step
 from scop.tracking import MlflowTracker, NoTracker, Tracker
 
 PROCESSES_VARIABLE = "SCOP_PROCESSES"
@@ -211,7 +212,6 @@ def _end_with_parent(parent: int) -> None:
 def _work(job: Job, folder: Path, rank: int) -> StepResult:
     from scop import distributed
     from scop.parsing import parse
-    from scop.steps.runtime import Context, find_step
 
     step = find_step(job.step)
     sources = each(job.sources, lambda _, path: Path(path))

@@ -9,26 +9,25 @@ anything else with 1 and the traceback.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from scop import storage
 from scop.checkpoints import Checkpoints
 from scop.cost import Cost, Meter
 from scop.errors import Stopped, UserError
-from scop.manifest import CHECKPOINTS, RECORD, read_folder
+from scop.manifest import RECORD, read_folder
 from scop.parents import DEVICE_TAG
 from scop.parsing import Section, parse
 from scop.steps import STEPS, TRAINING_STEPS, train_job
+from scop.steps.earlier import RESUME_VARIABLE, checkpoints_of, kept
 from scop.steps.endings import TERMINATED, code_of, ending_when_told, reason_of, status_of
 from scop.steps.places import (
     KFP_ROOT_VARIABLE,
@@ -45,26 +44,9 @@ from scop.steps.places import (
     refuse_overlap,
 )
 from scop.steps.processes import Job, Processes, wanted, work_together
-from scop.steps.record import (
-    RecordedInput,
-    RecordFile,
-    StepRecord,
-    StepResult,
-    earlier_record,
-    flat,
-    reason_to_run,
-)
+from scop.steps.record import RecordedInput, RecordFile, StepRecord, StepResult, flat
+from scop.steps.step import Context, StepModule, find_step
 from scop.tracking import UNSENT, MlflowTracker, NoTracker, Tracker
-
-if TYPE_CHECKING:
-    import torch
-
-    from scop.training import CheckpointStore, EpochRecord
-
-CHECKPOINTS_VARIABLE = "SCOP_CHECKPOINTS"
-KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
-RESUME_VARIABLE = "SCOP_RESUME"
-"""Set by `scop run --resume`: a step whose output is there, whole and of the same making, is not run again."""
 
 PLACES_VARIABLE = "SCOP_PLACES"
 """Set by `scop rerun`: the recorded places of the inputs, in JSON, which a summary names."""
@@ -76,57 +58,6 @@ ROW_STEP = "evaluate"
 MLflow reads all that a run has whenever it is looked for."""
 
 NO_DEVICE = 3
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the runtime offers to a step.
-
-    Attributes:
-        tracker: where figures go.
-        checkpoints: where a training keeps its states.
-        places: of the inputs: absolute paths or URIs, by name.
-        epochs: that the step has tracked already.
-    """
-
-    tracker: Tracker
-    checkpoints: CheckpointStore
-    places: Places
-    epochs: int = 0
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device to compute on; see `scop.device.pick_device`."""
-        from scop.device import pick_device
-
-        return pick_device()
-
-    def on_epoch(self, record: EpochRecord) -> None:
-        """Track an epoch."""
-        self.tracker.log_metrics(record.metrics, step=self.epochs + record.epoch)
-
-    def part(self, name: str, epochs: int) -> Context:
-        """For a training within the step, with checkpoints of its own, that follows others of so many epochs."""
-        return replace(self, checkpoints=self.checkpoints.part(name), epochs=epochs)
-
-
-class StepModule(Protocol):
-    """What a module of `scop.steps` holds."""
-
-    Config: type[Section]
-    Inputs: type[Any]
-    Outputs: type[Any]
-
-    @staticmethod
-    def run(config: Any, inputs: Any, outputs: Any, context: Context) -> StepResult: ...
-
-
-def find_step(name: str) -> StepModule:
-    """The module of a step, by its name; raises UserError where there is none."""
-    if name not in STEPS:
-        raise UserError(f"step {name!r} is unknown (known: {', '.join(STEPS)})")
-    module: StepModule = importlib.import_module(f"scop.steps.{name}")  # type: ignore[assignment]
-    return module
 
 
 def execute(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapping[str, str]) -> StepResult:
@@ -177,8 +108,8 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         work = _Work(name, step, settings, inputs, sources, outputs, targets, processes)
         refuse_overlap(work.sources, targets, inputs, outputs)
         record = work.describe()
-        checkpoints = _checkpoints(record, work)
-        if os.environ.get(RESUME_VARIABLE) and (result := _kept(record, outputs)):
+        checkpoints = checkpoints_of(record, work.first_output)
+        if os.environ.get(RESUME_VARIABLE) and (result := kept(record, outputs)):
             checkpoints.remove()  # which a try that was killed at its very end has left
             return result
         for folder in targets.values():
@@ -375,43 +306,6 @@ def _tell_cost(tracker: Tracker, name: str, cost: Cost) -> None:
     tracker.log_metrics(cost.metrics)
     # The device of a pipeline's run is the one that it trains on.
     tracker.set_tags({DEVICE_TAG: cost.device}, of_the_run=name in TRAINING_STEPS)
-
-
-def _kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
-    """The result of an earlier try, if it is whole and was made of the same; says why, or why not."""
-    try:
-        before = earlier_record(next(iter(outputs.values())))
-    except UserError:
-        print("runs again: its record is damaged, or of another version", flush=True)
-        return None
-    if before is None:
-        return None
-    if before.still_runs:
-        raise UserError(f"it still runs, as process {before.process} of this machine; wait for it, or end it")
-    if (reason := reason_to_run(now, before, outputs)) is None:
-        RecordFile(before, next(iter(outputs.values()))).write(attempt=now.attempt)
-        print(f"kept: it finished in {before.seconds or 0:.1f} s; all that it is made of is unchanged", flush=True)
-        return before.result
-    print(f"runs again: {reason}", flush=True)
-    return None
-
-
-def _checkpoints(record: StepRecord, work: _Work) -> Checkpoints:
-    """Those of this very work: under SCOP_CHECKPOINTS, or else beside the output."""
-    fingerprint = record.fingerprint
-    own, keep = f"{record.step}-{fingerprint[:32]}", int(os.environ.get(KEEP_VARIABLE, "2"))
-    if place := os.environ.get(CHECKPOINTS_VARIABLE):
-        return Checkpoints(storage.join(place, own), fingerprint, keep)
-    if storage.is_uri(work.first_output):
-        return Checkpoints(storage.join(work.first_output, CHECKPOINTS, own), fingerprint, keep)
-    folder = Path(work.first_output) / CHECKPOINTS
-    for other in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if other.name != own and any(other.glob("*.json")):
-            raise UserError(
-                f"checkpoint {other} was made with another configuration or other inputs; delete it to start over, or "
-                "choose another output folder"
-            )
-    return Checkpoints(str(folder / own), fingerprint, keep)
 
 
 def _open_tracker(record: StepRecord, unsent: Path) -> Tracker:

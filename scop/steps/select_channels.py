@@ -16,7 +16,7 @@ from scop.scores import Scores
 from scop.selection import select_channels
 from scop.spec import spec_of
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 
 
 class Config(Section):

@@ -20,7 +20,7 @@ from scop.selection import select_channels
 from scop.spec import attach_spec, spec_of
 from scop.steps.common import train_supervised, validation_accuracy
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 from scop.storage import local
 from scop.surgery import prune
 from scop.text import human

@@ -27,7 +27,7 @@ from scop.scores import Scores
 from scop.sensitivity import measure_sensitivity
 from scop.steps.common import training_batches
 from scop.steps.record import StepResult
-from scop.steps.runtime import Context
+from scop.steps.step import Context
 
 
 class Config(Section):
