@@ -93,6 +93,11 @@ def plans(
     shorter: dict[str, Any] = {"epochs": 8, "lr": 0.1, "warmup_epochs": 1, "weight_decay": 1e-4, **_FINE}
     return {
         "resnet20": resnet20,
+        "resnet20-60": replace(
+            resnet20,
+            finetune=resnet20.finetune.model_copy(update={"epochs": 60}),
+            command="python -m tests.benchmarks.accuracy resnet20-60",
+        ),
         "resnet20-long": replace(
             resnet20,
             finetune=FinetuneSection.model_validate(longer | changed),
@@ -119,7 +124,9 @@ def main(arguments: Sequence[str]) -> int:
     """0 when all is done, 3 while work is left."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.accuracy", description=__doc__)
     parser.add_argument(
-        "networks", nargs="*", help="resnet20, resnet20-long, resnet56-short, resnet56, resnet50; all by default"
+        "networks",
+        nargs="*",
+        help=f"{', '.join(plans())}; all by default",
     )
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="the images (default: %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of ResNet-20 (default: %(default)s)")
