@@ -61,13 +61,12 @@ def plans(
     more = {"compile": compiled}
     changed: dict[str, Any] = {**more, **(changes or {})}
     given = {"weights": str(weights)} if weights is not None and weights.exists() else {}
+    usual: dict[str, Any] = {"epochs": 40, "lr": 0.1, "warmup_epochs": 4, "weight_decay": 1e-4, **_FINE}
     resnet20 = Plan(
         DenseSection.model_validate(
             {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
         ),
-        FinetuneSection.model_validate(
-            {"epochs": 40, "lr": 0.1, "warmup_epochs": 4, "weight_decay": 1e-4, **_FINE, **changed}
-        ),
+        FinetuneSection.model_validate(usual | changed),
         _variants({"macs": 0.442}),
         once=("l1",),
         command="make bench-accuracy",
@@ -95,7 +94,7 @@ def plans(
         "resnet20": resnet20,
         "resnet20-60": replace(
             resnet20,
-            finetune=resnet20.finetune.model_copy(update={"epochs": 60}),
+            finetune=FinetuneSection.model_validate(usual | {"epochs": 60} | changed),
             command="python -m tests.benchmarks.accuracy resnet20-60",
         ),
         "resnet20-long": replace(
