@@ -377,12 +377,15 @@ class DistillationSection(Section):
         temperature: softens both networks' answers.
         attention: weight of the distance between both networks' attention maps, stage by stage, 0 for none.
         attention_until: share of the epochs in which attention is learned, the first ones.
+        mirror: the dense network's answer is the mean of those to an image and to its mirror image, which is right more
+            often than either; for images that mean the same mirrored, so `flip` has to be true.
     """
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature: PositiveFloat = 4.0
     attention: NonNegativeFloat = 0.0
     attention_until: Annotated[float, Field(gt=0, le=1)] = 0.6
+    mirror: bool = False
 
 
 class FinetuneSection(TrainingSection):
@@ -397,6 +400,12 @@ class FinetuneSection(TrainingSection):
     recalibration_batches: Annotated[int, Field(ge=0)] = 50
     round_epochs: Annotated[int, Field(ge=0)] = 2
     distillation: DistillationSection = DistillationSection()
+
+    @model_validator(mode="after")
+    def _mirrored_both(self) -> FinetuneSection:
+        if self.distillation.mirror and not self.flip:
+            raise ValueError("distillation.mirror needs flip: true: the images must mean the same mirrored")
+        return self
 
 
 class EvaluateSection(Section):

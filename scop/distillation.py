@@ -1,6 +1,8 @@
 """Learning from a teacher: from its answers, and from where it looks.
 
 Answers (Hinton et al., 2015, arXiv 1503.02531): ``T^2 KL(teacher / T || student / T)`` of the logits.
+A teacher's mean answer to an image and its mirror image is a better one, and the student that learns it needs no second
+look (Radosavovic et al., 2018, arXiv 1712.04440).
 
 Attention (Zagoruyko and Komodakis, 2017, arXiv 1612.03928): at the end of each stage the mean over channels of the
 squared features, one map for an image, brought to length 1; the squared distance between teacher and student. It does
@@ -106,8 +108,11 @@ class Distillation:
         section = self._section
         with torch.no_grad(), autocast(images.device, self._dtype):
             target, targets = self.teacher(images)
+            target = target.float()
+            if section.mirror and section.weight:
+                target = (target + self.teacher(images.flip(3))[0]) / 2
         if section.weight:
-            loss = (1 - section.weight) * loss + section.weight * answers(logits, target.float(), section.temperature)
+            loss = (1 - section.weight) * loss + section.weight * answers(logits, target, section.temperature)
         if maps:
             distances = [attention(own, theirs) for own, theirs in zip(maps, targets, strict=True)]
             loss = loss + section.attention * torch.stack(distances).mean()

@@ -47,6 +47,7 @@ _OF_SECTIONS = {
     "finetune.distillation.temperature": "distillation_temperature",
     "finetune.distillation.attention": "distillation_attention",
     "finetune.distillation.attention_until": "distillation_attention_until",
+    "finetune.distillation.mirror": "distillation_mirror",
 }
 SEEDS = ("seed", "dense_seed", "knockoff_seed", "variant_seed")
 """Parameters in which results of one recipe differ."""

@@ -32,6 +32,7 @@ def refusal(values: dict[str, object]) -> str:
         ({"variants": [{"name": "v", "finetune": {"epoch": 3}}]}, "configuration key 'variants (v).finetune.epoch' is unknown"),
         ({"dense": {"epochs": 2.5}}, "configuration 'dense.epochs' is 2.5"),
         ({"dense": {"epochs": 2, "warmup_epochs": 2}}, "warmup_epochs 2.0 must be below epochs 2"),
+        ({"finetune": {"distillation": {"mirror": True}}}, "distillation.mirror needs flip: true"),
         ({"dense": {"lr": float("nan")}}, "configuration 'dense.lr' is nan"),
         ({"knockoff": {"betas": [0.5]}}, "configuration 'knockoff.betas"),
         ({"dense": {"seed": -1}}, "configuration 'dense.seed' is -1"),

@@ -164,6 +164,20 @@ def test_label_smoothing_and_distillation_are_the_losses_they_claim(batches: Bat
     assert float(loss) == pytest.approx((0.75 * cross_entropy + 0.25 * 4 * divergence).item(), rel=1e-4)
 
 
+def test_a_mirroring_teacher_answers_by_the_mean_of_both_views(batches: Batches, model: nn.Module) -> None:
+    images, labels = next(iter(batches))
+    student, teacher = copy.deepcopy(model).eval(), make_model("tests.helpers:Plain").eval()
+    section = FinetuneSection(flip=True, precision="fp32", distillation=DistillationSection(weight=1, mirror=True))
+    objective = Supervised(student, CPU, section, teacher, section.distillation)
+    loss = objective.loss(images, labels)[0].detach()
+
+    mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
+    soft = ((teacher(images) + teacher(mirrored)) / 2 / 4).softmax(1)
+    divergence = (soft * (soft.log() - (student(images) / 4).log_softmax(1))).sum(1).mean()
+    assert float(loss) == pytest.approx(16 * divergence.item(), rel=1e-4)
+    assert not torch.allclose(teacher(images), teacher(mirrored), atol=1e-3)
+
+
 def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batches, model: nn.Module) -> None:
     images, labels = next(iter(batches))
     teacher = copy.deepcopy(model).eval()

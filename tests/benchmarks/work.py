@@ -151,6 +151,8 @@ class Work:
         lesson = finetune["distillation"]
         if not lesson["attention"] or lesson["attention_until"] == 1:
             del lesson["attention_until"]  # a later setting; figures from before it are as good
+        if not lesson["mirror"]:
+            del lesson["mirror"]  # likewise
         return settings_hash(self.fingerprint, finetune, *made)
 
     @property
