@@ -72,6 +72,7 @@ def plans(
         command="make bench-accuracy",
     )
     always = {"distillation": {**_FINE["distillation"], "attention_until": 1.0}}
+    mirrored = {"distillation": {**_FINE["distillation"], "mirror": True}}
     longer: dict[str, Any] = {"epochs": 75, "lr": 0.1, "warmup_epochs": 5, "weight_decay": 1e-4, **_FINE, **always}
     resnet56 = Plan(
         DenseSection.model_validate(
@@ -96,6 +97,11 @@ def plans(
             resnet20,
             finetune=FinetuneSection.model_validate(usual | {"epochs": 60} | changed),
             command="python -m tests.benchmarks.accuracy resnet20-60",
+        ),
+        "resnet20-mirror": replace(
+            resnet20,
+            finetune=FinetuneSection.model_validate(usual | mirrored | changed),
+            command="python -m tests.benchmarks.accuracy resnet20-mirror",
         ),
         "resnet20-long": replace(
             resnet20,

@@ -78,12 +78,13 @@ def accuracy_section(content: dict[str, Any]) -> str:
     lesson = finetune["distillation"]
     until = lesson.get("attention_until", 1.0)
     attention = f"attention {lesson['attention']:g}" + (f" in the first {until:.0%} of the epochs" if until < 1 else "")
+    asked = "dense network, image and mirror image" if lesson.get("mirror") else "dense network"
     return f"""## {content["network"]}, CIFAR-10 (JPEG q75)
 
 At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["epochs"]} epochs, `none` just as long:
 batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
 weight decay {finetune["weight_decay"]:g},
-distillation from the dense network ({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving
+distillation from the {asked} ({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving
 average ({finetune["ema"]}). Top-1 on the test split: before fine-tuning, with batch norms recalibrated, and after it;
 mean and standard deviation over seeds. By this split it was chosen that selection is global, that attention ends, and
 for how many epochs to train ([how](knockoffs.md)). The drop is that of `none` less that of the variant, seed by seed,
@@ -108,7 +109,11 @@ def variants_section(content: dict[str, Any]) -> str:
         accuracy = [str(len(found)), *(percents(found, key) for key in ("recalibrated_top1", "top1"))]
         speed = speed_of(found)
         if "residual" in settings[name]:
-            rules.append([first, name.partition("-")[2], *sizes, speed, *accuracy])
+            same = name.partition("-")[2]
+            lead = (
+                "" if first == "scatter" else with_interval(differences(found, by_variant.get(f"scatter-{same}", {})))
+            )
+            rules.append([first, same, *sizes, speed, *accuracy, lead])
         if name == "scatter-macs" or "residual" not in settings[name]:
             selection = settings[name].get("selection", "uniform")
             method = settings[name].get("method", "scop")
@@ -135,10 +140,11 @@ batch norms, and after fine-tuning; mean and standard deviation over seeds, of w
 ### Residual rules
 
 Each rule at the same MACs{then}, selection global. Speed is that of batches of {LATENCY_BATCH} against
-the dense network's, by turns, after fine-tuning.
+the dense network's, by turns, after fine-tuning. The last column is a rule's top-1 less that of scatter, seed by seed,
+with its 95 % interval.
 
-| rule | same | parameters | MACs | speed | seeds | before | after |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| rule | same | parameters | MACs | speed | seeds | before | after | against scatter |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(f"| {' | '.join(row)} |" for row in rules)}
 
 ### Methods
