@@ -143,7 +143,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Manifest:
     if not path.is_file():
         what = "is not there" if not folder.exists() else "has no manifest.json: it was not finished"
         raise UserError(f"{kind or 'artifact'} folder {folder} {what}; name one that a step finished")
-    manifest = Manifest.parse(path.read_text(), path)
+    manifest = Manifest.parse(path.read_bytes(), path)
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{folder} holds a {manifest.kind}, but a {kind} is needed")
     for name, entry in manifest.files.items():

@@ -2,7 +2,8 @@
 
 `MlflowTracker` writes to MLflow. A tracking server that dies must not cost hours of training: the first failure after
 the start switches the tracker off for the rest of the step, says so once, and keeps what could not be sent in a local
-file. Wrong credentials, which show at the start, are an error.
+file; what a server that is there does not take goes into that file alone. Wrong credentials, which show at the start,
+are an error.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class MlflowTracker:
         configure_mlflow()
         from mlflow.tracking import MlflowClient
 
-        self._unsent, self._reachable = unsent, True
+        self._unsent, self._reachable, self._told = unsent, True, False
         self._monitor: Any = None
         self._client = MlflowClient()
 
@@ -322,14 +323,20 @@ class MlflowTracker:
                         f"MLflow at {shown(self._client.tracking_uri)} refuses access ({first_line(error)}); "
                         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
                     ) from error
-                self._reachable = False
-                if not self._unsent.exists():
-                    reason = first_line(error)
-                    print(f"tracking: MLflow failed ({reason}); the step goes on, see {self._unsent}", flush=True)
+                if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and not at_start:
+                    self._say(f"MLflow refused {what}", error)
+                else:
+                    self._reachable = False
+                    if not self._told:
+                        self._say("MLflow failed", error)
+                    self._told = True
         self._unsent.parent.mkdir(parents=True, exist_ok=True)
         with self._unsent.open("a") as file:
             file.write(json.dumps({"what": what, "content": content}, default=str) + "\n")
         return None
+
+    def _say(self, what: str, error: Exception) -> None:
+        print(f"tracking: {what} ({first_line(error)}); the step goes on, see {self._unsent}", flush=True)
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -193,9 +193,24 @@ def test_inputs_and_outputs_are_checked_before_any_work(
 
 def test_foreign_files_in_an_output_folder_are_not_touched(digits_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match=r"holds 'thesis\.tex', which no step has written"):
         train_dense(digits_folder, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["notes.json", "figure.png", "mine.safetensors"])
+def test_foreign_files_beside_an_artifact_are_not_touched_whatever_their_kind(
+    name: str, digits_folder: Path, tmp_path: Path
+) -> None:
+    train_dense(digits_folder, tmp_path / "dense")
+    (tmp_path / "dense" / name).write_text("years of work")
+    with pytest.raises(UserError, match=f"holds '{name}', which no step has written; move it away"):
+        train_dense(digits_folder, tmp_path / "dense")
+    assert load_model(tmp_path / "dense") is not None
+    (tmp_path / "dense" / name).unlink()
+    (tmp_path / "dense" / ".step.json.17.part").write_text("{")  # of a step that was killed
+    train_dense(digits_folder, tmp_path / "dense")
+    assert not (tmp_path / "dense" / ".step.json.17.part").exists()
 
 
 def test_an_output_that_cannot_be_written_is_named(digits_folder: Path, tmp_path: Path) -> None:
@@ -213,7 +228,7 @@ def test_an_output_never_overlaps_with_an_input(digits_folder: Path, tmp_path: P
             train_dense(digits_folder, output)
     assert (digits_folder / MANIFEST).exists()
     (tmp_path / "dense" / "notes").mkdir()
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="holds 'notes', which no step has written"):
         train_dense(digits_folder, tmp_path / "dense")
     assert load_model(tmp_path / "dense") is not None
 

@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 from scop import UserError, load_model
 from scop.mlflow_server import find_experiment
 from scop.parents import KFP_TAG, PARENT_TAG, close_parent, end_parent, start_parent
+from scop.steps.record import flat
 from scop.steps.runtime import run_step
 from scop.tracking import KFP_RUN_VARIABLE, PARENT_VARIABLE, UNSENT, MlflowTracker
 from tests import services
@@ -206,6 +207,23 @@ def test_a_server_that_fails_or_refuses_midway_costs_no_training(
     unsent = [json.loads(line)["what"] for line in (output / UNSENT).read_text().splitlines()]
     assert unsent[-1] == "close"
     assert "metrics" in unsent
+
+
+def test_what_a_server_does_not_take_does_not_stop_what_comes_after_it(server: str, tmp_path: Path, capsys) -> None:
+    tracker = MlflowTracker("select_channels", {}, tmp_path / UNSENT)
+    tracker.log_params({"layer3.*": 0.3})
+    tracker.log_params({"prune_rate": 0.5})
+    tracker.close(succeeded=True)
+    assert "tracking: MLflow refused params" in capsys.readouterr().out
+    (unsent,) = (json.loads(line) for line in (tmp_path / UNSENT).read_text().splitlines())
+    assert unsent == {"what": "params", "content": {"layer3.*": "0.3"}}
+    run = MlflowClient().get_run(tracker.run_id)
+    assert (run.data.params, run.info.status) == ({"prune_rate": "0.5"}, "FINISHED")
+
+
+def test_rates_by_pattern_are_one_parameter() -> None:
+    values = {"variant": {"rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "seed": 0}}
+    assert flat(values) == {"variant.rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "variant.seed": 0}
 
 
 def test_what_the_machine_does_is_recorded_while_a_step_works(server: str, tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from scop import storage
 from scop.errors import UserError
-from scop.manifest import CHECKPOINTS, MANIFEST, RECORD, read_folder
+from scop.manifest import CHECKPOINTS, LEFTOVERS, MANIFEST, RECORD, Manifest, read_folder
 
 KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE = "SCOP_KFP_ROOT", "SCOP_RUN_ROOT", "SCOP_VARIANTS"
 """Set by `scop run`: what a component's path below KFP's root means as a place of the run; see `meant`."""
@@ -122,12 +122,12 @@ def make_ready(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = list(folder.iterdir())
-        earlier = {path for path in present if path.suffix in _WRITTEN_BY_STEPS and path.is_file()}
-        earlier |= {path for path in present if path.name == CHECKPOINTS}
-        marked = any((folder / name).exists() for name in (MANIFEST, RECORD))
-        if present and (not marked or set(present) - earlier):
-            raise UserError(f"output folder {folder} holds other files; name a new or empty one")
+        earlier, others = _told_apart(folder)
+        if others:
+            raise UserError(
+                f"output folder {folder} holds {others[0].name!r}, which no step has written; move it away, or name a "
+                "new or empty folder"
+            )
         # The manifest first: from here on nobody takes the folder for whole.
         (folder / MANIFEST).unlink(missing_ok=True)
         for path in earlier:
@@ -138,6 +138,27 @@ def make_ready(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from error
+
+
+def _told_apart(folder: Path) -> tuple[list[Path], list[Path]]:
+    """What an earlier try has left in its output folder, and what is somebody else's."""
+    present = sorted(folder.iterdir())
+    try:
+        listed = {*Manifest.parse((folder / MANIFEST).read_bytes(), folder).files}
+    except (FileNotFoundError, UserError):  # a try that did not end, or whose end was lost
+        listed = None
+    begun = listed is not None or any((folder / name).exists() for name in (MANIFEST, RECORD))
+
+    def own(path: Path) -> bool:
+        if path.name == CHECKPOINTS:
+            return begun
+        if not begun or not path.is_file():
+            return False
+        if listed is None:
+            return path.suffix in _WRITTEN_BY_STEPS
+        return path.name in listed | LEFTOVERS or (path.name.startswith(".") and path.suffix == ".part")
+
+    return [path for path in present if own(path)], [path for path in present if not own(path)]
 
 
 # Suffixes of all that a step leaves in its output folder, a killed one included.

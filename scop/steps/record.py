@@ -315,10 +315,13 @@ def surroundings() -> dict[str, str]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level with dotted names, as MLflow wants parameters."""
+    """Nested sections as one level with dotted names, as MLflow wants parameters.
+
+    A mapping whose keys are no names, such as rates by pattern, is one entry.
+    """
     entries: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and all(name.isidentifier() for name in value):
             entries |= flat(value, f"{prefix}{key}.")
         elif value is not None and value != {}:
             entries[f"{prefix}{key}"] = value
