@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -67,6 +68,8 @@ from scop.tracking import PARENT_VARIABLE
 
 KFP_FOLDER = ".kfp"
 """KFP's own files in a run's folder: what its launcher exchanges with the steps."""
+LOCK = "lock"
+"""A file in there, locked for as long as a process works on the run."""
 
 
 class StepError(Exception):
@@ -135,7 +138,10 @@ def run_locally(
 
 @contextlib.contextmanager
 def _workspace(place: str, exists: bool) -> Iterator[Path]:
-    """The run's folder, or a temporary one where the run lies in S3."""
+    """The run's folder, or a temporary one where the run lies in S3; nobody else works on the run meanwhile.
+
+    In S3 there is nothing that could be locked.
+    """
     if storage.is_uri(place):
         with tempfile.TemporaryDirectory(prefix="scop-run-") as name:
             yield Path(name)
@@ -146,7 +152,18 @@ def _workspace(place: str, exists: bool) -> Iterator[Path]:
         (folder / KFP_FOLDER).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be made: {error.strerror}") from error
-    yield folder
+    with (folder / KFP_FOLDER / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it whatever ends this process
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"run {folder.name} is still going, by process {lock.read().strip()}; wait for it, or end that"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield folder
 
 
 def _tracking(config: Config, out: str) -> dict[str, str]:
@@ -214,11 +231,12 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | None, bool], started: float) -> LocalRun:
     run_id = os.environ[RUN_VARIABLE]
-    _forget_results(place)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    _send([folder / "config.yaml"], place)
+    # First, for where MLflow cannot be reached an earlier try's results and configuration are to stay.
     parent = start_parent(config.run.experiment, run_id, surroundings(), resumed=bool(os.environ[RESUME_VARIABLE]))
     try:
+        _forget_results(place)
+        write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        _send([folder / "config.yaml"], place)
         with _environment({PARENT_VARIABLE: parent, **_terminal()}):
             report = _execute(config, place, folder, *docker)
         summary = json.loads((report / "summary.json").read_text())

@@ -234,15 +234,11 @@ def load_surgery(folder: Path) -> dict[str, float]:
 
 
 def save_settings(folder: Path, *made_of: Path, **sections: Mapping[str, Any]) -> None:
-    """Write down the sections by which an artifact was made, with those of the artifacts that it was made of.
-
-    Places are left out: the same data lie elsewhere on another machine.
-    """
+    """Write down the sections by which an artifact was made, with those of the artifacts that it was made of."""
     settings: dict[str, Any] = {}
     for ancestor in made_of:
         settings |= load_settings(ancestor)
-    for name, section in sections.items():
-        settings[name] = {key: value for key, value in section.items() if key not in ("weights", "pretrained")}
+    settings |= sections
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 

@@ -15,6 +15,8 @@ Value = str | float | int | bool
 # What of the sections by which a network was made is a parameter of its own: section.key -> the parameter's name.
 _OF_SECTIONS = {
     "dense.model": "network",
+    "dense.weights": "dense_weights",
+    "dense.pretrained": "dense_pretrained",
     "dense.epochs": "dense_epochs",
     "dense.seed": "dense_seed",
     "knockoff.source": "knockoff_source",

@@ -20,8 +20,9 @@ from sklearn.datasets import load_digits
 
 from pipelines.console import Console
 from pipelines.experiments import Mlflow
+from pipelines.local import _workspace, run_locally
 from pipelines.pipeline import compile_pipeline
-from scop import cli, load_model, make_model
+from scop import UserError, cli, load_model, make_model
 from scop.config import Config
 from scop.steps import STEPS
 from tests import services
@@ -302,6 +303,30 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert parent.info.status == "FAILED"
     assert "fewer than a batch" in parent.data.tags["scop.error"]
+
+
+def test_a_run_that_cannot_go_on_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    place = tmp_path / "run"
+    place.mkdir()
+    for name in ("summary.json", "report.html", "config.yaml"):
+        (place / name).write_text("as it was")
+    with pytest.raises(UserError, match="MLflow"):
+        run_locally(Config(), str(tmp_path), "run", resume=str(place))
+    assert {path.read_text() for path in place.iterdir() if path.is_file()} == {"as it was"}
+    assert len([path for path in place.iterdir() if path.is_file()]) == 3
+
+
+def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with (
+        _workspace(str(place), exists=False),
+        pytest.raises(UserError, match=f"run run is still going, by process {os.getpid()}; wait for it"),
+    ):
+        run_locally(Config(), str(tmp_path), "run", resume=str(place))
+    with _workspace(str(place), exists=True):
+        pass
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ EVALUATION: dict[str, Any] = {
     "dense": FIGURES | LATENCY,
     "pruned": FIGURES | LATENCY | {"top1": 0.8, "params": 25, "loss": float("inf")},
     "settings": {
-        "dense": {"model": "resnet20", "epochs": 3, "seed": 0},
+        "dense": {"model": "resnet20", "epochs": 3, "seed": 0, "weights": "a54f0041a9e15b05"},
         "knockoff": {"source": "shuffle", "seed": 0},
         "variant": {"name": "half", "method": "scop", "prune_rate": 0.5, "seed": 0},
         "finetune": {"epochs": 5, "schedule": "cosine", "seed": 0},
@@ -58,7 +58,13 @@ def test_neither_do_those_of_a_variant_with_several() -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("finetune", "schedule", "poly"), ("dense", "epochs", 4), ("knockoff", "lr", 0.1), ("finetune", "compile", True)],
+    [
+        ("finetune", "schedule", "poly"),
+        ("dense", "epochs", 4),
+        ("dense", "weights", "5f0e51a2f4b2b6f8"),
+        ("knockoff", "lr", 0.1),
+        ("finetune", "compile", True),
+    ],
 )
 def test_any_other_setting_does(section: str, key: str, value: object) -> None:
     assert changed(section, key, value).identity != Result.of(EVALUATION).identity

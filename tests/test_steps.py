@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from scop import UserError, load_model
+from scop.artifacts import WEIGHTS, load_settings
 from scop.cli import main
 from scop.manifest import MANIFEST, read_folder
 from scop.steps import STEPS
@@ -231,6 +233,22 @@ def test_an_output_never_overlaps_with_an_input(digits_folder: Path, tmp_path: P
     with pytest.raises(UserError, match="holds 'notes', which no step has written"):
         train_dense(digits_folder, tmp_path / "dense")
     assert load_model(tmp_path / "dense") is not None
+
+
+def test_a_network_is_known_by_the_weights_that_it_was_made_of_wherever_they_lie(
+    digits_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    def made_of(name: str, **settings: object) -> dict[str, object]:
+        train_dense(digits_folder, tmp_path / name, **settings)
+        return load_settings(tmp_path / name)["dense"]
+
+    (tmp_path / "elsewhere").mkdir()
+    same = shutil.copy(model_folder / WEIGHTS, tmp_path / "elsewhere" / "copy.safetensors")
+    first, again = (made_of(n, weights=str(w)) for n, w in (("a", model_folder / WEIGHTS), ("b", same)))
+    trained, started = made_of("c"), made_of("d", pretrained=str(same))
+    other = made_of("e", weights=str(tmp_path / "c" / WEIGHTS))
+    assert first == again
+    assert len({json.dumps(made, sort_keys=True) for made in (first, other, started, trained)}) == 4
 
 
 def test_a_dense_model_is_not_taken_for_a_pruned_one(digits_folder: Path, tmp_path: Path, model_folder: Path) -> None:

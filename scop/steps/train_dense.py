@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from scop.data import Dataset, load_dataset
 from scop.errors import UserError
 from scop.evaluation import count_macs, count_parameters
 from scop.graph import ChannelGraph
+from scop.manifest import sha256_of
 from scop.models import network_for
 from scop.parsing import Section
 from scop.selection import select_channels
@@ -54,7 +56,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             but = f", but for {' and '.join(begun_anew)}, which had other classes" if begun_anew else ""
             print(f"dense: starts from {section.pretrained}{but}", flush=True)
         history = train_supervised(model, dataset, section, context, label="dense")
-    save_settings(outputs.model, dense=section.model_dump(mode="json"))
+    save_settings(outputs.model, dense=_made_by(section, dataset))
     save_model(model, outputs.model, history=history, device=context.device, others=[SETTINGS])
 
     metrics = {
@@ -66,6 +68,15 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     accuracy_text = f", validation top-1 {metrics['validation_top1']:.2%}" if "validation_top1" in metrics else ""
     print(f"dense: {human(metrics['params'])} parameters, {human(metrics['macs'])} MACs{accuracy_text}", flush=True)
     return StepResult(metrics)
+
+
+def _made_by(section: DenseSection, dataset: Dataset) -> dict[str, Any]:
+    """All that the network comes from, but for the images; of files what they hold, for they lie anywhere."""
+    made = section.model_dump(mode="json", exclude={"weights", "pretrained"})
+    for name in ("weights", "pretrained"):
+        if (place := getattr(section, name)) is not None:
+            made[name] = sha256_of(local(place))[:16]
+    return made | {"mean": list(dataset.info.mean), "std": list(dataset.info.std)}
 
 
 def check(model: torch.nn.Module, dataset: Dataset) -> None:
