@@ -466,13 +466,26 @@ class Config(Section):
         return [one for variant in value for one in variant.each_seed]
 
     @model_validator(mode="after")
-    def _variants_fit(self) -> Config:
+    def _labels_differ(self) -> Config:
         labels = [variant.label for variant in self.variants]
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"variants: the name {label!r} is used twice; give them names")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> Config:
         for variant in self.variants:
             finetune_for(self.finetune, variant)
+        return self
+
+
+class ConfigToSelect(Config):
+    """For what does not fine-tune: whether the variants' entries fit section `finetune`, which need not be there, is
+    not looked at."""
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> ConfigToSelect:
         return self
 
 
@@ -486,12 +499,24 @@ def _whole(value: Any) -> Any:
 
 
 def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneSection:
-    """The section `finetune` with a variant's own entries put in."""
-    return parse(FinetuneSection, section.model_dump() | variant.finetune, f"variants ({variant.label}).finetune")
+    """The section `finetune` with a variant's own entries put in, however deep."""
+    values = _put_into(section.model_dump(), variant.finetune)
+    return parse(FinetuneSection, values, f"variants ({variant.label}).finetune")
 
 
-def load_config(path: Path | None, overrides: list[str] | None = None) -> Config:
+def _put_into(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: values[key] for key in changes if isinstance(values.get(key), Mapping)}
+    deeper = {key: _put_into(old, changes[key]) for key, old in both.items() if isinstance(changes[key], Mapping)}
+    return {**values, **changes, **deeper}
+
+
+def load_config(path: Path | None, overrides: list[str] | None = None, kind: type[Config] = Config) -> Config:
     """Read a configuration file, or take the defaults, and put ``section.key=value`` entries in; values are YAML.
+
+    Args:
+        path: of the file.
+        overrides: the entries.
+        kind: what is checked.
 
     Raises:
         UserError: the file is missing or no YAML, or the configuration is bad.
@@ -499,4 +524,4 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> Config
     values = {} if path is None else read_yaml(path)
     for change in overrides or []:
         override(values, change)
-    return parse(Config, values)
+    return parse(kind, values)

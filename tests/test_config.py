@@ -4,7 +4,15 @@ import pytest
 
 from pipelines.presets import FOLDER, find_config
 from scop import UserError
-from scop.config import Config, FinetuneSection, VariantSection, finetune_for, load_config
+from scop.config import (
+    Config,
+    ConfigToSelect,
+    DistillationSection,
+    FinetuneSection,
+    VariantSection,
+    finetune_for,
+    load_config,
+)
 from scop.parsing import parse
 
 
@@ -84,6 +92,17 @@ def test_overrides(tmp_path: Path) -> None:
 def test_a_variants_own_finetuning_wins() -> None:
     section = finetune_for(FinetuneSection(epochs=5, lr=0.1), VariantSection(finetune={"epochs": 7}))
     assert (section.epochs, section.lr) == (7, 0.1)
+    lesson = DistillationSection(weight=0.5, attention=50, attention_until=1)
+    section = finetune_for(
+        FinetuneSection(distillation=lesson), VariantSection(finetune={"distillation": {"weight": 0.9}})
+    )
+    assert section.distillation == lesson.model_copy(update={"weight": 0.9})
+
+
+def test_what_does_not_fine_tune_heeds_no_entries_for_a_section_that_is_not_there() -> None:
+    values = {"variants": [{"name": "v", "finetune": {"distillation": {"mirror": True}}}]}
+    assert "distillation.mirror needs flip: true" in refusal(values)
+    assert parse(ConfigToSelect, values).variants[0].finetune == values["variants"][0]["finetune"]
 
 
 def test_labels_tell_method_and_rate() -> None:
