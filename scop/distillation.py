@@ -12,6 +12,7 @@ training: a network that is too small to do both gives up some of the answers fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -182,12 +183,15 @@ def find_stages(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[
 def _map_sizes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
     """Module -> (height, width) of its feature map, in the order in which they are made."""
     sizes: dict[str, tuple[int, int]] = {}
-    proportions = images.shape[3] / images.shape[2]
+    whole = images.shape[2:]
 
     def note(name: str, _: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4:
             height, width = output.shape[2:]
-            if min(height, width) > 1 and abs(width - proportions * height) <= max(1, proportions) / 2:
+            # Of the images' proportions, but for the pixel by which halvings of odd sizes may be off.
+            smaller = math.sqrt(whole.numel() / max(1, height * width))
+            off = max(abs(height - whole[0] / smaller), abs(width - whole[1] / smaller))
+            if min(height, width) > 1 and off <= 1:
                 sizes[name] = (height, width)
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]

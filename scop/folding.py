@@ -23,15 +23,22 @@ def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype, *, in
         in_place: let activations that work in place go on so: faster, but what a convolution puts out cannot be kept.
     """
     folded = copy.deepcopy(model).float().eval().requires_grad_(False)
-    for name, module in list(folded.named_modules()):
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in folded.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, (name, *others) in names.items():
         # A subclass or a parametrised convolution computes with other weights than those that it holds.
-        plain = type(module) is nn.Conv2d and not parametrize.is_parametrized(module) and not module._forward_pre_hooks
-        if plain and (norm := graph.batch_norm(name)) is not None:
+        held = not parametrize.is_parametrized(module) and not module._forward_pre_hooks
+        if type(module) is nn.Conv2d and held and (norm := graph.batch_norm(name)) is not None:
             batch_norm = folded.get_submodule(norm)
             if not isinstance(batch_norm, _BatchNorm) or not batch_norm.track_running_stats:
                 continue
-            folded.set_submodule(name, fuse_conv_bn_eval(module, batch_norm))
-            folded.set_submodule(norm, nn.Identity())
+            # Under each of their names: who knows by which the forward finds them.
+            fused, nothing = fuse_conv_bn_eval(module, batch_norm), nn.Identity()
+            for place in (name, *others):
+                folded.set_submodule(place, fused)
+            for place in names[batch_norm]:
+                folded.set_submodule(place, nothing)
         if not in_place and getattr(module, "inplace", False):
             module.inplace = False
     for module in folded.modules():

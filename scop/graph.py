@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.nn.utils import parametrize
 from torch_pruning.dependency import index_mapping
 
 from scop.config import ResidualRule
@@ -45,6 +46,27 @@ def _follow_known_reshape(graph: Any, node: Any) -> None:
 
 index_mapping.update_reshape_index_mapping = _follow_known_reshape
 
+_add_to_group = tp.dependency.Group.add_dep
+_TOO_OFTEN = 4
+
+
+def _add_without_circles(group: Any, dep: Any, idxs: Any) -> None:
+    """Torch-Pruning walks in circles where the same channels are joined flattened and pooled: with each round its list
+    of them is some times as long, until memory is full."""
+    layer = dep.target.module
+    if isinstance(layer, nn.Conv2d | nn.Linear) and len(idxs) > _TOO_OFTEN * max(layer.weight.shape[:2]) * _groups(
+        layer
+    ):
+        raise ValueError(f"{layer} has not so many channels")
+    _add_to_group(group, dep, idxs)
+
+
+def _groups(layer: nn.Module) -> int:
+    return int(getattr(layer, "groups", 1))
+
+
+tp.dependency.Group.add_dep = _add_without_circles
+
 RESIDUAL_RULES: tuple[ResidualRule, ...] = get_args(ResidualRule)
 
 Side = Literal["out", "in"]
@@ -57,7 +79,6 @@ _SUPPORTED = {
     _OP.DEPTHWISE_CONV,
     _OP.BN,
     _OP.LINEAR,
-    _OP.PRELU,
     _OP.ELEMENTWISE,
     _OP.CONCAT,
     _OP.RESHAPE,
@@ -119,6 +140,7 @@ class ChannelGraph:
         self.input_shape = tuple(input_shape)
         self._names = {module: name for name, module in self._model.named_modules()}
         self._parameter_names: dict[Any, str] = {p: name for name, p in self._model.named_parameters()}
+        self._tied = _tied(self._model)
         self._pointwise: set[nn.Module] = set()
         self._calls = self._count_calls()
         try:
@@ -143,7 +165,9 @@ class ChannelGraph:
             if isinstance(module, nn.Linear) and output.dim() == 4:
                 self._pointwise.add(module)
 
-        hooks = [m.register_forward_hook(count) for m in self._model.modules() if not list(m.children())]
+        # A parametrised layer has children, which make its weights.
+        layers = (m for m in self._model.modules() if isinstance(m, nn.Conv2d | nn.Linear) or not list(m.children()))
+        hooks = [layer.register_forward_hook(count) for layer in layers]
         try:
             with torch.no_grad():
                 self._model(self._example())
@@ -181,8 +205,8 @@ class ChannelGraph:
             prune = self._dependencies.get_pruner_of_module(module).prune_out_channels
             try:
                 items = list(self._dependencies.get_pruning_group(module, prune, list(range(channels))))
-            except (IndexError, KeyError, ValueError):  # Torch-Pruning loses its way in splits and shuffles
-                refusal = "its channels pass through a split, slice or shuffle that cannot be followed"
+            except (IndexError, KeyError, ValueError):  # Torch-Pruning loses its way
+                refusal = "its channels pass through a split, slice, shuffle or joining that cannot be followed"
                 yield ChannelGroup((self._names[module],), channels, residual=False, refusal=refusal)
                 continue
             seen.update(dep.target.module for dep, _ in items if self._writes(dep))
@@ -228,6 +252,12 @@ class ChannelGraph:
             kind = node.type.name.lower()
             what = f"a {kind}" if name is None else f"{name!r} ({kind})"
             return f"its channels pass through {what}, which is not supported"
+        if module in self._tied:
+            return f"{name!r} has parameters that another layer has too"
+        if parametrize.is_parametrized(module):
+            return f"{name!r} is parametrised"
+        if prelu := next((out.module for out in node.outputs if out.type == _OP.PRELU), None):
+            return f"its channels pass through {self._names[prelu]!r} (prelu), which is not supported"
         if node.type == _OP.RESHAPE and not _flattens(node):
             return "its channels pass through a reshape other than flattening"
         if self._calls.get(module, 1) > 1 and list(module.parameters(recurse=False)):
@@ -293,7 +323,7 @@ class ChannelGraph:
         return out_channels(self._model.get_submodule(conv))
 
     def _groups_of(self, conv: str) -> int:
-        return int(getattr(self._model.get_submodule(conv), "groups", 1))
+        return _groups(self._model.get_submodule(conv))
 
     def batch_norm(self, conv: str) -> str | None:
         """The name of the batch norm that alone reads the convolution's output, or None."""
@@ -310,7 +340,9 @@ class ChannelGraph:
         if len(last.outputs) != 1 or not _is_add(last.outputs[0]) or self._calls.get(last.module) != 1:
             return False
         others = [node for node in last.outputs[0].inputs if node is not last]
-        return len(others) == 1 and self._depth(last) > self._depth(others[0])
+        own = {last.module, self._model.get_submodule(conv)}
+        changeable = not own & self._tied and not any(map(parametrize.is_parametrized, own))
+        return changeable and len(others) == 1 and self._depth(last) > self._depth(others[0])
 
     def _node(self, name: str) -> Any:
         return self._nodes[self._model.get_submodule(name)]
@@ -354,6 +386,15 @@ class ChannelGraph:
             two_sided = isinstance(target, nn.Conv2d | nn.Linear) and not _is_depthwise(target)
             into = two_sided and not self._dependencies.is_out_channel_pruning_fn(dep.handler)
             yield self._names[target], "in" if into else "out", sorted(set(indices))
+
+
+def _tied(model: nn.Module) -> set[nn.Module]:
+    """The layers that share a parameter with another one, which cannot be cut for one of them alone."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
 def _listed(names: list[str]) -> str:

@@ -161,9 +161,12 @@ def gated_layers(graph: ChannelGraph) -> list[str]:
 
     Those that `scatter` prunes, as in the paper, and every member of a coupled group that has none of these, so that
     each rule finds scores.
+
+    Raises:
+        UserError: no rule prunes any.
     """
     gated = {conv for prunable in graph.survey("scatter")[0] for conv in prunable.convs}
-    for prunable in graph.prunable("coupled"):
+    for prunable in graph.survey("coupled")[0] if gated else graph.prunable("coupled"):
         if not gated.intersection(prunable.convs):
             gated.update(prunable.convs)
     return sorted(gated)

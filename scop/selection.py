@@ -240,16 +240,18 @@ class Selection:
                 removed = self._lowest(strength)
             case "knockoff_plus":
                 removed = self._undiscovered(strength)
-        floor = self.variant.floor
         return [
-            self._rounded(c, min(n / c.width, 1 - floor) if c.rate is None else c.rate)
+            self._rounded(c, n / c.width, self.variant.floor) if c.rate is None else self._rounded(c, c.rate)
             for c, n in zip(self.candidates, removed, strict=True)
         ]
 
-    def _rounded(self, candidate: Candidate, rate: float) -> int:
+    def _rounded(self, candidate: Candidate, rate: float, floor: float = 0.0) -> int:
+        width = candidate.width
         per_block = -(-self.variant.min_channels // candidate.blocks)
         round_to = max(1, self.variant.round_to // math.gcd(self.variant.round_to, candidate.blocks))
-        return min(kept_count(candidate.width, rate, round_to, per_block), candidate.width - candidate.gone)
+        least = -(-math.ceil(floor * width - 1e-9) // round_to) * round_to
+        kept = max(kept_count(width, min(rate, 1 - floor), round_to, per_block), least)
+        return min(kept, width - candidate.gone)
 
     def _lowest(self, share: float) -> list[int]:
         """How many of each candidate's channels are the lowest for their price, up to a share of the whole price."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -109,9 +110,21 @@ def prune_exactly(model: nn.Module, plan: ChannelPlan) -> tuple[nn.Module, float
             "mean over channels, or the like); name them in the variant's exclude, or try another residual rule"
         )
     pruned = apply_cuts(copy.deepcopy(model), cuts)
+    _refuse_what_fails_in_training(pruned, plan.input_shape)
     return attach_spec(
         pruned, spec.model_copy(update={"cuts": cuts, "plan": plan, "input_shape": plan.input_shape})
     ), difference
+
+
+@torch.no_grad()
+def _refuse_what_fails_in_training(pruned: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Raise UserError where a scattered branch meets what it cannot pass through, such as a kind of stochastic depth.
+
+    In evaluation, where exactness is measured, there is none.
+    """
+    twin = copy.deepcopy(pruned).cpu().float().train()
+    with torch.random.fork_rng(devices=[]), suppress(RuntimeError, ValueError, TypeError):
+        twin(torch.randn(2, *input_shape))
 
 
 def _culprits(model: nn.Module, graph: ChannelGraph, plan: ChannelPlan) -> list[str]:
@@ -146,6 +159,7 @@ def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
         except AttributeError as error:
             raise UserError(f"layer {name!r} is to be cut but is not in the model") from error
         width = _out_channels(layer)
+        frozen = [name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad]
         try:
             if cut.into:
                 _prune_inputs(layer, cut.into)
@@ -153,6 +167,8 @@ def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
                 _pruner(layer).prune_out_channels(layer, cut.out)
         except (IndexError, RuntimeError) as error:
             raise UserError(f"layer {name!r} does not fit its cut ({error}); is this another network?") from error
+        for parameter in frozen:  # Torch-Pruning makes new ones
+            layer.get_parameter(parameter).requires_grad_(False)
         if cut.scatter:
             _make_scattering(layer, cut.out, width)
     return model
@@ -168,6 +184,9 @@ def regrow(pruned: nn.Module, dense: nn.Module) -> nn.Module:
     assert spec is not None
     # Cut numbers that tell their own places, and they tell where those that stayed came from, whatever the layer.
     numbered = copy.deepcopy(dense).cpu().double()
+    for module in numbered.modules():
+        for name, tensor in module.named_buffers(recurse=False):  # a mask or a table holds no such numbers
+            setattr(module, name, tensor.double())
     for tensor in numbered.state_dict().values():
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
     places, weights = apply_cuts(numbered, spec.cuts).state_dict(), pruned.state_dict()
@@ -233,17 +252,29 @@ class Scattered:
         if getattr(func, "__name__", "") in ("add", "__add__", "__radd__", "__iadd__", "add_") and len(args) == 2:
             branch, stream = args if isinstance(args[0], cls) else reversed(args)
             return branch.added_to(stream)  # not with +, which torch.compile would send here again
-        raise UserError(
-            f"a residual branch passes through {getattr(func, '__name__', func)} before it is added, so it cannot be "
-            "scattered; use residual: inner or coupled"
-        )
+        raise UserError(_passes_through(getattr(func, "__name__", str(func))))
 
     # Stochastic depth, which may stand before the addition, scales whole images: that commutes with scattering.
 
-    def __mul__(self, noise: Tensor) -> Scattered:
-        if noise.dim() > 1 and noise.shape[1] != 1:
-            raise TypeError("a scattered branch can only be scaled image by image")
+    def __mul__(self, noise: Tensor | float) -> Scattered:
+        if isinstance(noise, Tensor) and noise.dim() > 1 and noise.shape[1] != 1:
+            raise UserError(_passes_through("a product with a feature map"))
         return Scattered(self.values * noise, self.places, self.spread)
+
+    def __truediv__(self, share: Tensor | float) -> Scattered:
+        return self * (1 / share)
+
+    div = __truediv__
+
+    def new_empty(self, *size: Any, **options: Any) -> Tensor:
+        """As a tensor's, for the noise."""
+        return self.values.new_empty(*size, **options)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _UnknownToScatteredError(_passes_through(name))
 
     @property
     def shape(self) -> torch.Size:
@@ -260,6 +291,17 @@ class Scattered:
     @property
     def device(self) -> torch.device:
         return self.values.device
+
+
+def _passes_through(what: str) -> str:
+    return (
+        f"a residual branch passes through {what} before it is added, so it cannot be scattered; use residual: inner "
+        "or coupled"
+    )
+
+
+class _UnknownToScatteredError(UserError, AttributeError):
+    """For who asks whether there is such an attribute it is what they expect."""
 
 
 class _Scattering:

@@ -46,6 +46,17 @@ def test_a_regrown_network_is_the_pruned_one_and_has_zeros_where_channels_went(n
     assert torch.equal(again(images), pruned(images))
 
 
+def test_a_regrown_network_has_its_masks_and_tables_back() -> None:
+    model = make_model("resnet20")
+    model.register_buffer("mask", torch.arange(400) % 3 == 0)
+    model.register_buffer("table", (torch.arange(400) % 251).to(torch.uint8))
+    pruned = prune(model, select_channels(model, method="l1", prune_rate=0.5, input_shape=(3, 16, 16)))
+    grown = regrow(pruned, model)
+    for name in ("mask", "table"):
+        assert torch.equal(grown.get_buffer(name), model.get_buffer(name))
+        assert grown.get_buffer(name).dtype == model.get_buffer(name).dtype
+
+
 @pytest.mark.parametrize(
     ("method", "selection"),
     [

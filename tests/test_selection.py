@@ -39,6 +39,14 @@ def test_how_many_channels_stay(channels: int, rate: float, round_to: int, minim
     assert kept_count(channels, rate, round_to, minimum) == kept
 
 
+def test_a_layer_keeps_its_share_however_counts_are_rounded() -> None:
+    model = nn.Sequential(*(nn.Conv2d(*ends, 1) for ends in ((3, 48), (48, 144), (144, 20), (20, 8))))
+    for floor, kept in ((0.25, [16, 40, 8]), (0.5, [24, 72, 16])):
+        variant = {"selection": "global", "prune_rate": 0.95, "round_to": 8, "floor": floor}
+        plan = select_channels(model, method="l1", input_shape=(3, 4, 4), **variant)
+        assert [len(channels) for channels in plan.kept.values()] == kept
+
+
 def candidate(scores: list[float], blocks: int = 1, errors: list[float] | None = None) -> Candidate:
     prunable = Prunable(("conv",), len(scores), blocks, scatter=False)
     own = None if errors is None else torch.tensor(errors).view(blocks, -1)

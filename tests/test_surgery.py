@@ -152,6 +152,55 @@ def test_a_branch_with_stochastic_depth_is_scattered_in_training_too() -> None:
     assert pruned(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
+class Noisy(nn.Module):
+    """A residual block with stochastic depth as timm and the older repositories write it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.stem = kind, nn.Conv2d(3, 16, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1))
+        self.head = nn.Linear(16, 10)
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (len(x), 1, 1, 1)
+        if not self.training:
+            return x
+        if self.kind == "new_empty":
+            return x * x.new_empty(shape).bernoulli_(0.8).div_(0.8)
+        if self.kind == "div":
+            return x.div(0.8) * (0.8 + torch.rand(shape, dtype=x.dtype, device=x.device)).floor_()
+        return x.clamp(max=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.dropped(self.block(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["new_empty", "div"])
+def test_other_forms_of_stochastic_depth_are_scattered_too(kind: str) -> None:
+    model = Noisy(kind)
+    pruned = prune(model, select_channels(model, method="l1", input_shape=(3, 8, 8))).train()
+    state = torch.get_rng_state()
+    assert pruned(torch.randn(64, 3, 8, 8)).shape == (64, 10)
+    torch.set_rng_state(state)
+    prune(model, select_channels(model, method="l1", input_shape=(3, 8, 8)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_branch_meets_in_training_alone_is_refused_before_it() -> None:
+    model = Noisy("clamp")
+    with pytest.raises(UserError, match="a residual branch passes through clamp before it is added"):
+        prune(model, select_channels(model, method="l1", input_shape=(3, 8, 8)))
+
+
+def test_what_was_frozen_stays_so() -> None:
+    model = make_model("resnet20").requires_grad_(False)
+    model.fc.requires_grad_(True)
+    for rule in RESIDUAL_RULES:
+        pruned = prune(model, select_channels(model, method="l1", residual=rule, input_shape=(3, 8, 8)))
+        assert [name for name, p in pruned.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
 def test_exactness_sees_a_network_that_cannot_be_pruned_exactly() -> None:
     model = Offset(in_channels=3)
     plan = select_channels(model, method="l1", input_shape=(3, 8, 8))

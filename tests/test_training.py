@@ -246,7 +246,8 @@ def test_the_teacher_is_folded_where_it_can_be_and_stays_as_it_was(model: nn.Mod
 
 def test_stages_end_where_the_resolution_does() -> None:
     model = make_model("resnet20")
-    assert find_stages(model, model, torch.zeros(2, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
+    for size in ((32, 32), (33, 32), (60, 45), (28, 100), (135, 240)):
+        assert find_stages(model, model, torch.zeros(2, 3, *size)) == ["layer1", "layer2", "layer3"]
 
 
 def test_maps_that_have_no_place_for_both_are_no_stages() -> None:

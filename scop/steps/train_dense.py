@@ -15,6 +15,7 @@ from scop.data import Dataset, load_dataset
 from scop.errors import UserError
 from scop.evaluation import count_macs, count_parameters
 from scop.graph import ChannelGraph
+from scop.knockoff import gated_layers
 from scop.manifest import sha256_of
 from scop.models import network_for
 from scop.parsing import Section
@@ -86,13 +87,21 @@ def check(model: torch.nn.Module, dataset: Dataset) -> None:
         UserError: the network does not run on these images, answers for other classes, or cannot be pruned.
     """
     info = dataset.info
-    ChannelGraph(model, info.shape).prunable("coupled")
+    gated_layers(ChannelGraph(model, info.shape))
     try:
         prune(model, select_channels(model, method="random", input_shape=info.shape))
     except UserError as error:  # other variants may do
         print(f"warning: with a variant's defaults this network cannot be pruned: {error}", flush=True)
+    network, images = copy.deepcopy(model).eval(), torch.zeros(2, *info.shape)
     with torch.no_grad():
-        logits = copy.deepcopy(model).eval()(torch.zeros(2, *info.shape))
+        logits = network(images)
+        try:
+            network.to(memory_format=torch.channels_last)(images)
+        except RuntimeError as error:
+            raise UserError(
+                "the model does not run where channels lie last in memory, as they do in training: in its forward, "
+                f"take .reshape or .flatten for .view ({str(error).splitlines()[0]})"
+            ) from error
     if isinstance(logits, torch.Tensor) and logits.shape == (2, len(info.classes)):
         return
     got = "x".join(map(str, logits.shape)) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
