@@ -69,6 +69,46 @@ class Offset(nn.Module):
         return self.head(self.last(torch.sigmoid(self.norm(self.conv(x)))).mean((2, 3)))
 
 
+class View(Plain):
+    """A forward that takes its feature maps to lie in memory channel by channel."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__(num_classes, in_channels)
+        self.head = nn.Linear(32 * 2 * 2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.third(torch.relu(self.second(torch.relu(self.first(x))))))
+        return self.head(x.view(len(x), -1))
+
+
+class Aliased(Plain):
+    """Layers that have two names, of which the forward uses the second ones."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__(num_classes, in_channels)
+        layers = [self.first, self.first_norm, nn.ReLU(), self.second, self.second_norm, nn.ReLU()]
+        self.features = nn.Sequential(*layers, self.third, self.third_norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class OneConvolutionBlocks(nn.Module):
+    """Residual blocks of one convolution, on a stream that a group norm reads: only their ends can be pruned."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.norm, self.head = nn.GroupNorm(4, 16), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(torch.relu(x))
+        return self.head(torch.relu(self.norm(x)).mean((2, 3)))
+
+
 class OnlyLinear(nn.Module):
     """A network without convolutions."""
 

@@ -16,6 +16,7 @@ from scop import UserError, load_model
 from scop.artifacts import WEIGHTS, load_settings
 from scop.cli import main
 from scop.manifest import MANIFEST, read_folder
+from scop.scores import Scores
 from scop.steps import STEPS
 from scop.steps.runtime import run_step
 from scop.steps.step import find_step
@@ -183,6 +184,7 @@ def test_inputs_and_outputs_are_checked_before_any_work(
         ({"dense": TINY | {"batch_size": 5000}}, dataset, out, "1295 training images are fewer than a batch"),
         ({"dense": TINY | {"weights": "no.pt"}}, dataset, out, "weights no.pt do not exist"),
         ({"dense": TINY | {"model": "tests.helpers:OnlyLinear"}}, dataset, out, "no prunable layer .*no convolution"),
+        ({"dense": TINY | {"model": "tests.helpers:View"}}, dataset, out, r"take \.reshape or \.flatten for \.view"),
         ({"dense": TINY | {"arguments": {"num_classes": 7}}}, dataset, out, "with 2x7; 2x10 logits are needed"),
         ({"dense": TINY | {"model": "torchvision:resnet18"}}, dataset, out, "set data.channels: 3"),
     ):
@@ -249,6 +251,18 @@ def test_a_network_is_known_by_the_weights_that_it_was_made_of_wherever_they_lie
     other = made_of("e", weights=str(tmp_path / "c" / WEIGHTS))
     assert first == again
     assert len({json.dumps(made, sort_keys=True) for made in (first, other, started, trained)}) == 4
+
+
+@pytest.mark.parametrize("score", ["fisher", "published"])
+@pytest.mark.parametrize("model", ["Aliased", "OneConvolutionBlocks"])
+def test_unusual_networks_have_scores(model: str, score: str, digits_folder: Path, tmp_path: Path) -> None:
+    train_dense(digits_folder, tmp_path / "dense", model=f"tests.helpers:{model}")
+    inputs = {"dataset": str(digits_folder), "dense": str(tmp_path / "dense")}
+    knockoff = {"score": score, "epochs": 1, "batch_size": 64}
+    run_step("train_knockoff", {"knockoff": knockoff}, inputs, {"scores": str(tmp_path / "scores")})
+    found = Scores.load(tmp_path / "scores" / "scores.safetensors")
+    assert found.keys() == ({"first", "second", "third"} if model == "Aliased" else {"blocks.0", "blocks.1"})
+    assert all(scores.unique().numel() > len(scores) // 2 for scores in found.values())
 
 
 def test_a_dense_model_is_not_taken_for_a_pruned_one(digits_folder: Path, tmp_path: Path, model_folder: Path) -> None:
