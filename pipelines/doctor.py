@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import platform
 import shutil
@@ -199,7 +200,7 @@ def _kfp(host: str) -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(url), timeout=10) as answer:
             return f"{host} answers ({answer.status})"
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise UserError(
             f"{host} does not answer ({error}); check the address, or port-forward to ml-pipeline"
         ) from error

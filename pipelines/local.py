@@ -116,6 +116,8 @@ def run_locally(
     """
     started = time.monotonic()
     config = _with_absolute_paths(config)
+    if not storage.is_uri(out) and ("://" in out or out.startswith("s3:")):
+        raise UserError(f"--out {out} is neither a folder nor an s3:// URI")
     _refuse_what_is_missing(config)
     if image is not None:
         os.environ[IMAGE_VARIABLE] = image  # what the components are compiled with
@@ -126,13 +128,14 @@ def run_locally(
     place = resume or storage.join(out, f"{config.run.name or name}-{own}")
     if resume and (running := containers_of(place.rpartition("/")[2])):
         raise UserError(f"a step of this run still runs, in container {running[0]}; wait for it, or: docker stop it")
+    tracking = _tracking(config, out)
     with _workspace(place, resume is not None) as folder:
         run_id, count = place.rpartition("/")[2], len(config.variants)
         print(f"run {run_id}{' goes on' if resume else ''}: {count} variant(s), everything in {place}", flush=True)
         surroundings = _surroundings(config, out, place, folder, resume is not None)
         if image is not None:
             surroundings[IMAGE_ID_VARIABLE] = image_id(image) or ""
-        with _environment(_tracking(config, out) | surroundings):
+        with _environment(tracking | surroundings):
             return _run_tracked(config, place, folder, (image, gpus), started)
 
 
@@ -171,7 +174,15 @@ def _tracking(config: Config, out: str) -> dict[str, str]:
     variables = {}
     if not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
         base = Path("runs").absolute() if storage.is_uri(out) else Path(out)
-        base.mkdir(parents=True, exist_ok=True)
+        if set("%?") & set(str(base)):
+            raise UserError(
+                f"MLflow's database cannot lie in {base}: % and ? mean something else in its address; take another "
+                "folder, or name a server by MLFLOW_TRACKING_URI"
+            )
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"folder {base}, for MLflow's database, cannot be made: {error.strerror}") from error
         uri = variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{base / 'mlflow.db'}"
     artifacts = config.run.artifact_root
     if artifacts is None and storage.is_uri(out) and uri.startswith("sqlite:"):

@@ -52,7 +52,10 @@ def dense_of(config: Config) -> Dense:
     Raises:
         UserError: there are no images to tell their shape, or no such network.
     """
-    shape, classes = peek(config.data)
+    data = config.data
+    if data.path is not None:
+        data = data.model_copy(update={"path": str(local(data.path))})
+    shape, classes = peek(data)
     torch.manual_seed(config.dense.seed)
     model = network_for(config.dense, shape, classes)
     if config.dense.weights is not None:

@@ -104,7 +104,7 @@ def _select(options: argparse.Namespace) -> None:
     plan = select.plan_of(dense, variant)
     select.print_plan(dense, plan, variant)
     if options.output and not options.dry_run:
-        select.save(plan, options.output)
+        _written("--output", options.output, lambda path: select.save(plan, path))
         print(f"plan: {options.output}")
 
 

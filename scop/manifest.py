@@ -180,5 +180,8 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file such that a reader sees the old one or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _without_doubles())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -107,6 +108,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _without_doubles() -> Any:
+    """YAML's safe loader, but that it refuses a mapping which has a key twice, of which it would heed the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is there twice", problem_mark=node.start_mark)
+        found: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+        return found
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader
+
+
 def override(values: dict[str, Any], change: str) -> None:
     """Put a ``section.key=value`` entry into a configuration's values; raises UserError where there is no place."""
     import yaml
@@ -114,12 +134,13 @@ def override(values: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise UserError(f"--set {change!r} must have the form section.key=value")
-    *parents, last = key.split(".")
+    parts = key.split(".")
+    last = parts[-1]
     target: Any = values
     try:
-        for part in parents:
+        for part, following in pairwise(parts):
             if isinstance(target, dict) and target.get(part) is None:  # left out, or said to be none
-                target[part] = {}
+                target[part] = [{}] if following == "0" else {}
             target = target[int(part) if isinstance(target, list) else part]
         target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
     except (ValueError, IndexError, TypeError, AttributeError) as error:

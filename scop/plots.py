@@ -17,8 +17,10 @@ _KEPT, _REMOVED = "#2563a8", "#d5dbe3"
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a class may be called $10_$20
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,6 +28,7 @@ from scop.errors import UserError
 from scop.progress import progress
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
+_OTHER_IMAGES = {".avif", ".bmp", ".gif", ".heic", ".jp2", ".jxl", ".ppm", ".tif", ".tiff", ".webp"}
 _SPLIT_NAMES = {
     "train": "train",
     "val": "validation",
@@ -37,6 +38,8 @@ _SPLIT_NAMES = {
 }
 _CHUNK = 512
 _ORIENTATION = 0x0112
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error)
+"""What Pillow raises at damaged files."""
 
 
 def load_source(section: DataSection) -> Dataset:
@@ -182,6 +185,10 @@ def _stack(by_class: list[list[np.ndarray]]) -> Split:
 
 def _place(name: str, path: Path) -> tuple[str, str]:
     """(split, class) of a member's path: it ends in SPLIT/CLASS/FILE, or is CLASS/FILE, which is for training."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: the name {name!a} is not in UTF-8; rename it") from error
     parts = PurePosixPath(name).parts
     if len(parts) == 2 and parts[0] not in _SPLIT_NAMES:
         return "train", parts[0]
@@ -198,25 +205,33 @@ class _Decoder:
 
     def __init__(self, size: int | None, channels: int | None) -> None:
         self.size, self.channels = size, channels
+        self.guessed = channels is None
         self.shape: tuple[int, int] | None = (size, size) if size else None
 
     def settle(self, name: str, encoded: bytes) -> None:
         """Take from the first image what the configuration leaves open."""
         image = self._open(name, encoded)
-        self.shape = self.shape or (image.height, image.width)
-        self.channels = self.channels or (1 if image.mode[:1] in ("1", "L", "I") else 3)
+        across = self._orientation(name, image) >= 5  # turned by a quarter
+        self.shape = self.shape or ((image.width, image.height) if across else (image.height, image.width))
+        self.channels = self.channels or (1 if _is_grey(image.mode) else 3)
 
     def __call__(self, name: str, encoded: bytes) -> np.ndarray:
         from PIL import Image, ImageOps
 
         image = self._open(name, encoded)
+        if self.guessed and self.channels == 1 and not _is_grey(image.mode):
+            raise UserError(
+                f"image {name!r} has colour but the first one is grey; set data.channels, to 3 or to 1, to bring all "
+                "to one kind"
+            )
+        turned = self._orientation(name, image) != 1
         try:
-            if image.getexif().get(_ORIENTATION, 1) != 1:
+            if turned:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits; converting would cut off at 255
                 image = image.point(lambda value: value / 256)
             image = image.convert("RGB" if self.channels == 3 else "L")
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        except _UNREADABLE as error:
             raise UserError(f"image {name!r} cannot be decoded ({error})") from error
         if self.size:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
@@ -230,6 +245,13 @@ class _Decoder:
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     @staticmethod
+    def _orientation(name: str, image) -> int:  # type: ignore[no-untyped-def]
+        try:
+            return int(image.getexif().get(_ORIENTATION, 1))
+        except _UNREADABLE as error:
+            raise UserError(f"image {name!r} cannot be decoded ({error})") from error
+
+    @staticmethod
     def _open(name: str, encoded: bytes):  # type: ignore[no-untyped-def]
         from PIL import Image, UnidentifiedImageError
 
@@ -237,6 +259,11 @@ class _Decoder:
             return Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG"))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"image {name!r} cannot be decoded: it is no JPEG or PNG file") from error
+
+
+def _is_grey(mode: str) -> bool:
+    """Whether an image of this mode of Pillow's has no colour: 1, L, LA, I and I;16."""
+    return mode[:1] in ("1", "L", "I") and mode != "LAB"
 
 
 def _existing(section: DataSection) -> Path:
@@ -258,12 +285,22 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    for file in sorted(path.rglob("*")):
-        if _is_image(file.name) and file.is_file():
+    for file in sorted(_files_below(path, set())):
+        if file.is_file() and _is_image(file.relative_to(path).as_posix()):
             try:
                 yield file.relative_to(path).as_posix(), file.read_bytes()
             except OSError as error:
                 raise UserError(f"image {file} cannot be read: {error.strerror}") from error
+
+
+def _files_below(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """All files, by way of links to folders too, but for those that lead back up."""
+    own = folder.resolve()
+    for entry in folder.iterdir() if own not in above else ():
+        if entry.is_dir():
+            yield from _files_below(entry, above | {own})
+        else:
+            yield entry
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -290,9 +327,17 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_image(name: str) -> bool:
-    """Whether a path names an image; the shadows that macOS puts into archives do not."""
+    """Whether a path names an image; the shadows that macOS puts into archives do not.
+
+    Raises:
+        UserError: it names one of a kind that is not read; left out, its class might vanish without a word.
+    """
     path = PurePosixPath(name)
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith("._") and "__MACOSX" not in path.parts
+    if path.name.startswith("._") or "__MACOSX" in path.parts:
+        return False
+    if path.suffix.lower() in _OTHER_IMAGES:
+        raise UserError(f"image {name!r} is neither JPEG nor PNG, and no other kind is read; convert it, or remove it")
+    return path.suffix.lower() in _SUFFIXES
 
 
 def _refuse_escape(path: Path, name: str) -> None:

@@ -203,7 +203,7 @@ def fetch_tree(uri: str) -> Path:
     """
     source = Location.parse(uri)
     title = check_name(source.key.rpartition("/")[2] or source.bucket)
-    found = {name: entry for name, entry in listing(source).items() if not name.endswith("/")}
+    found = {name: entry for name, entry in listing(source).items() if name and not name.endswith("/")}
     if not found:
         raise UserError(f"{uri} does not exist: there is neither an object nor a prefix of that name")
     for name in found:

@@ -78,6 +78,9 @@ def test_overrides(tmp_path: Path) -> None:
     (variant,) = load_config(path, ["variants.0.budget.macs=0.5"]).variants
     assert variant.budget is not None
     assert variant.budget.macs == 0.5
+    path.write_text("finetune: {epochs: 2}\n")
+    assert load_config(path, ["variants.0.prune_rate=0.3"]).variants[0].prune_rate == 0.3
+    path.write_text("variants:\n  - {name: a, prune_rate: 0.2}\n")
     for override, message in (
         ("finetune.epochs", "must have the form section.key=value"),
         ("variants.7.prune_rate=0.3", "there is no such entry"),
@@ -113,7 +116,13 @@ def test_labels_tell_method_and_rate() -> None:
 
 def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    for content, message in (("a: [", "is not valid YAML"), ("- 1", "must hold a mapping of sections, not list")):
+    for content, message in (
+        ("a: [", "is not valid YAML"),
+        ("- 1", "must hold a mapping of sections, not list"),
+        ("finetune: {epochs: 1}\nfinetune: {lr: 0.1}", "'finetune' is there twice"),
+        ("finetune: {epochs: 1, epochs: 2}", "'epochs' is there twice"),
+        ("[1]: 2", "is not valid YAML"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             load_config(path)

@@ -208,6 +208,61 @@ def test_sixteen_bit_images_and_turned_ones_are_read_as_they_look(tmp_path: Path
     assert by_name["turned"][0, 0].max() < 50
 
 
+def test_a_first_image_that_lies_on_its_side_is_read_as_it_looks(tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (12, 8)).save(tmp_path / name / f"{number}.jpg", exif=exif)
+    assert load_source(section(tmp_path)).info.shape == (3, 12, 8)
+    assert peek(section(tmp_path)) == ((3, 12, 8), 3)
+
+
+def test_classes_behind_links_are_read_and_circles_are_not(folder: Path, tmp_path: Path) -> None:
+    away = tmp_path / "large disk" / "cat"
+    away.parent.mkdir()
+    (folder / "train" / "cat").rename(away)
+    (folder / "train" / "cat").symlink_to(away)
+    (away / "up").symlink_to(folder)
+    assert load_source(section(folder)).info.counts == {"train": 24, "validation": 6, "test": 12}
+
+
+def test_images_that_are_not_read_are_named_and_not_left_out(folder: Path) -> None:
+    other = (folder / "train" / "cat" / "0003.png").rename(folder / "train" / "cat" / "0003.webp")
+    with pytest.raises(UserError, match=r"image 'train/cat/0003\.webp' is neither JPEG nor PNG"):
+        load_source(section(folder))
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        archive.write(other, "train/cat/0003.webp")
+    with pytest.raises(UserError, match=r"image 'train/cat/0003\.webp' is neither JPEG nor PNG"):
+        load_source(section(folder.with_suffix(".zip")))
+    other.unlink()
+    assert load_source(section(folder)).info.counts["train"] == 24 - 1
+
+
+def test_colour_is_not_lost_because_the_first_image_has_none(folder: Path) -> None:
+    from PIL import Image
+
+    first = folder / "test" / "ant" / "0000.png"
+    Image.open(first).convert("L").save(first)
+    with pytest.raises(UserError, match=r"image 'test/ant/0001\.png' has colour but the first one is grey; set data"):
+        load_source(section(folder))
+    assert load_source(section(folder, channels=3)).info.shape == (3, 8, 8)
+    assert load_source(section(folder, channels=1)).info.shape == (1, 8, 8)
+
+
+def test_a_name_that_is_not_in_utf_8_is_refused(tmp_path: Path, folder: Path) -> None:
+    member = tarfile.TarInfo(b"train/gar\xe7on/1.png".decode("utf-8", "surrogateescape"))
+    image = (folder / "test" / "ant" / "0000.png").read_bytes()
+    member.size = len(image)
+    with tarfile.open(tmp_path / "old.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(image))
+    with pytest.raises(UserError, match=r"the name 'train/gar\\udce7on/1\.png' is not in UTF-8; rename it"):
+        load_source(section(tmp_path / "old.tar"))
+
+
 def test_what_macos_adds_to_archives_is_passed_over(folder: Path) -> None:
     with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
         for file in sorted(folder.rglob("*.png")):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.doctor import _kfp
+from scop import UserError
 from scop.mlflow_server import shown
 from tests import services
 
@@ -73,6 +75,12 @@ def test_each_thing_that_is_missing_is_named_with_its_remedy(servers: dict[str, 
     assert "hidden-password" not in str(lines)
     assert "gone.pt does not exist; mend it with --set dense.weights=PLACE" in lines["weights"]
     assert "port-forward" in lines["KFP"]
+
+
+def test_an_address_that_is_none_is_told_in_a_line() -> None:
+    for host in ("http://localhost:abc", "http://local host"):
+        with pytest.raises(UserError, match=f"{host} does not answer"):
+            _kfp(host)
 
 
 def test_wrong_credentials_are_named(servers: dict[str, str], tmp_path: Path) -> None:

@@ -318,6 +318,19 @@ def test_a_run_that_cannot_go_on_keeps_what_it_has(tmp_path: Path, monkeypatch: 
     assert len([path for path in place.iterdir() if path.is_file()]) == 3
 
 
+def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("gs://bucket/runs", "--out gs://bucket/runs is neither a folder nor an s3:// URI"),
+        (str(tmp_path / "50%20off"), "% and [?] mean something else in its address"),
+        (str(tmp_path / "file"), "file.*cannot be made"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_locally(Config(), out, "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
     place = tmp_path / "run"
     with (

@@ -57,6 +57,10 @@ def test_a_runs_scores_are_selected_from_under_other_settings(scored: Path, tmp_
     assert "plan: " in capsys.readouterr().out
     plan = ChannelPlan.load(tmp_path / "plan.json")
     assert plan.selection == "global"
+    assert select(str(scored), "--output", str(tmp_path), *changes) == 2
+    assert f"--output {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert not [path for path in tmp_path.parent.iterdir() if path.suffix == ".part"]
     assert json.loads((tmp_path / "plan.json").read_text())["method"] == "scop"
     assert select("scored", "--runs", str(scored.parent), "--variant", "l1-0.45", "--dry-run") == 0
     assert "l1-0.45: " in capsys.readouterr().out

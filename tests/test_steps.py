@@ -16,6 +16,7 @@ from scop import UserError, load_model
 from scop.artifacts import WEIGHTS, load_settings
 from scop.cli import main
 from scop.manifest import MANIFEST, read_folder
+from scop.plots import confusion_matrix
 from scop.scores import Scores
 from scop.steps import STEPS
 from scop.steps.runtime import run_step
@@ -215,6 +216,26 @@ def test_foreign_files_beside_an_artifact_are_not_touched_whatever_their_kind(
     (tmp_path / "dense" / ".step.json.17.part").write_text("{")  # of a step that was killed
     train_dense(digits_folder, tmp_path / "dense")
     assert not (tmp_path / "dense" / ".step.json.17.part").exists()
+
+
+def test_a_tilde_means_the_same_for_all_that_a_step_writes(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    train_dense(digits_folder, Path("~/dense"))
+    assert not (tmp_path / "~").exists()
+    assert (tmp_path / "home" / "dense" / "step.json").exists()
+    assert load_model(tmp_path / "home" / "dense") is not None
+
+
+def test_how_many_checkpoints_are_kept_must_be_a_number(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SCOP_KEEP_CHECKPOINTS", "all")
+    with pytest.raises(UserError, match="SCOP_KEEP_CHECKPOINTS is 'all'; it must be a number of checkpoints"):
+        train_dense(digits_folder, tmp_path / "dense")
+
+
+def test_a_class_may_be_called_like_a_formula(tmp_path: Path) -> None:
+    confusion_matrix([[3, 1], [0, 2]], ["$10_$20", "a^b$"], tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
 def test_an_output_that_cannot_be_written_is_named(digits_folder: Path, tmp_path: Path) -> None:

@@ -131,6 +131,16 @@ def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path) -> No
         read_folder(tmp_path / "here")
 
 
+def test_a_folders_marker_as_the_aws_console_makes_it_is_no_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(f"{bucket}/pictures/ant/1.png", b"image")
+    # The server of these tests keeps objects as files, and cannot have one that is called like a folder.
+    found = storage.listing
+    marker = {"": {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"', "Size": 0}}
+    monkeypatch.setattr(storage, "listing", lambda source: marker | found(source))
+    folder = storage.fetch_tree(f"{bucket}/pictures")
+    assert [path.name for path in folder.rglob("*")] == ["ant", "1.png"]
+
+
 def test_steps_take_uris_for_data_weights_inputs_and_outputs(
     bucket: str, model_folder: Path, tmp_path: Path, trained
 ) -> None:

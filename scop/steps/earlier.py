@@ -37,10 +37,17 @@ def kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
     return None
 
 
+def _how_many() -> int:
+    text = os.environ.get(KEEP_VARIABLE, "2")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{KEEP_VARIABLE} is {text!r}; it must be a number of checkpoints, 1 or more")
+    return int(text)
+
+
 def checkpoints_of(record: StepRecord, output: str) -> Checkpoints:
     """Those of this very work: under SCOP_CHECKPOINTS, or else beside the output."""
     fingerprint = record.fingerprint
-    own, keep = f"{record.step}-{fingerprint[:32]}", int(os.environ.get(KEEP_VARIABLE, "2"))
+    own, keep = f"{record.step}-{fingerprint[:32]}", _how_many()
     if place := os.environ.get(CHECKPOINTS_VARIABLE):
         return Checkpoints(storage.join(place, own), fingerprint, keep)
     if storage.is_uri(output):

@@ -90,6 +90,7 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         UserError: anything about the configuration or the inputs is wrong.
     """
     step = find_step(name)
+    inputs, outputs = each(inputs, lambda _, place: absolute(place)), each(outputs, lambda _, place: absolute(place))
     processes = wanted(name)
     settings = parse(step.Config, config)
     inputs = check(name, "input", step.Inputs, inputs)
