@@ -159,31 +159,33 @@ def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, V
 
     A step that KFP took from its cache has no record in this run. What `compare` was given tells of all variants.
     """
+    evaluations, exports = (_made(records, step) for step in ("evaluate", "export"))
+    owners = {evaluation: name for name, evaluation in evaluations.items()}
+    # Those of an earlier try's last step first, and then what the steps have made since.
     given = next((record for record in reversed(records) if record.step == "compare"), None)
-    if given is not None:
-        evaluations, exports = (_places(given, name) for name in ("evaluations", "exports"))
-    else:
-        evaluations, exports = (_made(records, step) for step in ("evaluate", "export"))
-        both = evaluations.keys() & exports.keys()
-        evaluations, exports = ({k: v for k, v in found.items() if k in both} for found in (evaluations, exports))
+    pairs = {} if given is None else dict(zip(*(_places(given, n) for n in ("evaluations", "exports")), strict=True))
+    pairs |= {evaluation: exports[name] for name, evaluation in evaluations.items() if name in exports}
     whole: dict[str, VariantResult] = {}
-    broken: dict[str, str] = {}
-    for name, evaluation in evaluations.items():
+    broken: dict[str | None, str] = {}
+    for evaluation, exported in pairs.items():
         try:
-            folders = storage.local_folder(evaluation, "evaluation"), storage.local_folder(exports[name], "model")
-            (result,) = read_results([(folders[0], evaluation)], [(folders[1], exports[name])])
+            folders = storage.local_folder(evaluation, "evaluation"), storage.local_folder(exported, "model")
+            (result,) = read_results([(folders[0], evaluation)], [(folders[1], exported)])
             whole[result.name] = result
         except UserError as error:  # a pod that was killed while its artifact was uploaded
-            broken[name] = str(error)
-    begun = dict.fromkeys(record.variant for record in records if record.variant is not None)
-    wanted = dict.fromkeys([*_configured(place), *begun])
+            broken[owners.get(evaluation)] = str(error)
+    wanted = _configured(place)
+    if wanted:
+        whole = {name: result for name, result in whole.items() if name in wanted}
+    else:
+        wanted = list(dict.fromkeys(record.variant for record in records if record.variant is not None))
     return whole, {name: broken.get(name) or _reason(name, records) for name in wanted if name not in whole}
 
 
-def _places(record: StepRecord, name: str) -> dict[str, str]:
-    """An input's places, numbered."""
+def _places(record: StepRecord, name: str) -> list[str]:
+    """Those of an input."""
     uri = record.inputs[name].uri
-    return {str(number): place for number, place in enumerate([uri] if isinstance(uri, str) else uri)}
+    return [uri] if isinstance(uri, str) else uri
 
 
 def _made(records: Sequence[StepRecord], step: str) -> dict[str, str]:

@@ -36,9 +36,13 @@ def _is_run(place: str) -> bool:
 
 def records_of(run: str) -> list[StepRecord]:
     """Of all steps of a run that began, in the order in which they did."""
-    files = [name for name in storage.names(run) if name.endswith(f"/{RECORD}") or name == RECORD]
-    places = [storage.join(run, file) for file in files]
-    records = [StepRecord.parse(storage.read(place) or b"", place) for place in places]
+    run = run.rstrip("/")
+    records = []
+    for file in storage.names(run):
+        folder, _, name = file.rpartition("/")
+        if name == RECORD:
+            place = storage.join(run, file)
+            records.append(StepRecord.parse(storage.read(place) or b"", place).found_in(run, folder))
     return sorted(records, key=lambda record: record.started or "")
 
 

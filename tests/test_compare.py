@@ -1,6 +1,7 @@
 """`scop compare`: the page of a sweep, from the artifacts that its steps left in S3, also where a variant failed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from pipelines.compare import compare
 from pipelines.runs import find_record
+from pipelines.select import dense_of_run
 from scop import UserError, cli, storage
 from scop.steps.runtime import run_step
 
@@ -98,6 +100,60 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
     assert cli.main(["compare", second.place, "--json", str(tmp_path / "summary.json")]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [variant["name"] for variant in summary["variants"]] == ["half", "failing"]
+
+
+@pytest.fixture(scope="module")
+def grown(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose last step saw one variant; another one has been made since, and a third one has failed."""
+    run = Run(str(tmp_path_factory.mktemp("grown")), "run", digits_folder)
+    run.step("train_dense", {"dense": DENSE}, {"dataset": run.dataset}, "model")
+    dense, scores = run.at("train_dense", "all", "model"), run.at("train_knockoff", "all", "scores")
+    inputs = {"dataset": run.dataset, "dense": dense}
+    run.step("train_knockoff", {"knockoff": {"epochs": 1, "batch_size": 64}}, inputs, "scores")
+    run.prune({"name": "early", "prune_rate": 0.5}, dense, scores)
+    inputs = {"scores": scores, "evaluations": [run.at("evaluate", "early", "evaluation")]}
+    run.step("compare", {}, inputs | {"exports": [run.at("export", "early", "exported")]}, "report")
+    run.prune({"name": "late", "prune_rate": 0.5}, dense, scores)
+    with pytest.raises(UserError):
+        run.prune({"name": "failed", "prune_rate": 0.5}, dense, scores, batch_size=100_000)
+    return run
+
+
+def configured(run: str, *names: str) -> None:
+    (Path(run) / "config.yaml").write_text(yaml.safe_dump({"variants": [{"name": name} for name in names]}))
+
+
+def test_what_was_made_after_the_last_step_counts_and_what_is_not_wanted_any_more_does_not(grown: Run) -> None:
+    configured(grown.place, "early", "late", "failed")
+    found = compare([grown.place], "runs")
+    assert [result.name for result in found.results] == ["early", "late"]
+    assert list(found.missing) == ["failed"]
+    configured(grown.place, "early", "late")
+    assert compare([grown.place], "runs").missing == {}
+    configured(grown.place, "late")
+    assert [result.name for result in compare([grown.place], "runs").results] == ["late"]
+
+
+def test_what_is_damaged_is_missing_for_that_reason(grown: Run, tmp_path: Path) -> None:
+    copy = shutil.copytree(grown.place, tmp_path / "copy")
+    configured(str(copy), "early", "late")
+    (copy / "evaluate" / "pod-of-late" / "evaluation" / "evaluation.json").write_text("{}")
+    found = compare([str(copy)], "runs")
+    assert [result.name for result in found.results] == ["early"]
+    assert "evaluation.json does not match manifest.json" in found.missing["late"]
+
+
+def test_a_run_that_was_copied_or_moved_is_read_where_it_is_now(grown: Run, tmp_path: Path) -> None:
+    configured(grown.place, "early", "late")
+    copy = str(shutil.copytree(grown.place, tmp_path / "archive" / "other name"))
+    both = compare([grown.place, copy], "runs")
+    assert [result.place.startswith(copy) for result in both.results] == [False, False, True, True]
+    moved = str(shutil.move(copy, tmp_path / "moved"))
+    assert [result.name for result in compare([moved], "runs").results] == ["early", "late"]
+    record = find_record(f"{moved}/late/evaluate", "runs")
+    assert record.inputs["pruned"].uri == f"{moved}/finetune/pod-of-late/model"
+    assert record.inputs["dataset"].uri == grown.dataset
+    assert dense_of_run(moved).scores is not None
 
 
 def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:

@@ -30,7 +30,7 @@ from scop.manifest import RECORD, Manifest, read_folder
 from scop.parsing import parse
 from scop.processor import processor_name
 from scop.revision import git_revision
-from scop.steps.places import absolute, exchanged
+from scop.steps.places import absolute, each, exchanged
 
 RUN_VARIABLE = "SCOP_RUN_ID"
 IMAGE_VARIABLE, IMAGE_ID_VARIABLE = "SCOP_IMAGE", "SCOP_IMAGE_ID"
@@ -233,6 +233,28 @@ class StepRecord(BaseModel):
     def title(self) -> str:
         """VARIANT/STEP, or STEP where it is for all variants."""
         return self.step if self.variant is None else f"{self.variant}/{self.step}"
+
+    def found_in(self, run: str, folder: str) -> StepRecord:
+        """The record as it is true where it was found: of a run that was moved or copied as a whole, all has moved.
+
+        Args:
+            run: the run's place now.
+            folder: within it, that of the record.
+        """
+        said = next((output.uri for output in self.outputs.values()), "")
+        before = said.removesuffix(f"/{folder}")
+        if before in (said, run):
+            return self
+
+        def moved(uri: str) -> str:
+            return run + uri.removeprefix(before) if f"{uri}/".startswith(f"{before}/") else uri
+
+        inputs = {
+            name: value.model_copy(update={"uri": each({name: value.uri}, lambda _, uri: moved(uri))[name]})
+            for name, value in self.inputs.items()
+        }
+        outputs = {name: value.model_copy(update={"uri": moved(value.uri)}) for name, value in self.outputs.items()}
+        return self.model_copy(update={"inputs": inputs, "outputs": outputs})
 
     def made(self, outputs: Mapping[str, Manifest]) -> dict[str, RecordedOutput]:
         """The outputs with what they hold, for the record of a step that is done."""
