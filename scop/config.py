@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from scop.parsing import Section, override, parse, read_yaml
+from scop.parsing import Section, merged, override, parse, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 """What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
@@ -500,14 +500,9 @@ def _whole(value: Any) -> Any:
 
 def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneSection:
     """The section `finetune` with a variant's own entries put in, however deep."""
-    values = _put_into(section.model_dump(), variant.finetune)
-    return parse(FinetuneSection, values, f"variants ({variant.label}).finetune")
-
-
-def _put_into(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: values[key] for key in changes if isinstance(values.get(key), Mapping)}
-    deeper = {key: _put_into(old, changes[key]) for key, old in both.items() if isinstance(changes[key], Mapping)}
-    return {**values, **changes, **deeper}
+    return parse(
+        FinetuneSection, merged(section.model_dump(), variant.finetune), f"variants ({variant.label}).finetune"
+    )
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None, kind: type[Config] = Config) -> Config:

@@ -47,7 +47,7 @@ from scop.errors import UserError
 from scop.gates import Gates, HeldGates, TrainedGates
 from scop.graph import ChannelGraph, out_channels
 from scop.knockoff_sources import KnockoffSource, make_source
-from scop.parsing import parse
+from scop.parsing import merged, parse
 from scop.scores import Scores
 from scop.sync_batch_norm import SynchronisedBatchNorms
 from scop.training import CheckpointStore, EpochRecord, TrainingBatches, fit
@@ -87,7 +87,7 @@ def train_knockoffs(
     """
     if isinstance(source, str):
         source, settings = None, settings | {"source": source}
-    section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
+    section = parse(KnockoffSection, merged(section.model_dump() if section else {}, settings), "knockoff")
     device = device or pick_device()
     per_batch, channels, height, width = _batch_shape(batches)
     graph = ChannelGraph(model, (channels, height, width))
@@ -198,7 +198,7 @@ class Competition:
         section: KnockoffSection | None = None,
         **settings: Any,
     ) -> None:
-        section = parse(KnockoffSection, (section.model_dump() if section else {}) | settings, "knockoff")
+        section = parse(KnockoffSection, merged(section.model_dump() if section else {}, settings), "knockoff")
         self.source, self.device, self.section = source, device, section
         self.dtype = autocast_dtype(device, section.precision)
         self.trained = section.score == "published"

@@ -23,6 +23,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's entries with others put in, however deep."""
+    both = {key: values[key] for key in changes if isinstance(values.get(key), Mapping)}
+    deeper = {key: merged(old, changes[key]) for key, old in both.items() if isinstance(changes[key], Mapping)}
+    return {**values, **changes, **deeper}
+
+
 S = TypeVar("S", bound=BaseModel)
 
 
