@@ -182,7 +182,7 @@ def _tracking(config: Config, out: str) -> dict[str, str]:
         try:
             base.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"folder {base}, for MLflow's database, cannot be made: {error.strerror}") from error
+            raise UserError(f"output folder {base} cannot be made: {error.strerror}") from error
         uri = variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{base / 'mlflow.db'}"
     artifacts = config.run.artifact_root
     if artifacts is None and storage.is_uri(out) and uri.startswith("sqlite:"):

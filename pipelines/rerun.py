@@ -25,7 +25,7 @@ from pipelines.containers import (
     variables_of_steps,
 )
 from scop import storage
-from scop.config import Config, ConfigToSelect
+from scop.config import Config, ConfigWithoutFinetuning
 from scop.errors import UserError
 from scop.manifest import TIMINGS, read_folder
 from scop.parsing import override, parse
@@ -139,7 +139,7 @@ def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, An
                 f"{', '.join(record.config) or 'none'})"
             )
         override(values, f"variants.0.{change.partition('.')[2]}" if section == "variant" else change)
-    parse(Config if "finetune" in values else ConfigToSelect, values)
+    parse(Config if "finetune" in values else ConfigWithoutFinetuning, values)
     return values
 
 

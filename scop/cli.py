@@ -66,14 +66,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _step(options: argparse.Namespace) -> None:
     from pipelines.presets import find_config
-    from scop.config import Config, ConfigToSelect, load_config
+    from scop.config import Config, ConfigWithoutFinetuning, load_config
     from scop.steps.earlier import CHECKPOINTS_VARIABLE, KEEP_VARIABLE
     from scop.steps.places import absolute
     from scop.steps.runtime import run_step
     from scop.steps.step import find_step
 
     wanted = find_step(options.name).Config.model_fields
-    kind = Config if "finetune" in wanted else ConfigToSelect
+    kind = Config if "finetune" in wanted else ConfigWithoutFinetuning
     config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set, kind)
     variant = _variant(config, options.variant)
     sections = config.model_dump(mode="json") | {"variant": variant.model_dump(mode="json")}

@@ -480,12 +480,12 @@ class Config(Section):
         return self
 
 
-class ConfigToSelect(Config):
+class ConfigWithoutFinetuning(Config):
     """For what does not fine-tune: whether the variants' entries fit section `finetune`, which need not be there, is
     not looked at."""
 
     @model_validator(mode="after")
-    def _variants_fit(self) -> ConfigToSelect:
+    def _variants_fit(self) -> ConfigWithoutFinetuning:
         return self
 
 

@@ -6,7 +6,7 @@ from pipelines.presets import FOLDER, find_config
 from scop import UserError
 from scop.config import (
     Config,
-    ConfigToSelect,
+    ConfigWithoutFinetuning,
     DistillationSection,
     FinetuneSection,
     VariantSection,
@@ -105,7 +105,7 @@ def test_a_variants_own_finetuning_wins() -> None:
 def test_what_does_not_fine_tune_heeds_no_entries_for_a_section_that_is_not_there() -> None:
     values = {"variants": [{"name": "v", "finetune": {"distillation": {"mirror": True}}}]}
     assert "distillation.mirror needs flip: true" in refusal(values)
-    assert parse(ConfigToSelect, values).variants[0].finetune == values["variants"][0]["finetune"]
+    assert parse(ConfigWithoutFinetuning, values).variants[0].finetune == values["variants"][0]["finetune"]
 
 
 def test_labels_tell_method_and_rate() -> None:

@@ -322,7 +322,7 @@ def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path
         (["run", "-f", "nowhere.yaml"], "neither a file nor a preset"),
         (["run", "--set", "variants.0.prune_rate=2", "--out", str(tmp_path)], "'variants.0.prune_rate' is 2"),
         (["run", "--set", "dense.weights=no.pt", "--out", str(tmp_path)], "no.pt does not exist"),
-        (["run", "--out", "/proc/runs"], "output folder /proc/runs/"),
+        (["run", "--out", "/proc/runs"], "output folder /proc/runs cannot be made"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
