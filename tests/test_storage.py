@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ import pytest
 
 from scop import UserError, load_model, s3, storage
 from scop.checkpoints import Checkpoints
+from scop.cli import main
 from scop.data import load_dataset
 from scop.manifest import MANIFEST, Manifest, read_folder, write_manifest
 from scop.steps.runtime import run_step
@@ -129,6 +131,21 @@ def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path) -> No
     (tmp_path / "here" / MANIFEST).write_text(json.dumps({"format": 1, "kind": "model", "files": {"../x": entry}}))
     with pytest.raises(UserError, match="leads out of its folder; refused"):
         read_folder(tmp_path / "here")
+
+
+def test_a_manifest_that_is_no_text_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        read_folder(tmp_path)
+
+
+def test_a_selection_is_shown_for_images_in_s3(bucket: str, tmp_path: Path, capsys) -> None:
+    write_images(tmp_path / "images", {"train": 2, "test": 1}, ["ant", "bee"])
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
+    storage.write(f"{bucket}/images.zip", Path(archive).read_bytes())
+    data = f"data={{source: imagefolder, path: {bucket}/images.zip}}"
+    assert main(["select", "--dry-run", "-f", "digits-resnet20", "--set", data]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
 
 
 def test_a_folders_marker_as_the_aws_console_makes_it_is_no_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
