@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import io
 import json
 import os
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -35,6 +32,7 @@ from pipelines.containers import (
     stop_containers,
     variables_of_steps,
 )
+from pipelines.workspace import KFP_FOLDER, environment, for_mlflow, for_steps, terminal, workspace
 from scop import storage
 from scop.checkpoints import STOP_SIGNALS
 from scop.config import CIFAR_RESNETS, Config
@@ -43,10 +41,9 @@ from scop.manifest import RECORD, write_atomically
 from scop.mlflow_server import ARTIFACTS_VARIABLE, shown
 from scop.parents import end_parent, start_parent
 from scop.parsing import parse
-from scop.progress import TERMINAL_VARIABLE
 from scop.steps import STEPS
 from scop.steps.compare import headline
-from scop.steps.earlier import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
+from scop.steps.earlier import CHECKPOINTS_VARIABLE, RESUME_VARIABLE
 from scop.steps.places import (
     KFP_ROOT_VARIABLE,
     RUN_ROOT_VARIABLE,
@@ -65,11 +62,6 @@ from scop.steps.record import (
     surroundings,
 )
 from scop.tracking import PARENT_VARIABLE
-
-KFP_FOLDER = ".kfp"
-"""KFP's own files in a run's folder: what its launcher exchanges with the steps."""
-LOCK = "lock"
-"""A file in there, locked for as long as a process works on the run."""
 
 
 class StepError(Exception):
@@ -128,83 +120,15 @@ def run_locally(
     place = resume or storage.join(out, f"{config.run.name or name}-{own}")
     if resume and (running := containers_of(place.rpartition("/")[2])):
         raise UserError(f"a step of this run still runs, in container {running[0]}; wait for it, or: docker stop it")
-    tracking = _tracking(config, out)
-    with _workspace(place, resume is not None) as folder:
+    told = for_mlflow(config, out)
+    with workspace(place, resume is not None) as folder:
         run_id, count = place.rpartition("/")[2], len(config.variants)
         print(f"run {run_id}{' goes on' if resume else ''}: {count} variant(s), everything in {place}", flush=True)
-        surroundings = _surroundings(config, out, place, folder, resume is not None)
+        told |= for_steps(config, out, place, folder, resume is not None)
         if image is not None:
-            surroundings[IMAGE_ID_VARIABLE] = image_id(image) or ""
-        with _environment(tracking | surroundings):
+            told[IMAGE_ID_VARIABLE] = image_id(image) or ""
+        with environment(told):
             return _run_tracked(config, place, folder, (image, gpus), started)
-
-
-@contextlib.contextmanager
-def _workspace(place: str, exists: bool) -> Iterator[Path]:
-    """The run's folder, or a temporary one where the run lies in S3; nobody else works on the run meanwhile.
-
-    In S3 there is nothing that could be locked.
-    """
-    if storage.is_uri(place):
-        with tempfile.TemporaryDirectory(prefix="scop-run-") as name:
-            yield Path(name)
-        return
-    folder = Path(place)
-    try:
-        folder.mkdir(parents=True, exist_ok=exists)
-        (folder / KFP_FOLDER).mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output folder {folder} cannot be made: {error.strerror}") from error
-    with (folder / KFP_FOLDER / LOCK).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it whatever ends this process
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"run {folder.name} is still going, by process {lock.read().strip()}; wait for it, or end that"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield folder
-
-
-def _tracking(config: Config, out: str) -> dict[str, str]:
-    """Where MLflow and its artifacts are: as the environment says, or else with the runs."""
-    variables = {}
-    if not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-        base = Path("runs").absolute() if storage.is_uri(out) else Path(out)
-        if set("%?") & set(str(base)):
-            raise UserError(
-                f"MLflow's database cannot lie in {base}: % and ? mean something else in its address; take another "
-                "folder, or name a server by MLFLOW_TRACKING_URI"
-            )
-        try:
-            base.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output folder {base} cannot be made: {error.strerror}") from error
-        uri = variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{base / 'mlflow.db'}"
-    artifacts = config.run.artifact_root
-    if artifacts is None and storage.is_uri(out) and uri.startswith("sqlite:"):
-        artifacts = storage.join(out, "mlflow")
-    if artifacts is not None:
-        variables[ARTIFACTS_VARIABLE] = artifacts
-    return variables
-
-
-def _surroundings(config: Config, out: str, place: str, folder: Path, resumed: bool) -> dict[str, str]:
-    """What the steps are told by their environment."""
-    return {
-        RUN_VARIABLE: place.rpartition("/")[2],
-        # Shared by all runs in `out`: one that was killed and is started again goes on where it was.
-        CHECKPOINTS_VARIABLE: config.run.checkpoints or storage.join(out, "checkpoints"),
-        KEEP_VARIABLE: str(config.run.keep_checkpoints),
-        KFP_ROOT_VARIABLE: str(folder / KFP_FOLDER),
-        RUN_ROOT_VARIABLE: place,
-        VARIANTS_VARIABLE: json.dumps([variant.label for variant in config.variants]),
-        RESUME_VARIABLE: "1" if resumed else "",
-        ATTEMPT_VARIABLE: uuid.uuid4().hex,
-    }
 
 
 def _forget_results(place: str) -> None:
@@ -248,7 +172,7 @@ def _run_tracked(config: Config, place: str, folder: Path, docker: tuple[str | N
         _forget_results(place)
         write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         _send([folder / "config.yaml"], place)
-        with _environment({PARENT_VARIABLE: parent, **_terminal()}):
+        with environment({PARENT_VARIABLE: parent, **terminal()}):
             report = _execute(config, place, folder, *docker)
         summary = json.loads((report / "summary.json").read_text())
         summary = {"run_id": run_id, "seconds": round(time.monotonic() - started, 1), **summary, "mlflow_run": parent}
@@ -352,7 +276,7 @@ def _docker_runner(config: Config, folder: Path, image: str, gpus: bool) -> Any:
 
     # A folder is mounted if it is writable; the other folders and files lie in these, or KFP mounts them.
     writable, folders, files = [folder], [folder / KFP_FOLDER, folder / ".workspace"], []
-    environment = {}
+    variables = {}
     if (uri := os.environ["MLFLOW_TRACKING_URI"]).startswith("sqlite:///"):
         files.append(Path(uri.removeprefix("sqlite:///")))
         writable.append(files[0].parent)
@@ -364,37 +288,15 @@ def _docker_runner(config: Config, folder: Path, image: str, gpus: bool) -> Any:
     if in_s3 := any(storage.is_uri(place) for place in places if place):
         writable.append(storage.cache_folder())
         folders += [storage.cache_folder() / part for part in storage.CACHE_PARTS]
-        environment[storage.CACHE_VARIABLE] = str(storage.cache_folder())
+        variables[storage.CACHE_VARIABLE] = str(storage.cache_folder())
     for path in (*writable, *folders):
         path.mkdir(parents=True, exist_ok=True)
     files += folder.rglob("*")  # what an earlier try left, perhaps by another runner
     readable = existing(given) + certificates()
     in_s3 |= storage.is_uri(os.environ.get(ARTIFACTS_VARIABLE, ""))
-    sandbox = Sandbox(image, tuple(writable), readable, environment, variables_of_steps(with_s3=in_s3), gpus)
+    sandbox = Sandbox(image, tuple(writable), readable, variables, variables_of_steps(with_s3=in_s3), gpus)
     sandbox.open_to_user((*folders, *files))
     return local.DockerRunner(**sandbox.for_kfp())
-
-
-def _terminal() -> dict[str, str]:
-    """The terminal that somebody watches, for the steps' progress bars."""
-    try:
-        return {TERMINAL_VARIABLE: os.ttyname(sys.stderr.fileno())}
-    except (OSError, io.UnsupportedOperation):
-        return {}
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def print_result(run: LocalRun) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -29,43 +28,10 @@ import torch
 import torch_pruning as tp
 from torch import nn
 from torch.nn.utils import parametrize
-from torch_pruning.dependency import index_mapping
 
 from scop.config import ResidualRule
 from scop.errors import UserError
-
-_follow_reshape = index_mapping.update_reshape_index_mapping
-
-
-def _follow_known_reshape(graph: Any, node: Any) -> None:
-    """Torch-Pruning divides by zero at some reshapes, and gives up on the whole network; channels through any but a
-    flattening one stay whole here anyway."""
-    with suppress(ZeroDivisionError):
-        _follow_reshape(graph, node)
-
-
-index_mapping.update_reshape_index_mapping = _follow_known_reshape
-
-_add_to_group = tp.dependency.Group.add_dep
-_TOO_OFTEN = 4
-
-
-def _add_without_circles(group: Any, dep: Any, idxs: Any) -> None:
-    """Torch-Pruning walks in circles where the same channels are joined flattened and pooled: with each round its list
-    of them is some times as long, until memory is full."""
-    layer = dep.target.module
-    if isinstance(layer, nn.Conv2d | nn.Linear) and len(idxs) > _TOO_OFTEN * max(layer.weight.shape[:2]) * _groups(
-        layer
-    ):
-        raise ValueError(f"{layer} has not so many channels")
-    _add_to_group(group, dep, idxs)
-
-
-def _groups(layer: nn.Module) -> int:
-    return int(getattr(layer, "groups", 1))
-
-
-tp.dependency.Group.add_dep = _add_without_circles
+from scop.tracing import trace
 
 RESIDUAL_RULES: tuple[ResidualRule, ...] = get_args(ResidualRule)
 
@@ -144,10 +110,7 @@ class ChannelGraph:
         self._pointwise: set[nn.Module] = set()
         self._calls = self._count_calls()
         try:
-            with torch.enable_grad():
-                self._dependencies = tp.DependencyGraph().build_dependency(
-                    self._model, example_inputs=(self._example(),), verbose=False
-                )
+            self._dependencies = trace(self._model, self._example())
         except Exception as error:
             raise UserError(f"the channels of {type(model).__name__} cannot be traced: {error}") from error
         self._nodes: dict[nn.Module, Any] = self._dependencies.module2node
@@ -323,7 +286,7 @@ class ChannelGraph:
         return out_channels(self._model.get_submodule(conv))
 
     def _groups_of(self, conv: str) -> int:
-        return _groups(self._model.get_submodule(conv))
+        return int(getattr(self._model.get_submodule(conv), "groups", 1))
 
     def batch_norm(self, conv: str) -> str | None:
         """The name of the batch norm that alone reads the convolution's output, or None."""

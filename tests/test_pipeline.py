@@ -20,8 +20,9 @@ from sklearn.datasets import load_digits
 
 from pipelines.console import Console
 from pipelines.experiments import Mlflow
-from pipelines.local import _workspace, run_locally
+from pipelines.local import run_locally
 from pipelines.pipeline import compile_pipeline
+from pipelines.workspace import workspace
 from scop import UserError, cli, load_model, make_model
 from scop.config import Config
 from scop.steps import STEPS
@@ -334,11 +335,11 @@ def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Pat
 def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
     place = tmp_path / "run"
     with (
-        _workspace(str(place), exists=False),
+        workspace(str(place), exists=False),
         pytest.raises(UserError, match=f"run run is still going, by process {os.getpid()}; wait for it"),
     ):
         run_locally(Config(), str(tmp_path), "run", resume=str(place))
-    with _workspace(str(place), exists=True):
+    with workspace(str(place), exists=True):
         pass
 
 
