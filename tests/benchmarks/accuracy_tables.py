@@ -78,16 +78,19 @@ def accuracy_section(content: dict[str, Any]) -> str:
     lesson = finetune["distillation"]
     until = lesson.get("attention_until", 1.0)
     attention = f"attention {lesson['attention']:g}" + (f" in the first {until:.0%} of the epochs" if until < 1 else "")
-    asked = "dense network, image and mirror image" if lesson.get("mirror") else "dense network"
+    asked, twice = "dense network", ""
+    if lesson.get("mirror"):
+        asked, twice = "dense network's mean answer to image and mirror image", "that the mirror image is asked about, "
     return f"""## {content["network"]}, CIFAR-10 (JPEG q75)
 
 At most {share} stay, selection global, rule scatter. Fine-tuned for {finetune["epochs"]} epochs, `none` just as long:
 batch {finetune["batch_size"]}, {finetune["optimizer"]} with peak rate {finetune["lr"]}, {finetune["schedule"]},
 weight decay {finetune["weight_decay"]:g},
-distillation from the {asked} ({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving
-average ({finetune["ema"]}). Top-1 on the test split: before fine-tuning, with batch norms recalibrated, and after it;
-mean and standard deviation over seeds. By this split it was chosen that selection is global, that attention ends, and
-for how many epochs to train ([how](knockoffs.md)). The drop is that of `none` less that of the variant, seed by seed,
+distillation from the {asked}
+({lesson["weight"]}, temperature {lesson["temperature"]:g}, {attention}), moving average ({finetune["ema"]}).
+Top-1 on the test split: before fine-tuning, with batch norms recalibrated, and after it;
+mean and standard deviation over seeds. By this split it was chosen that selection is global, that attention ends,
+{twice}and for how many epochs to train ([how](knockoffs.md)). The drop is that of `none` less that of the variant, seed by seed,
 with its 95 % interval. Speed is that of batches of {LATENCY_BATCH}.
 
 | network | seeds | before | after | drop | parameters | MACs | speed |
