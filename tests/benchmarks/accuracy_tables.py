@@ -91,7 +91,8 @@ distillation from the {asked}
 Top-1 on the test split: before fine-tuning, with batch norms recalibrated, and after it;
 mean and standard deviation over seeds. By this split it was chosen that selection is global, that attention ends,
 {twice}and for how many epochs to train ([how](knockoffs.md)).
-The drop is that of `none` less that of the variant, seed by seed, with its 95 % interval. Speed is that of batches of {LATENCY_BATCH}.
+The drop is that of `none` less that of the variant, seed by seed, with its 95 % interval.
+Speed is that of batches of {LATENCY_BATCH}.
 
 | network | seeds | before | after | drop | parameters | MACs | speed |
 | --- | --- | --- | --- | --- | --- | --- | --- |
