@@ -110,7 +110,8 @@ def prune_exactly(model: nn.Module, plan: ChannelPlan) -> tuple[nn.Module, float
             "mean over channels, or the like); name them in the variant's exclude, or try another residual rule"
         )
     pruned = apply_cuts(copy.deepcopy(model), cuts)
-    _refuse_what_fails_in_training(pruned, plan.input_shape)
+    if any(cut.scatter for cut in cuts.values()):
+        _refuse_what_fails_in_training(pruned, plan.input_shape)
     return attach_spec(
         pruned, spec.model_copy(update={"cuts": cuts, "plan": plan, "input_shape": plan.input_shape})
     ), difference

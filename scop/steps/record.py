@@ -249,10 +249,8 @@ class StepRecord(BaseModel):
         def moved(uri: str) -> str:
             return run + uri.removeprefix(before) if f"{uri}/".startswith(f"{before}/") else uri
 
-        inputs = {
-            name: value.model_copy(update={"uri": each({name: value.uri}, lambda _, uri: moved(uri))[name]})
-            for name, value in self.inputs.items()
-        }
+        uris = each({name: value.uri for name, value in self.inputs.items()}, lambda _, uri: moved(uri))
+        inputs = {name: value.model_copy(update={"uri": uris[name]}) for name, value in self.inputs.items()}
         outputs = {name: value.model_copy(update={"uri": moved(value.uri)}) for name, value in self.outputs.items()}
         return self.model_copy(update={"inputs": inputs, "outputs": outputs})
 
