@@ -20,7 +20,7 @@ from typing import Any
 from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.mlflow_server import configure_mlflow, first_line, shown
-from scop.parents import COST_TAG, DATASET_TAG, DEVICE_TAG, ERROR_TAG, KFP_TAG, MEASURED_TAG, PARENT_TAG
+from scop.parents import COST_TAG, DATASET_TAG, DEVICE_TAG, ERROR_TAG, KFP_TAG, MEASURED_TAG, PARENT_TAG, RIGHT_TAG
 from scop.results import Result, Value
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
@@ -336,6 +336,7 @@ def _result(run: _Run) -> Result:
         device=tags.get(MEASURED_TAG) or tags.get(DEVICE_TAG, ""),
         run=run.id,
         place=tags.get("scop.place"),
+        right=tags.get(RIGHT_TAG),
     )
 
 

@@ -25,12 +25,14 @@ class Accuracy:
         top1, top5: in [0, 1]; top5 is top-k with k the number of classes where that is less than 5.
         loss: mean cross-entropy.
         confusion: int64 (classes, classes): rows are true labels, columns predictions.
+        right: bool (images,): which were answered rightly, in their order.
     """
 
     top1: float
     top5: float
     loss: float
     confusion: Tensor
+    right: Tensor
 
 
 @torch.inference_mode()
@@ -43,26 +45,31 @@ def measure_accuracy(
     """Run the network in eval mode over all batches; its mode is restored afterwards."""
     was_training = model.training
     model.eval()
-    hits1 = hits5 = total_loss = torch.zeros((), dtype=torch.float64, device=device)
+    hits5 = total_loss = torch.zeros((), dtype=torch.float64, device=device)
     confusion: Tensor | None = None
-    count = 0
+    right: list[Tensor] = []
     for images, labels in batches:
         with autocast(device, dtype):
             logits = model(images)
         logits = logits.float()
         classes = logits.shape[1]
         top = logits.topk(min(5, classes)).indices == labels[:, None]
-        hits1, hits5 = hits1 + top[:, 0].sum(), hits5 + top.sum()
+        right.append(top[:, 0])
+        hits5 = hits5 + top.sum()
         total_loss = total_loss + F.cross_entropy(logits, labels, reduction="sum")
         pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
         confusion = pairs if confusion is None else confusion + pairs
-        count += len(labels)
     model.train(was_training)
     if confusion is None:
         raise ValueError("there are no batches to measure accuracy on")
-    side = int(len(confusion) ** 0.5)
+    every, side = torch.cat(right).cpu(), int(len(confusion) ** 0.5)
+    count = len(every)
     return Accuracy(
-        float(hits1) / count, float(hits5) / count, float(total_loss) / count, confusion.view(side, side).cpu()
+        top1=int(every.sum()) / count,
+        top5=float(hits5) / count,
+        loss=float(total_loss) / count,
+        confusion=confusion.view(side, side).cpu(),
+        right=every,
     )
 
 

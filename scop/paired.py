@@ -2,8 +2,8 @@
 
 Two recipes are compared seed by seed: what the same dense network and the same order of images do to both drops out.
 Only networks that were trained alike are, and only at the same cost. What they differ in besides their method, such as
-the selection, is said: a lead may come from that. The mean difference has a 95 % interval by Student's t over the
-pairs. A claim is made only where it leaves 0 out.
+the selection, is said: a lead may come from that. The mean difference has a 95 % interval for other seeds and for other
+test images of the kind. A claim is made only where it leaves 0 out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
+from scop.answers import unpacked
 from scop.results import Result
 
 _ACCURACY = "pruned_top1"
@@ -118,10 +121,14 @@ class _Recipe:
         self.training, self.params = results[0].training, results[0].params
         self.costs = _costs(results)
         # By what both of a pair have in common.
-        self.top1 = {
-            (result.dataset, *(result.params.get(key) for key in _ALIKE)): result.metrics[_ACCURACY]
-            for result in results
-        }
+        seeds = {(result.dataset, *(result.params.get(key) for key in _ALIKE)): result for result in results}
+        self.top1 = {key: result.metrics[_ACCURACY] for key, result in seeds.items()}
+        self._right = {key: result.right for key, result in seeds.items() if result.right is not None}
+
+    @cached_property
+    def right(self) -> dict[tuple[object, ...], NDArray[np.bool_]]:
+        """On which test images, as far as that is known."""
+        return {key: unpacked(text) for key, text in self._right.items()}
 
 
 def _costs(results: Sequence[Result]) -> dict[str, float]:
@@ -145,7 +152,8 @@ def _paired(first: _Recipe, second: _Recipe, same: str) -> Paired | None:
     differences = [top1 - second.top1[key] for key, top1 in first.top1.items() if key in second.top1]
     if not differences:
         return None
-    low, high = interval(differences)
+    answers = [(right, second.right[key]) for key, right in first.right.items() if key in second.right]
+    low, high = interval(differences, by_image(answers))
     reference = second.method == "none"
     differing = "" if reference else _differing(first, second)
     return Paired(first.name, second.name, fmean(differences), low, high, len(differences), same, reference, differing)
@@ -159,13 +167,42 @@ def _differing(first: _Recipe, second: _Recipe) -> str:
     return ", ".join(f"{key} {ours} against {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs)
 
 
-def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % interval of the mean by Student's t; None for each where there is but one."""
+def by_image(pairs: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> NDArray[np.float64] | None:
+    """The difference image by image, a mean over pairs of networks: (images,), in [-1, 1]; None of no pair.
+
+    Args:
+        pairs: on which images each of both is right, bool (images,).
+    """
+    if not pairs:
+        return None
+    return np.mean([first.astype(np.int8) - second.astype(np.int8) for first, second in pairs], axis=0)
+
+
+def interval(
+    differences: Sequence[float], images: NDArray[np.float64] | None = None
+) -> tuple[float | None, float | None]:
+    """The 95 % interval of the mean over pairs by Student's t; None for each where there is but one.
+
+    Seeds differ by chance, and so do the images that happen to be in the test split: accuracies on few images may
+    agree to the last digit by several seeds, and would differ on others. The variances of both means are added, with
+    as many degrees of freedom as Welch and Satterthwaite give the sum. What seeds do to single images is in both, so
+    the interval errs on the wide side.
+
+    Args:
+        differences: in accuracy, pair by pair.
+        images: the same image by image (`by_image`), in the same unit; where None, the interval is for other seeds on
+            the very same images.
+    """
     if len(differences) < 2:
         return None, None
     from scipy.special import stdtrit  # Student's quantile; scipy.stats takes five times as long to import
 
-    mean, n = fmean(differences), len(differences)
-    deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1))
-    half = float(stdtrit(n - 1, (1 + _CONFIDENCE) / 2)) * deviation / math.sqrt(n)
+    mean = fmean(differences)
+    samples = [np.asarray(differences)] + ([] if images is None else [images])
+    variances = np.array([float(sample.var(ddof=1)) / len(sample) for sample in samples])
+    variance = float(variances.sum())
+    if variance == 0:
+        return mean, mean
+    freedom = variance**2 / sum(v**2 / (len(sample) - 1) for v, sample in zip(variances, samples, strict=True))
+    half = float(stdtrit(freedom, (1 + _CONFIDENCE) / 2)) * math.sqrt(variance)
     return mean - half, mean + half

@@ -70,6 +70,7 @@ class Result:
         device: that latency was measured on.
         run: MLflow's id of the run that measured it.
         place: of the evaluation, a path or URI, by which the step can be run again.
+        right: on which test images the pruned network is right, see `scop.answers`; None where that is unknown.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Result:
     device: str
     run: str | None = None
     place: str | None = None
+    right: str | None = None
 
     @property
     def identity(self) -> str:
@@ -126,6 +128,7 @@ class Result:
             device=evaluation["device"],
             run=evaluation.get("run"),
             place=place,
+            right=evaluation["pruned"].get("right"),
         )
 
 

@@ -31,6 +31,7 @@ def log(client: Any, experiment: str, row: Result, parent: str | None = None, st
     tags = {"scop.step": "evaluate", "scop.variant": row.name, "scop.dataset": row.dataset}
     tags |= {"scop.measured_on": row.device, "scop.device": row.device}
     tags |= {"mlflow.parentRunId": parent} if parent else {}
+    tags |= {"scop.right": row.right} if row.right else {}
     run = client.create_run(experiment, run_name=f"{row.name} evaluate").info.run_id
     client.log_batch(
         run,

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines import experiments
 from pipelines.experiments import Mlflow
 from scop import UserError, cli
+from scop.answers import packed
 from scop.parents import end_parent, start_parent
 from tests import services
 from tests.results import log, result
@@ -70,6 +72,19 @@ def test_seeds_are_grouped_and_a_filter_is_mlflows(client, sweep: str, capsys) -
     assert said.out.count("l1-0.5") == 1
     assert "scop-0.5" not in said.out
     assert said.err == ""  # what failed in other runs was not asked for
+
+
+def test_what_few_images_say_is_no_claim(client, request, capsys) -> None:
+    experiment = client.create_experiment(request.node.name)
+    every = np.ones(100, bool)
+    for method, wrong in (("scop", 5), ("l1", 6)):
+        right = packed(every & (np.arange(100) >= wrong))
+        for seed in range(3):
+            metrics = result(method, 0.5, seed).metrics | {"pruned_top1": 1 - wrong / 100}
+            log(client, experiment, result(method, 0.5, seed, metrics=metrics, right=right))
+    assert compare(request.node.name) == 0
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("paired:"))
+    assert "+1.00 points of top-1 (95% interval -0.98 to +2.98, 3 pairs); no difference can be told" in said
 
 
 def test_a_try_that_was_made_again_does_not_come_back_by_a_filter(client, sweep: str, capsys) -> None:

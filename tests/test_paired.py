@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from scop.paired import compare_pairs, interval
+from scop.answers import packed, unpacked
+from scop.paired import by_image, compare_pairs, interval
 from scop.results import Result
 from tests.results import result
 
@@ -30,6 +31,53 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     covered = [low <= 0 <= high for low, high in (interval(list(generator.normal(size=4))) for _ in range(1000))]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
+
+
+def test_with_answers_it_covers_the_truth_for_other_images_too() -> None:
+    """Two networks that are equally good on all images of the kind, each with a weakness of its own."""
+    generator = np.random.default_rng(0)
+    images, seeds = 400, 3
+    with_answers, without = [], []
+    for _ in range(1000):
+        ease = 1.5 + generator.normal(size=images)
+        first, second = (
+            ease + generator.normal(size=images) + 0.3 * generator.normal(size=(seeds, images)) > 0 for _ in range(2)
+        )
+        differences = (first.mean(1) - second.mean(1)).tolist()
+        low, high = interval(differences, by_image(list(zip(first, second, strict=True))))
+        with_answers.append(low <= 0 <= high)
+        low, high = interval(differences)
+        without.append(low <= 0 <= high)
+    assert np.mean(with_answers) == pytest.approx(0.95, abs=0.03)
+    assert np.mean(without) < 0.75  # seeds alone do not know that the images are a sample
+
+
+def answered(rows: list[Result], right: dict[str, np.ndarray]) -> list[Result]:
+    """The same results, with the answers of each method to each image."""
+    tops = {method: {"pruned_top1": float(answers.mean())} for method, answers in right.items()}
+    return [
+        Result(**{**vars(r), "metrics": {**r.metrics, **tops[r.name]}, "right": packed(right[r.name])}) for r in rows
+    ]
+
+
+def test_one_image_is_no_evidence_by_however_many_seeds() -> None:
+    every = np.ones(360, bool)
+    one_wrong, forty_wrong = every.copy(), every.copy()
+    one_wrong[7] = False
+    forty_wrong[100:140] = False
+    rows = results({"scop": [0.0] * 3, "l1": [0.0] * 3, "random": [0.0] * 3})
+    l1, random = compare_pairs(answered(rows, {"scop": every, "l1": one_wrong, "random": forty_wrong}))
+    assert l1.difference == pytest.approx(1 / 360)
+    assert not l1.told
+    assert random.told
+
+
+def test_answers_are_the_same_after_packing() -> None:
+    for count in (1, 8, 359, 10_000):
+        right = np.random.default_rng(count).random(count) < 0.87
+        assert np.array_equal(unpacked(packed(right)), right)
+    # MLflow keeps 8000 characters of a tag: enough for ImageNet's validation split, right on three images of four.
+    assert len(packed(np.random.default_rng(0).random(50_000) < 0.75)) < 8000
 
 
 def test_a_difference_that_holds_in_each_pair_is_told() -> None:

@@ -24,6 +24,7 @@ from pipelines.local import run_locally
 from pipelines.pipeline import compile_pipeline
 from pipelines.workspace import workspace
 from scop import UserError, cli, load_model, make_model
+from scop.answers import unpacked
 from scop.config import Config
 from scop.steps import STEPS
 from tests import services
@@ -167,6 +168,7 @@ def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str
     assert all(metrics[key] > 0 for key in timed)
     threads = torch.get_num_threads()
     assert evaluate.data.tags["scop.measured_on"] == f"{evaluate.data.tags['scop.device']} ({threads} threads)"
+    assert unpacked(evaluate.data.tags["scop.right"]).mean() == pytest.approx(metrics["pruned_top1"])
     assert {f.path for f in client.list_artifacts(evaluate.info.run_id)} >= {"evaluation.json", "confusion.png"}
     assert evaluate.data.tags["scop.model"] == "models:/digits-resnet20-scop/1"
     assert len(evaluate.outputs.model_outputs) == 1

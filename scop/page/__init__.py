@@ -111,6 +111,7 @@ class Page:
 
     def _row(self, number: int, result: Result) -> dict[str, Any]:
         row = asdict(result) | {"identity": result.identity, "rerun": result.rerun, "details": None}
+        del row["right"]  # for the comparison alone
         evaluation = self.details.get(number, {})
         if not all(key in evaluation for key in DETAILS):  # of an earlier version
             return row

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from scop.answers import packed
 from scop.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery, trained_on
 from scop.config import EvaluateSection, VariantSection
 from scop.data import load_dataset
 from scop.device import describe_device
 from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
 from scop.manifest import TIMINGS, write_manifest
-from scop.parents import DATASET_TAG, MEASURED_TAG
+from scop.parents import DATASET_TAG, LONGEST_TAG, MEASURED_TAG, RIGHT_TAG
 from scop.parsing import Section
 from scop.plan import ChannelPlan
 from scop.plots import confusion_matrix
@@ -110,6 +111,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     result = Result.of(with_timings(evaluation, timings))
     context.tracker.log_params(result.params)
     context.tracker.set_tags({MEASURED_TAG: result.device})
+    if result.right is not None and len(result.right) <= LONGEST_TAG:
+        context.tracker.set_tags({RIGHT_TAG: result.right})
     context.tracker.set_tags({DATASET_TAG: result.dataset}, of_the_run=True)
     kept = [{"layer": layer, "channels": plan.channels[layer], "kept": len(k)} for layer, k in plan.kept.items()]
     context.tracker.log_table({key: [row[key] for row in kept] for key in kept[0]} if kept else {}, "layers.json")
@@ -127,6 +130,7 @@ def _figures(model: nn.Module, accuracy: Accuracy, weights: Path, shape: tuple[i
         "top1": accuracy.top1,
         "top5": accuracy.top5,
         "loss": accuracy.loss,
+        "right": packed(accuracy.right.numpy()),
         "params": count_parameters(model),
         "macs": count_macs(model, shape),
         "bytes": weights.stat().st_size,

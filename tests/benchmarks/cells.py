@@ -1,4 +1,4 @@
-"""Cells of the tables in docs/results.md: means, deviations and intervals over seeds."""
+"""Cells of the tables in docs/results.md: means, deviations and intervals over seeds, and over test images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from scop.paired import interval
+from scop.answers import unpacked
+from scop.paired import by_image, interval
 
 
 def provenance(command: str, rows: Iterable[dict[str, Any]]) -> str:
@@ -53,11 +54,15 @@ def differences(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any
     return [100 * (theirs[seed]["top1"] - own["top1"]) for seed, own in ours.items() if seed in theirs]
 
 
-def with_interval(points: list[float]) -> str:
-    """Their mean and its 95 % interval."""
+def lead(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> str:
+    """The mean difference and its 95 % interval: for other test images too, where the answers to these are known."""
+    points = differences(theirs, ours)
     if not points:
         return ""
-    low, high = interval(points)
+    both = [(theirs[seed], own) for seed, own in ours.items() if seed in theirs]
+    answers = [tuple(unpacked(row["right"]) for row in pair) for pair in both if all("right" in row for row in pair)]
+    images = by_image([(first, second) for first, second in answers])
+    low, high = interval(points, None if images is None else 100 * images)
     known = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
     return f"{statistics.fmean(points):+.2f}{known}"
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scop import make_model, prune, select_channels, train_knockoffs
+from scop.answers import packed
 from scop.artifacts import load_weights, save_model
 from scop.batches import Augmentation, Batches
 from scop.checkpoints import Checkpoints
@@ -271,10 +272,11 @@ class Work:
         return Batches(self.dataset["test"], self.dataset.info, 500, self.device)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
-        """Accuracy on the test split, and sizes."""
+        """Accuracy on the test split, image by image too (`scop.answers`), and sizes."""
         accuracy = measure_accuracy(model.eval(), self.test(), self.device)
         return {
             "top1": accuracy.top1,
+            "right": packed(accuracy.right.numpy()),
             "params": count_parameters(model),
             "macs": count_macs(model, self.dataset.info.shape),
         }
