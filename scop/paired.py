@@ -12,15 +12,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from operator import attrgetter
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scop.answers import unpacked
-from scop.results import Result
+from scop.results import Result, Value
 
 _ACCURACY = "pruned_top1"
 _SAME_BUDGET = 0.03
@@ -35,6 +35,8 @@ _CHOICE = ("selection", "residual", "floor", "round_to", "min_channels")
 """Parameters that decide with the method which channels go; unknown in results of an earlier version."""
 _OF_LAYERS = ("include", "exclude", "rates")
 """The same, and left out where there are none."""
+_Key = tuple[Value | None, ...]
+"""What both of a pair have in common."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,14 @@ class _Recipe:
         # By what both of a pair have in common.
         seeds = {(result.dataset, *(result.params.get(key) for key in _ALIKE)): result for result in results}
         self.top1 = {key: result.metrics[_ACCURACY] for key, result in seeds.items()}
-        self._right = {key: result.right for key, result in seeds.items() if result.right is not None}
+        self.right = {key: result.right for key, result in seeds.items() if result.right is not None}
+        self._shares: dict[tuple[_Key, ...], NDArray[np.float32]] = {}
 
-    @cached_property
-    def right(self) -> dict[tuple[object, ...], NDArray[np.bool_]]:
-        """On which test images, as far as that is known."""
-        return {key: unpacked(text) for key, text in self._right.items()}
+    def share_right(self, keys: tuple[_Key, ...]) -> NDArray[np.float32]:
+        """Of these results, how many are right on each test image: (images,), in [0, 1]."""
+        if keys not in self._shares:
+            self._shares[keys] = share_right([self.right[key] for key in keys])
+        return self._shares[keys]
 
 
 def _costs(results: Sequence[Result]) -> dict[str, float]:
@@ -152,8 +156,8 @@ def _paired(first: _Recipe, second: _Recipe, same: str) -> Paired | None:
     differences = [top1 - second.top1[key] for key, top1 in first.top1.items() if key in second.top1]
     if not differences:
         return None
-    answers = [(right, second.right[key]) for key, right in first.right.items() if key in second.right]
-    low, high = interval(differences, by_image(answers))
+    known = tuple(key for key in first.right if key in second.right)
+    low, high = interval(differences, first.share_right(known) - second.share_right(known) if known else None)
     reference = second.method == "none"
     differing = "" if reference else _differing(first, second)
     return Paired(first.name, second.name, fmean(differences), low, high, len(differences), same, reference, differing)
@@ -167,19 +171,17 @@ def _differing(first: _Recipe, second: _Recipe) -> str:
     return ", ".join(f"{key} {ours} against {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs)
 
 
-def by_image(pairs: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> NDArray[np.float64] | None:
-    """The difference image by image, a mean over pairs of networks: (images,), in [-1, 1]; None of no pair.
+def share_right(answers: Sequence[str]) -> NDArray[np.float32]:
+    """How many of some networks are right on each test image: (images,), in [0, 1].
 
     Args:
-        pairs: on which images each of both is right, bool (images,).
+        answers: of each, as `scop.answers` packs them.
     """
-    if not pairs:
-        return None
-    return np.mean([first.astype(np.int8) - second.astype(np.int8) for first, second in pairs], axis=0)
+    return np.mean([unpacked(text) for text in answers], axis=0, dtype=np.float32)
 
 
 def interval(
-    differences: Sequence[float], images: NDArray[np.float64] | None = None
+    differences: Sequence[float], images: NDArray[np.floating[Any]] | None = None
 ) -> tuple[float | None, float | None]:
     """The 95 % interval of the mean over pairs by Student's t; None for each where there is but one.
 
@@ -190,8 +192,8 @@ def interval(
 
     Args:
         differences: in accuracy, pair by pair.
-        images: the same image by image (`by_image`), in the same unit; where None, the interval is for other seeds on
-            the very same images.
+        images: the same image by image, the one's `share_right` less the other's, in the same unit; where None, the
+            interval is for other seeds on the very same images.
     """
     if len(differences) < 2:
         return None, None

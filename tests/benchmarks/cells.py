@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from scop.answers import unpacked
-from scop.paired import by_image, interval
+from scop.paired import interval, share_right
 
 
 def provenance(command: str, rows: Iterable[dict[str, Any]]) -> str:
@@ -59,12 +58,11 @@ def lead(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> 
     points = differences(theirs, ours)
     if not points:
         return ""
-    both = [(theirs[seed], own) for seed, own in ours.items() if seed in theirs]
-    answers = [tuple(unpacked(row["right"]) for row in pair) for pair in both if all("right" in row for row in pair)]
-    images = by_image([(first, second) for first, second in answers])
-    low, high = interval(points, None if images is None else 100 * images)
-    known = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
-    return f"{statistics.fmean(points):+.2f}{known}"
+    known = [seed for seed, row in ours.items() if "right" in row and "right" in theirs.get(seed, {})]
+    shares = [share_right([rows[seed]["right"] for seed in known]) for rows in (theirs, ours) if known]
+    low, high = interval(points, 100 * (shares[0] - shares[1]) if shares else None)
+    between = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
+    return f"{statistics.fmean(points):+.2f}{between}"
 
 
 def percents(by_seed: dict[str, dict[str, Any]], key: str) -> str:
