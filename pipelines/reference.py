@@ -20,7 +20,7 @@ _INTRODUCTION = """# Configuration
 A YAML file with these sections; what it leaves out has the default given here. `scop run -f FILE`, and
 `--set section.key=value` changes an entry. Presets lie in [pipelines/configs](../pipelines/configs).
 
-This page is made by `make docs` from the docstrings in [scop/config.py](../scop/config.py).
+This page is made by `make docs` from the docstrings in [scop/config](../scop/config).
 """
 
 

@@ -1,0 +1,40 @@
+"""What entries of the configuration may be: ranges of numbers, names, choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+"""What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
+
+ResidualRule = Literal["scatter", "inner", "coupled"]
+Method = Literal["scop", "random", "l1", "bn_gamma", "fpgm", "scratch", "none"]
+SelectionRule = Literal["uniform", "global", "knockoff_plus"]
+Precision = Literal["auto", "bf16", "fp32"]
+ScoreKind = Literal["fisher", "published"]
+BatchNormMode = Literal["frozen", "own", "joint"]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _below_one(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError("must lie in [0, 1): 0 or more, and below 1")
+    return value
+
+
+Fraction = Annotated[float, AfterValidator(_below_one)]
+
+
+def whole(value: Any) -> Any:
+    """The value with every whole number in it an integer, however deep."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: whole(entry) for key, entry in value.items()}
+    return [whole(entry) for entry in value] if isinstance(value, list) else value
