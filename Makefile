@@ -78,7 +78,7 @@ bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it agai
 bench-variants: $(READY)  ## residual rules, and SCOP against its controls, shortly fine-tuned; an hour and more
 	$(BIN)/python -m tests.benchmarks.variants $(ARGS)
 
-bench-recovery: $(READY)  ## what fine-tuning owes to distillation, averages, rounds and the selection; an hour
+bench-recovery: $(READY)  ## what fine-tuning owes to distillation, averages, rounds and the selection; two hours
 	$(BIN)/scop run -f tests/benchmarks/recovery.yaml --out runs/benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.tables add recovery-resnet20 "$$(ls -td runs/benchmarks/recovery-*/ | head -1)" \
 	  "make bench-recovery" "CIFAR-10 (JPEG q75)"

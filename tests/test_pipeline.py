@@ -1,5 +1,6 @@
 """The compiled pipeline, and the whole of it through kfp.local."""
 
+import ast
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from pipelines.workspace import workspace
 from scop import UserError, cli, load_model, make_model
 from scop.answers import unpacked
 from scop.config import Config
+from scop.data import load_dataset
 from scop.steps import STEPS
 from tests import services
 from tests.browser import opened
@@ -121,6 +123,19 @@ def test_the_summary_tells_dense_against_pruned(finished: tuple[Path, str]) -> N
         assert Path(variant["model"]) == folder / variant["name"] / "export" / "exported"
         assert load_model(variant["model"]) is not None
         assert Path(variant["onnx"]).stat().st_size > 0
+
+
+def test_the_exported_network_is_used_as_the_readme_says(finished: tuple[Path, str], capsys) -> None:
+    folder, _ = finished
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = (block for block in blocks if "onnxruntime" in block)
+    dataset = load_dataset(folder / "prepare_data" / "dataset")
+    pixels, labels = dataset["test"].images, dataset["test"].labels
+    exec(code.replace("runs/RUN/VARIANT", str(folder / "scop")), {"pixels": pixels})
+    answers = ast.literal_eval(capsys.readouterr().out)
+    right = [answer == dataset.info.classes[label] for answer, label in zip(answers, labels, strict=True)]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sum(right) / len(right) == pytest.approx(summary["variants"][0]["pruned"]["top1"], abs=0.003)
 
 
 def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple[Path, str]) -> None:

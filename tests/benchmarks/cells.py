@@ -61,8 +61,9 @@ def lead(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> 
     known = [seed for seed, row in ours.items() if "right" in row and "right" in theirs.get(seed, {})]
     shares = [share_right([rows[seed]["right"] for seed in known]) for rows in (theirs, ours) if known]
     low, high = interval(points, 100 * (shares[0] - shares[1]) if shares else None)
-    between = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
-    return f"{statistics.fmean(points):+.2f}{between}"
+    # Equal differences by each seed are no certainty, but rounded to the same image.
+    told = low is not None and high is not None and low < high
+    return f"{statistics.fmean(points):+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if told else "")
 
 
 def percents(by_seed: dict[str, dict[str, Any]], key: str) -> str:
