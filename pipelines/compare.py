@@ -12,7 +12,7 @@ import yaml
 from pipelines.experiments import Memory, Mlflow
 from pipelines.runs import CONFIG, find_run, records_of
 from scop import storage
-from scop.config import Config
+from scop.config import Config, finetune_for
 from scop.cost import Spent, total
 from scop.errors import UserError
 from scop.page import Page
@@ -25,6 +25,8 @@ from scop.steps.record import StepRecord
 _OF_A_VARIANT = ("select_channels", "finetune", "evaluate", "export")
 # Of so many results of experiments the page has curves, layers and confusion: each is a file to fetch.
 _WITH_DETAILS = 12
+_Identity = tuple[str, tuple[int, ...] | None]
+"""A variant's name and its seeds; None where those are not known."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,24 @@ def compare_runs(places: Sequence[str]) -> Comparison:
         UserError: no variant of any is whole.
     """
     results: dict[str | None, tuple[VariantResult, Scores]] = {}
-    missing: dict[str, str] = {}
+    made: list[_Identity] = []
+    lacking: list[tuple[_Identity, str, str]] = []
     begun: list[StepRecord] = []
     for place in places:
         records = records_of(place)
         begun += records
-        whole, lacking = _variants_of(place, records)
+        config = _configuration(place)
+        whole, without = _variants_of(records, config)
         scores = _scores(records)
         results |= {result.place: (result, scores) for result in whole.values() if result.place not in results}
-        names = {result.name for result, _ in results.values()}
-        missing = {name: why for name, why in (missing | lacking).items() if name not in names}
+        made += [_identity(name, config) for name in whole]
+        lacking += [(_identity(name, config), place.rpartition("/")[2], why) for name, why in without.items()]
+    names = {name for name, _ in made}
+    missing = {
+        f"{identity[0]} of {run}" if identity[0] in names else identity[0]: why
+        for identity, run, why in lacking
+        if not any(_is_made_good(identity, other) for other in made)
+    }
     title = ", ".join(place.rpartition("/")[2] for place in places)
     if not results:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items()) or "no step has a record"
@@ -154,7 +164,22 @@ def _spent(records: Sequence[StepRecord]) -> list[Spent]:
     return [Spent(title, cost.device, cost.device_seconds, cost.energy_joules) for title, cost in costs]
 
 
-def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, VariantResult], dict[str, str]]:
+def _identity(name: str, config: Config | None) -> _Identity:
+    """A variant's name, and the seeds that a run has for it, where that is known."""
+    variant = next((variant for variant in config.variants if variant.label == name), None) if config else None
+    if config is None or variant is None:
+        return name, None
+    return name, (config.dense.seed, config.knockoff.seed, variant.seed, finetune_for(config.finetune, variant).seed)
+
+
+def _is_made_good(lacking: _Identity, made: _Identity) -> bool:
+    """Whether what one run lacks has been made by another one, with the mistake mended; by another seed it has not."""
+    return lacking[0] == made[0] and (None in (lacking[1], made[1]) or lacking[1] == made[1])
+
+
+def _variants_of(
+    records: Sequence[StepRecord], config: Config | None
+) -> tuple[dict[str, VariantResult], dict[str, str]]:
     """The results of a run's whole variants, and what the others lack.
 
     A step that KFP took from its cache has no record in this run. What `compare` was given tells of all variants.
@@ -174,7 +199,7 @@ def _variants_of(place: str, records: Sequence[StepRecord]) -> tuple[dict[str, V
             whole[result.name] = result
         except UserError as error:  # a pod that was killed while its artifact was uploaded
             broken[owners.get(evaluation)] = str(error)
-    wanted = _configured(place)
+    wanted = [] if config is None else [variant.label for variant in config.variants]
     if wanted:
         whole = {name: result for name, result in whole.items() if name in wanted}
     else:
@@ -194,10 +219,10 @@ def _made(records: Sequence[StepRecord], step: str) -> dict[str, str]:
     return {str(record.variant): next(iter(record.outputs.values())).uri for record in done}
 
 
-def _configured(place: str) -> list[str]:
-    """The labels of the variants that the run was to have, where its configuration is there."""
+def _configuration(place: str) -> Config | None:
+    """What the run was to do, where its configuration is there."""
     content = storage.read(storage.join(place, CONFIG), must_exist=False)
-    return [] if content is None else [v.label for v in parse(Config, yaml.safe_load(content)).variants]
+    return None if content is None else parse(Config, yaml.safe_load(content))
 
 
 def _reason(variant: str, records: Sequence[StepRecord]) -> str:

@@ -189,7 +189,7 @@ def _telling(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
 
 def _label(result: Result, key: str) -> Value:
     if key == "run":
-        return (result.run or result.place or "-")[:_RUN_SHOWN]
+        return result.run[:_RUN_SHOWN] if result.run else result.place or "-"
     return result.name if key == "name" else result.params.get(key, "-")
 
 

@@ -169,12 +169,19 @@ def find_stages(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[
     """For each height and width of feature maps the module that is the last to give one, in the network's order.
 
     Both networks must give one there, of that size and of the images' proportions, which no map with its channels last
-    has; a scattered branch is none.
+    has; a scattered branch is none. Where a block shrinks the maps in its middle (bottlenecks, inverted residuals),
+    what it does before that is no stage's end: those modules count that lie in the fewest others whose own map has
+    another size.
     """
     theirs, own = _map_sizes(teacher, images), _map_sizes(student, images)
+
+    def strangers(name: str) -> int:
+        outer = [name[:place] for place, letter in enumerate(name) if letter == "."]
+        return sum(theirs.get(module, theirs[name]) != theirs[name] for module in outer)
+
     last: dict[tuple[int, int], str] = {}
     for name, size in theirs.items():
-        if own.get(name) == size:
+        if own.get(name) == size and (size not in last or strangers(name) <= strangers(last[size])):
             last.pop(size, None)
             last[size] = name
     return list(last.values())

@@ -83,7 +83,7 @@ def train_knockoffs(
         checkpoints, stopping: see `scop.training.fit`.
 
     Raises:
-        UserError: no layer can be pruned, or a setting is bad.
+        UserError: no layer can be pruned, a setting is bad, or the knockoffs are the images themselves.
     """
     if isinstance(source, str):
         source, settings = None, settings | {"source": source}
@@ -111,6 +111,10 @@ def train_knockoffs(
         stopping=stopping,
     )
     score, error, signed = competition.gates.scores()
+    if not any(values.any() for values in score.values()):
+        raise UserError(
+            "all scores are 0: no knockoff differs from its image; a batch wants several images to be shuffled"
+        )
     gates = competition.gates.values()
     return Scores(score, error, signed, gates, section.score, (channels, height, width), history)
 

@@ -98,16 +98,18 @@ def measure_quality(
     generator = torch.Generator().manual_seed(seed)
     dtype = autocast_dtype(device, "auto")
     real, knock, truth, answers = [], [], [], []
+    seen: set[int] = set()
     for images, labels in batches:
         images, labels = to_device(images, labels, device)
         knockoffs = source(images, labels)
         with autocast(device, dtype):
-            answers.append(model(knockoffs).argmax(1).cpu()[: len(images) // 2])
-        # Half of them, so that few images are in it twice, as themselves and as the knockoff of another.
-        half = len(images) // 2
-        real.append(images[:half].float().cpu())
-        knock.append(knockoffs[:half].float().cpu())
-        truth.append(labels[:half].cpu())
+            answer = model(knockoffs).argmax(1).cpu()
+        images, knockoffs = images.float().cpu(), knockoffs.float().cpu()
+        chosen = _new_pairs(images, knockoffs, seen)
+        real.append(images[chosen])
+        knock.append(knockoffs[chosen])
+        truth.append(labels.cpu()[chosen])
+        answers.append(answer[chosen])
         if sum(map(len, real)) >= _PAIRS:
             break
     originals, copies = torch.cat(real)[:_PAIRS], torch.cat(knock)[:_PAIRS]
@@ -129,20 +131,40 @@ def measure_quality(
     )
 
 
+def _new_pairs(images: Tensor, knockoffs: Tensor, seen: set[int]) -> list[int]:
+    """The places of pairs of which neither image is in the sample yet, as itself or as the knockoff of another.
+
+    An image that is in both parts of the sample makes them look more alike than they are.
+    """
+    chosen = []
+    for place, pair in enumerate(zip(images, knockoffs, strict=True)):
+        hashes = {hash(image.numpy().tobytes()) for image in pair}
+        if not hashes & seen:
+            seen |= hashes
+            chosen.append(place)
+    return chosen
+
+
+# Scales and bases are those of both samples together: if they were those of the originals, the knockoffs alone would
+# be strangers to them, however good.
+
+
 def _components(real: Tensor, knock: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Both as coordinates of unit variance: (n, D) -> (n, K)."""
-    mean = real.mean(0)
+    both = torch.cat([real, knock])
+    mean, rank = both.mean(0), min(_COMPONENTS, len(both) - 1, both.shape[1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        _, singular, basis = torch.pca_lowrank(real - mean, min(_COMPONENTS, *real.shape), center=False, niter=4)
-    scale = math.sqrt(len(real)) / singular.clamp_min(1e-6 * float(singular[0]))
+        _, singular, basis = torch.pca_lowrank(both - mean, rank, center=False, niter=4)
+    scale = math.sqrt(len(both)) / singular.clamp_min(1e-6 * float(singular[0]))
     return (real - mean) @ basis * scale, (knock - mean) @ basis * scale
 
 
 def _shrunk(real: Tensor, knock: Tensor) -> tuple[Tensor, Tensor]:
     """Both at 4x4 pixels, each pixel of unit variance: (n, C, H, W) -> (n, C * 16)."""
     small, small_knock = (F.adaptive_avg_pool2d(images, _SHRUNK).flatten(1) for images in (real, knock))
-    mean, deviation = small.mean(0), small.std(0).clamp_min(1e-6)
+    both = torch.cat([small, small_knock])
+    mean, deviation = both.mean(0), both.std(0).clamp_min(1e-6)
     return (small - mean) / deviation, (small_knock - mean) / deviation
 
 

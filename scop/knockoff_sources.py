@@ -90,7 +90,7 @@ def _own_factory(name: str) -> SourceFactory:
 
 
 def shuffle(images: Tensor, labels: Tensor) -> Tensor:
-    """The batch in another order: real images, but of other examples."""
+    """The batch in another order: real images of other examples, but for one in a batch, on average, that stays."""
     return images[torch.randperm(len(images), device=images.device)]
 
 

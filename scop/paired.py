@@ -48,6 +48,7 @@ class Paired:
         difference: mean of the first's top-1 less the second's, a share.
         low, high: its 95 % interval; None of one pair.
         pairs: so many.
+        images: the interval is for other test images too, and not for other seeds on these alone.
         same: what both cost the same of.
         reference: the second is the unpruned network, fine-tuned just as long, and no control.
         differing: in what else they differ than in the method, as "selection global against uniform".
@@ -59,21 +60,24 @@ class Paired:
     low: float | None
     high: float | None
     pairs: int
+    images: bool
     same: str
     reference: bool
     differing: str = ""
 
     @property
     def told(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval leaves 0 out; one of no width is none, but of differences that were rounded alike."""
+        return self.low is not None and self.high is not None and self.low < self.high and self.low * self.high > 0
 
     def __str__(self) -> str:
         """A sentence that claims no more than the interval does."""
         points = f"{100 * self.difference:+.2f} points of top-1"
         if self.low is None or self.high is None:
             return f"{self.first} against {self.second}: {points}, one pair, from which nothing can be told"
-        evidence = f"{points} (95% interval {100 * self.low:+.2f} to {100 * self.high:+.2f}, {self.pairs} pairs)"
+        between = f"95% interval {100 * self.low:+.2f} to {100 * self.high:+.2f}"
+        what = f"{self.pairs} pairs" if self.images else f"{self.pairs} pairs, on these very test images"
+        evidence = f"{points} ({between}, {what})"
         if self.reference:
             return f"{self.first} against {self.second}, which is not pruned and fine-tuned just as long: {evidence}"
         same = f"at the same {self.same}" + (f", {self.differing}" if self.differing else "")
@@ -123,15 +127,19 @@ class _Recipe:
         self.training, self.params = results[0].training, results[0].params
         self.costs = _costs(results)
         # By what both of a pair have in common.
-        seeds = {(result.dataset, *(result.params.get(key) for key in _ALIKE)): result for result in results}
-        self.top1 = {key: result.metrics[_ACCURACY] for key, result in seeds.items()}
-        self.right = {key: result.right for key, result in seeds.items() if result.right is not None}
+        # Several with the same key differ in the scores' seeds or were run again; in a pair they count as their mean.
+        same: dict[_Key, list[Result]] = {}
+        for result in results:
+            same.setdefault((result.dataset, *(result.params.get(key) for key in _ALIKE)), []).append(result)
+        self.top1 = {key: fmean(result.metrics[_ACCURACY] for result in own) for key, own in same.items()}
+        right = {key: [result.right for result in own if result.right] for key, own in same.items()}
+        self.right = {key: answers for key, answers in right.items() if len(answers) == len(same[key])}
         self._shares: dict[tuple[_Key, ...], NDArray[np.float32]] = {}
 
     def share_right(self, keys: tuple[_Key, ...]) -> NDArray[np.float32]:
         """Of these results, how many are right on each test image: (images,), in [0, 1]."""
         if keys not in self._shares:
-            self._shares[keys] = share_right([self.right[key] for key in keys])
+            self._shares[keys] = np.mean([share_right(self.right[key]) for key in keys], axis=0)
         return self._shares[keys]
 
 
@@ -157,10 +165,22 @@ def _paired(first: _Recipe, second: _Recipe, same: str) -> Paired | None:
     if not differences:
         return None
     known = tuple(key for key in first.right if key in second.right)
-    low, high = interval(differences, first.share_right(known) - second.share_right(known) if known else None)
+    images = first.share_right(known) - second.share_right(known) if known else None
+    low, high = interval(differences, images)
     reference = second.method == "none"
     differing = "" if reference else _differing(first, second)
-    return Paired(first.name, second.name, fmean(differences), low, high, len(differences), same, reference, differing)
+    return Paired(
+        first=first.name,
+        second=second.name,
+        difference=fmean(differences),
+        low=low,
+        high=high,
+        pairs=len(differences),
+        images=images is not None,
+        same=same,
+        reference=reference,
+        differing=differing,
+    )
 
 
 def _differing(first: _Recipe, second: _Recipe) -> str:
@@ -186,9 +206,10 @@ def interval(
     """The 95 % interval of the mean over pairs by Student's t; None for each where there is but one.
 
     Seeds differ by chance, and so do the images that happen to be in the test split: accuracies on few images may
-    agree to the last digit by several seeds, and would differ on others. The variances of both means are added, with
-    as many degrees of freedom as Welch and Satterthwaite give the sum. What seeds do to single images is in both, so
-    the interval errs on the wide side.
+    agree to the last digit by several seeds, and would differ on others. The variances of both means are added, each
+    with the quantile of its own degrees of freedom (Banerjee, 1961): ``half^2 = sum of t_k^2 v_k``. The quantile of a
+    common number of them, as Welch has it, is too small for two or three seeds that happen to agree. What seeds do to
+    single images is in both variances, so the interval errs on the wide side.
 
     Args:
         differences: in accuracy, pair by pair.
@@ -199,12 +220,9 @@ def interval(
         return None, None
     from scipy.special import stdtrit  # Student's quantile; scipy.stats takes five times as long to import
 
+    samples = [np.asarray(differences), *([] if images is None or len(images) < 2 else [images])]
+    quantiles = [float(stdtrit(len(sample) - 1, (1 + _CONFIDENCE) / 2)) for sample in samples]
+    errors = [float(sample.std(ddof=1)) / math.sqrt(len(sample)) for sample in samples]
+    half = math.hypot(*(quantile * error for quantile, error in zip(quantiles, errors, strict=True)))
     mean = fmean(differences)
-    samples = [np.asarray(differences)] + ([] if images is None else [images])
-    variances = np.array([float(sample.var(ddof=1)) / len(sample) for sample in samples])
-    variance = float(variances.sum())
-    if variance == 0:
-        return mean, mean
-    freedom = variance**2 / sum(v**2 / (len(sample) - 1) for v, sample in zip(variances, samples, strict=True))
-    half = float(stdtrit(freedom, (1 + _CONFIDENCE) / 2)) * math.sqrt(variance)
     return mean - half, mean + half

@@ -337,7 +337,7 @@ def _check_patterns(patterns: Sequence[str], prunables: Sequence[Prunable]) -> N
 
 def _combined(prunable: Prunable, score: LayerScore, variant: VariantSection) -> Tensor:
     """One score per channel for layers that share their channels: the mean over those that have one."""
-    found = [s.detach().float().cpu() for conv in prunable.convs if (s := score(conv)) is not None]
+    found = [torch.as_tensor(s).detach().float().cpu() for conv in prunable.convs if (s := score(conv)) is not None]
     if not found:
         raise UserError(
             f"method {variant.method!r} has no scores for layer {prunable.name!r}"

@@ -101,6 +101,15 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [variant["name"] for variant in summary["variants"]] == ["half", "failing"]
 
+    # Another seed does not make good what failed by the first one.
+    for run, seed in ((first, 0), (second, 1)):
+        config = {"variants": [half, failing], "finetune": FINETUNE | {"seed": seed}}
+        storage.write(storage.join(run.place, "config.yaml"), yaml.safe_dump(config).encode())
+    assert compare([first.place, second.place], "runs").missing["failing of first"] == why
+    storage.write(storage.join(second.place, "config.yaml"), yaml.safe_dump({"variants": [failing]}).encode())
+    storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump({"variants": [half, failing]}).encode())
+    assert compare([first.place, second.place], "runs").missing == {}
+
 
 @pytest.fixture(scope="module")
 def grown(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:

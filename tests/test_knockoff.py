@@ -350,6 +350,13 @@ def test_batches_that_cannot_be_trained_on_are_refused(model, batches: Batches) 
         train_knockoffs(model, (batch for batch in batches), epochs=1)
 
 
+def test_an_image_that_is_its_own_knockoff_is_no_competition(model, batches: Batches) -> None:
+    images, labels = next(iter(batches))
+    single = [(images[place : place + 1], labels[place : place + 1]) for place in range(4)]
+    with pytest.raises(UserError, match="all scores are 0: .* several images"):
+        train_knockoffs(model, single, epochs=1)
+
+
 def test_every_residual_rule_finds_scores() -> None:
     for name, shape in (("resnet20", (3, 16, 16)), ("torchvision:resnet18", (3, 32, 32))):
         graph = ChannelGraph(make_model(name), shape)

@@ -175,6 +175,34 @@ def test_p_values_are_uniform_where_knockoffs_are_valid() -> None:
     assert np.mean(ps) == pytest.approx(0.5, abs=0.1)
 
 
+def test_knockoffs_that_are_perfect_pass_as_often_as_they_should() -> None:
+    """Independent images, shuffled: p is small as often as it says, and large as often."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    ps = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        coarse = torch.randn(160, 1, 4, 4)
+        images = torch.nn.functional.interpolate(coarse, (8, 8), mode="bilinear") + 0.3 * torch.randn(160, 1, 8, 8)
+        batches = [(part, torch.arange(len(part)) % 10) for part in images.split(80)]
+        found = measure_quality(shuffle, model, batches, CPU, seed)
+        ps.append((found.swap_all.p, found.swap_half.p))
+    for of_swap in torch.tensor(ps).T:
+        assert (of_swap <= 0.05).float().mean() < 0.15
+        assert 0.3 < of_swap.median() < 0.7
+
+
+def test_few_pairs_are_enough_for_a_test_that_is_fair() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    ps = []
+    for seed in range(40):
+        batches = [(torch.randn(20, 3, 8, 8), torch.arange(20) % 10)]
+        ps.append(
+            measure_quality(lambda images, labels: torch.randn_like(images), model, batches, CPU, seed).swap_all.p
+        )
+    assert (torch.tensor(ps) <= 0.05).float().mean() < 0.2
+
+
 def quality(source, model: nn.Module, batches: Batches):
     torch.manual_seed(0)
     return measure_quality(source, model.eval(), batches, CPU)

@@ -54,6 +54,32 @@ def test_with_answers_it_covers_the_truth_for_other_images_too() -> None:
     assert np.mean(without) < 0.75  # seeds alone do not know that the images are a sample
 
 
+def test_two_seeds_that_happen_to_agree_are_not_taken_for_certain() -> None:
+    """Seeds that shift all images alike, as retrained networks do."""
+    generator = np.random.default_rng(0)
+    images, seeds = 200, 2
+    covered = []
+    for _ in range(2000):
+        by_seed = 0.1 * generator.normal(size=seeds)
+        by_image = generator.normal(size=images)
+        low, high = interval((by_seed + by_image.mean()).tolist(), by_image + by_seed.mean())
+        covered.append(low <= 0 <= high)
+    assert np.mean(covered) > 0.94
+
+
+def test_results_that_differ_in_the_seeds_of_scores_count_as_their_mean() -> None:
+    rows = results({"scop": [0.90, 0.92], "l1": [0.89, 0.90]})
+    worse = [
+        Result(**{**vars(r), "metrics": {**r.metrics, "pruned_top1": 0.80}, "params": {**r.params, "knockoff_seed": 1}})
+        for r in rows
+        if r.name == "scop"
+    ]
+    found, reversed_order = compare_pairs([*rows, *worse]), compare_pairs([*worse, *rows])
+    assert [one.difference for one in found] == [one.difference for one in reversed_order]
+    assert found[0].difference == pytest.approx((0.85 + 0.86) / 2 - (0.89 + 0.90) / 2)
+    assert found[0].pairs == 2
+
+
 def answered(rows: list[Result], right: dict[str, np.ndarray]) -> list[Result]:
     """The same results, with the answers of each method to each image."""
     tops = {method: {"pruned_top1": float(answers.mean())} for method, answers in right.items()}
@@ -72,6 +98,11 @@ def test_one_image_is_no_evidence_by_however_many_seeds() -> None:
     assert l1.difference == pytest.approx(1 / 360)
     assert not l1.told
     assert random.told
+    # Nor where it is not known which images they were right on.
+    rows = results({"scop": [1.0] * 3, "l1": [359 / 360] * 3})
+    (unknown,) = compare_pairs(rows)
+    assert not unknown.told
+    assert "3 pairs, on these very test images)" in str(unknown)
 
 
 def test_answers_are_the_same_after_packing() -> None:
@@ -87,7 +118,7 @@ def test_a_difference_that_holds_in_each_pair_is_told() -> None:
     (found,) = compare_pairs(results({"scop": [0.90, 0.92, 0.94], "l1": [0.89, 0.9095, 0.9305]}))
     assert found.told
     assert str(found).startswith("scop is better than l1 at the same MACs: +1.00 points of top-1 (95% interval +0.")
-    assert str(found).endswith("3 pairs)")
+    assert str(found).endswith("3 pairs, on these very test images)")
     (other,) = compare_pairs(results({"scop": [0.89, 0.9095, 0.9305], "l1": [0.90, 0.92, 0.94]}))
     assert str(other).startswith("scop is worse than l1 at the same MACs: -1.00 points")
 
@@ -125,7 +156,7 @@ def test_only_what_was_trained_alike_is_compared() -> None:
 
 
 def test_what_differs_besides_the_method_is_said_and_like_comes_first() -> None:
-    rows = results({"scop": [0.90, 0.92], "fpgm": [0.82, 0.84], "l1": [0.80, 0.82], "none": [0.93, 0.95]})
+    rows = results({"scop": [0.90, 0.92], "fpgm": [0.82, 0.839], "l1": [0.80, 0.819], "none": [0.93, 0.95]})
     rows = changed(changed(rows, "scop", selection="global"), "fpgm", selection="global")
     rows = changed(changed(rows, "l1", selection="uniform", exclude="layer3.*"), "none", selection="uniform")
     alike, unlike, reference = (str(one) for one in compare_pairs(rows))

@@ -250,6 +250,18 @@ def test_stages_end_where_the_resolution_does() -> None:
         assert find_stages(model, model, torch.zeros(2, 3, *size)) == ["layer1", "layer2", "layer3"]
 
 
+@pytest.mark.parametrize(
+    ("network", "stages"),
+    [
+        ("resnet50", ["relu", "layer1", "layer2", "layer3", "layer4"]),
+        ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features"]),
+    ],
+)
+def test_blocks_that_shrink_in_their_middle_do_not_end_a_stage_there(network: str, stages: list[str]) -> None:
+    model = make_model(f"torchvision:{network}", num_classes=10)
+    assert find_stages(model, model, torch.zeros(2, 3, 64, 64)) == stages
+
+
 def test_maps_that_have_no_place_for_both_are_no_stages() -> None:
     """Channels last, which pruning may change, and branches that wait to be scattered."""
     dense = small_convnext().eval()

@@ -17,7 +17,8 @@ class DataSection(Section):
         source: digits (scikit-learn), cifar10 or cifar100 (torchvision's layout at `path`), or imagefolder (a folder,
             .tar, .tar.gz or .zip of SPLIT/CLASS/*.jpg|png or CLASS/*.jpg|png at `path`).
         path: where they are.
-        image_size: bring every image to this height and width; by default all must have the same already.
+        image_size: bring every image to this height and width, by scaling and by cutting off what is too long; by
+            default all must have the same already.
         channels: 1 for grey, 3 for colour; by default what the images are, and 3 for networks of torchvision.
         validation: fraction of the training data cut off for validation, where the source has no such split.
         test: the same for the test split, cut off first.
@@ -32,7 +33,7 @@ class DataSection(Section):
     validation: Fraction = 0.1
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Seed = 0
-    mean: list[float] | None = None
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None
     std: list[PositiveFloat] | None = None
 
     @field_validator("channels", mode="before")

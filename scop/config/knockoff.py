@@ -56,8 +56,9 @@ class KnockoffSection(Section):
     """The knockoff phase.
 
     Attributes:
-        source: where knockoff images come from: shuffle, gaussian, generator, or package.module:factory, see
-            `scop.knockoff_sources`.
+        source: where knockoff images come from: shuffle, other images of the batch; gaussian; generator; or
+            package.module:factory of your own, where factory(batches) returns source(images, labels), which returns
+            knockoff images of that shape.
         score: fisher, the information of gates that are held at `mixing`, or published, of gates that are trained; see
             `scop.knockoff`.
         mixing: share of the real features in the mixture, for score fisher.
@@ -65,7 +66,7 @@ class KnockoffSection(Section):
             those of real images and knockoffs together.
         epochs: passes over the training split; by default as many as show score fisher 10,240 images, which may be part
             of one, and 20 for score published, as in the paper.
-        batch_size: images in a batch; all there are where they are fewer.
+        batch_size: images in a batch, two or more; all there are where they are fewer.
         lr, betas: of Adam on the gates, for score published.
         gaussian, generator: settings of these sources.
         sensitivity: accuracy against the rate of one layer at a time.
@@ -79,7 +80,7 @@ class KnockoffSection(Section):
     mixing: Annotated[float, Field(gt=0, le=1)] = 0.8
     batch_norm: BatchNormMode = "frozen"
     epochs: PositiveInt | None = None
-    batch_size: PositiveInt = 256
+    batch_size: Annotated[int, Field(ge=2)] = 256
     lr: PositiveFloat = 0.004
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)
     gaussian: GaussianSection = GaussianSection()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from scop.config.values import NAME, Fraction, PositiveFloat, PositiveInt
+from scop.config.values import LONGEST_NAME, NAME, Fraction, PositiveFloat, PositiveInt
 from scop.parsing import Section
 
 
@@ -23,7 +23,7 @@ class RunSection(Section):
             the runs, by default.
     """
 
-    name: Annotated[str, Field(pattern=NAME, max_length=60)] | None = None
+    name: Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)] | None = None
     experiment: Annotated[str, Field(pattern=NAME, max_length=100)] = "scop"
     checkpoints: str | None = None
     keep_checkpoints: PositiveInt = 2

@@ -27,7 +27,8 @@ class TrainingSection(Section):
             10 at half and at three quarters.
         warmup_epochs: the rate rises linearly from near 0 for so long; may be a fraction.
         label_smoothing: share of the label's probability spread over all classes.
-        crop_padding, flip: augmentation, see `scop.batches.Augmentation`.
+        crop_padding: shift images by up to so many pixels each way.
+        flip: mirror half of the images.
         precision: bf16 autocast, fp32, or auto: bf16 where the device has it natively.
         compile: run through torch.compile.
         sync_batch_norm: where several processes train, batch norms see the whole batch and not each its share; then the
@@ -67,7 +68,8 @@ class DenseSection(TrainingSection):
     """The dense network, trained or given.
 
     Attributes:
-        model: a factory's name, see `scop.models`.
+        model: resnet20 to resnet110 (CIFAR), torchvision:NAME, or package.module:function, which takes num_classes and
+            returns the network.
         arguments: further arguments for the factory.
         weights: a .safetensors file or a state dict saved by torch.save; then nothing is trained.
         pretrained: such a file to start training from; its last layer may be for other classes, then that begins anew.

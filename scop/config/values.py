@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+LONGEST_NAME = 60
+"""Characters of a run's or a variant's name."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 """What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from scop.config.values import (
+    LONGEST_NAME,
     NAME,
     Fraction,
     Method,
@@ -26,7 +27,8 @@ class BudgetSection(Section):
         params, macs: at most so many; where that is at most 1, this share of the dense network's.
         latency_ms: a pass takes so long or up to 3 % less, in float32, on the device that selects, measured there; up
             to 1 % more counts as so long, for no measurement is surer.
-        batch_size, threads: of the passes; all threads by default.
+        batch_size: images in a pass.
+        threads: of the CPU; all by default.
     """
 
     params: PositiveFloat | None = None
@@ -61,10 +63,11 @@ class VariantSection(Section):
         prune_rate: fraction of the channels removed, in each layer or of all.
         fdr: false-discovery rate among the channels that stay, for knockoff_plus.
         budget: what the network may cost; the rate is solved for, or the false-discovery rate.
-        include, exclude: patterns of layers' names, such as layer3.*; only these are pruned, those are not.
+        include: patterns of layers' names, such as layer3.*; only these are pruned.
+        exclude: the same; these are not.
         rates: pattern -> rate for these layers, whatever the others' is.
         floor: at least this share of each layer's channels stays, for global and knockoff_plus.
-        residual: the rule for residual streams, see `scop.graph`.
+        residual: the rule for residual streams: scatter, inner or coupled, see the README.
         round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.
         min_channels: at least so many channels stay in each layer.
         rounds: prune and fine-tune so many times, a step of the way each time; scores are taken anew in between.
@@ -73,7 +76,7 @@ class VariantSection(Section):
         finetune: entries of section `finetune` that are different for this variant.
     """
 
-    name: Annotated[str, Field(pattern=NAME, max_length=60)] | None = None
+    name: Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)] | None = None
     method: Method = "scop"
     selection: SelectionRule = "uniform"
     prune_rate: Fraction = 0.45
@@ -119,6 +122,13 @@ class VariantSection(Section):
             )
             for seed in self.seeds
         ]
+
+    @model_validator(mode="after")
+    def _names_of_seeds(self) -> VariantSection:
+        longest = max((one.label for one in self.each_seed), key=len)
+        if len(longest) > LONGEST_NAME:
+            raise ValueError(f"name becomes {longest!r} with its seed, which is longer than {LONGEST_NAME} characters")
+        return self
 
     @model_validator(mode="after")
     def _scores_that_fit(self) -> VariantSection:
