@@ -13,12 +13,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from scop.answers import packed
 from tests import services
 from tests.results import METHODS, result
 
 ROOT = Path(__file__).parents[2]
 AT_MOST = {1_000: 5.0, 10_000: 30.0}
 """Seconds, from the command's start to its end."""
+IMAGES = 10_000
+"""In the test split, CIFAR-10's."""
 
 _MEASURED = """
 import resource, subprocess, sys
@@ -64,7 +69,7 @@ def fill(database: Path, experiment: str, count: int) -> None:
     rows: dict[Any, list[dict[str, Any]]] = {
         kind: [] for kind in (models.SqlRun, models.SqlParam, models.SqlLatestMetric, models.SqlTag)
     }
-    now = int(time.time() * 1000)
+    now, random = int(time.time() * 1000), np.random.default_rng(0)
     parents = [uuid.uuid4().hex for _ in range(count // 3 + 1)]
     for number in range(count):
         row = result(list(METHODS)[number % 3], 0.1 + 0.01 * (number % 60), number // 180)
@@ -87,6 +92,7 @@ def fill(database: Path, experiment: str, count: int) -> None:
             "scop.variant": row.name,
             "scop.measured_on": row.device,
             "scop.dataset": row.dataset,
+            "scop.right": packed(random.random(IMAGES) < row.metrics["pruned_top1"]),
         }
         tags |= {"mlflow.parentRunId": parents[number // 3], "mlflow.runName": f"{row.name} evaluate"}
         tags |= {f"scop.fact{key}": "as long as a tag of the steps is" for key in range(6)}
