@@ -144,9 +144,10 @@ def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepCl
     Raises:
         UserError: the configuration names a folder, which a pod would lose.
     """
-    for key, place in (("checkpoints", run.checkpoints), ("artifact_root", run.artifact_root)):
-        if place is not None and ":/" not in place:
-            raise UserError(f"run.{key} {place} is a folder, which a pod does not keep; name an s3:// URI")
+    if run.checkpoints is not None and not storage.is_uri(run.checkpoints):
+        raise UserError(f"run.checkpoints {run.checkpoints} is no place that outlives a pod; name an s3:// URI")
+    if run.artifact_root is not None and ":/" not in run.artifact_root:
+        raise UserError(f"run.artifact_root {run.artifact_root} is a folder, which a pod does not keep; name a URI")
     variables = {
         IMAGE_VARIABLE: profile.image,
         EXPERIMENT_VARIABLE: run.experiment,

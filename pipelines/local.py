@@ -34,7 +34,7 @@ from pipelines.containers import (
 )
 from pipelines.workspace import KFP_FOLDER, environment, for_mlflow, for_steps, terminal, workspace
 from scop import storage
-from scop.checkpoints import STOP_SIGNALS
+from scop.checkpoints import handled
 from scop.config import CIFAR_RESNETS, Config
 from scop.errors import Stopped, UserError
 from scop.manifest import RECORD, write_atomically
@@ -263,7 +263,7 @@ def _stopping_steps(image: str | None) -> Iterator[Callable[[], int]]:
             raise RuntimeError("stopped between two steps")
 
     (Path(os.environ[KFP_ROOT_VARIABLE]) / STOPPED).unlink(missing_ok=True)
-    before = {number: signal.signal(number, stop) for number in (*STOP_SIGNALS, signal.SIGHUP)}
+    before = handled(stop)
     try:
         yield lambda: came
     finally:
@@ -312,8 +312,8 @@ def print_result(run: LocalRun) -> None:
 
 
 def mlflow_command(uri: str) -> str:
-    """The line that opens MLflow's pages on the results."""
-    if uri.startswith("http"):
+    """The line that opens MLflow's pages on the results or, where it would have to show a password, their place."""
+    if not uri.startswith("sqlite:"):
         return shown(uri)
     # By its path where the virtual environment is not active, as after `make run`.
     command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from scop.errors import UserError
@@ -13,6 +14,11 @@ FOLDER = Path(__file__).parent / "configs"
 def preset_names() -> list[str]:
     """The names of the presets."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def run_name_of(path: Path) -> str:
+    """What runs of a configuration are called that does not say so itself: as its file, where a name may be so."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "run"
 
 
 def find_config(name: str) -> Path:

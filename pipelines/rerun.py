@@ -205,6 +205,8 @@ def _tell_differences(record: StepRecord, image: str | None) -> None:
         import torch
 
         here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if record.processes > 1:
+        print(f"note: recorded with {record.processes} processes, runs with one", file=sys.stderr)
     if image is not None and record.image_id and image_id(image) != record.image_id:
         print(f"note: {image} is another image than the recorded one, {record.image_id[:19]}", file=sys.stderr)
     for what, recorded in (("commit", record.revision), ("PyTorch", record.torch), ("device", record.device)):

@@ -36,6 +36,7 @@ def workspace(place: str, exists: bool) -> Iterator[Path]:
     """
     if storage.is_uri(place):
         with tempfile.TemporaryDirectory(prefix="scop-run-") as name:
+            (Path(name) / KFP_FOLDER).mkdir()
             yield Path(name)
         return
     folder = Path(place)

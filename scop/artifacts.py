@@ -79,8 +79,8 @@ def save_model(
         if history is not None:
             save_history(history, folder, device)
         write_manifest(folder, "model", (WEIGHTS, DESCRIPTION, HISTORY, TIMINGS, *others))
-    except OSError as error:
-        raise UserError(f"cannot write model folder {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write model folder {folder}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,6 +95,9 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_model(folder: str | Path) -> nn.Module:
     """Build the model of a folder, in eval mode on the CPU; `scop.spec.spec_of` tells what it is.
+
+    It calls the factory that `model.json` names, which may be any function that can be imported: as code, a folder has
+    to come from somebody whom one trusts. `model.onnx` and `model.pt2` need no factory.
 
     Raises:
         UserError: the folder is not a whole model, or its factory is gone or has changed.

@@ -102,8 +102,15 @@ class Checkpoints:
         return [name.removesuffix(".json") for name in own if name.endswith(".json")]
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""A scheduler's, and Ctrl-C."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""A scheduler's, Ctrl-C, and that of a terminal that is closed."""
+
+
+def handled(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Have `STOP_SIGNALS` handled, but for a closed terminal's where nohup has it ignored; the handlers before."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 @contextlib.contextmanager
@@ -118,7 +125,7 @@ def termination() -> Iterator[Callable[[], bool]]:
         nonlocal came
         came = number
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = handled(note)
     try:
         yield lambda: bool(came)
     finally:

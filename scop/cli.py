@@ -42,7 +42,7 @@ def _notes(error: Exception) -> list[str]:
 def _run(options: argparse.Namespace) -> int:
     from pipelines.containers import DEFAULT_IMAGE
     from pipelines.local import StepError, print_result, run_locally
-    from pipelines.presets import find_config
+    from pipelines.presets import find_config, run_name_of
     from pipelines.runs import find_run
     from scop.config import load_config
     from scop.errors import Stopped, UserError
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         image = options.docker if options.docker is None else options.docker or DEFAULT_IMAGE
         if options.gpus and image is None:
             raise UserError("--gpus is for containers; add --docker")
-        run = run_locally(config, out, path.stem, image, place, options.gpus)
+        run = run_locally(config, out, run_name_of(path), image, place, options.gpus)
     except (StepError, Stopped) as failure:
         print(f"scop: {failure}", *_notes(failure), sep="\n", file=sys.stderr)
         return failure.code if isinstance(failure, Stopped) else 1
@@ -307,7 +307,7 @@ def _profile(name: str) -> ClusterProfile:
 
 def _submit(options: argparse.Namespace) -> int:
     from pipelines.cluster import refuse_uneven_shares
-    from pipelines.presets import find_config
+    from pipelines.presets import find_config, run_name_of
     from pipelines.submit import Cluster, keep_configuration, pin_places, run_name
     from scop.config import load_config
     from scop.errors import UserError
@@ -320,7 +320,7 @@ def _submit(options: argparse.Namespace) -> int:
     profile = _profile(options.cluster)
     refuse_uneven_shares(config, profile)
     cluster = Cluster(profile)
-    name = options.name or run_name(config, path.stem)
+    name = options.name or run_name(config, run_name_of(path))
     run = cluster.submit(config, name, caching=not options.no_cache, cron=options.recurring)
     print(f"{'recurring run' if options.recurring else 'run'} {name}: {run.address}", flush=True)
     keep_configuration(run, config)

@@ -25,6 +25,8 @@ SCHEME = "s3://"
 _PART = 32 * 2**20
 _WRITE = 2**20
 _AT_ONCE = 10
+_COPIED_AT_ONCE = 2**32
+"""Bytes; S3 copies up to 5 GiB by one request."""
 
 
 def is_uri(place: str | Path) -> bool:
@@ -208,6 +210,15 @@ def write_object(target: Location, content: bytes) -> None:
     """Put an object, at once: a reader sees the old one or the new one."""
     with errors(target):
         client().put_object(Bucket=target.bucket, Key=target.key, Body=content)
+
+
+def copy_object(source: Location, target: Location) -> None:
+    """An object to another name, within S3."""
+    from boto3.s3.transfer import TransferConfig
+
+    whole = TransferConfig(multipart_threshold=_COPIED_AT_ONCE, multipart_chunksize=_COPIED_AT_ONCE)
+    with errors(target):
+        client().copy({"Bucket": source.bucket, "Key": source.key}, target.bucket, target.key, Config=whole)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from scop.manifest import (
 from scop.s3 import SCHEME as SCHEME
 from scop.s3 import (
     Location,
+    copy_object,
     delete_objects,
     download,
     endpoint,
@@ -52,7 +53,11 @@ CACHE_PARTS = ("artifacts", "objects", "trees")
 
 
 def send_folder(folder: Path, uri: str) -> None:
-    """Upload an artifact folder; until the manifest, which comes last, what was there before stays as it was.
+    """Upload an artifact folder; until the manifest, which comes last, the artifact that was there stays as it was.
+
+    A file that replaces one is sent by another name first, which the manifest says (`FileEntry.stored_as`). When all
+    has switched over, it is copied to its own name, by which KFP's launcher and people know it, and so again in the
+    manifest.
 
     Raises:
         UserError: the folder is not whole, or S3 does not take it.
@@ -79,15 +84,28 @@ def send_folder(folder: Path, uri: str) -> None:
                 f"{target / entry.key(name)} is gone right after it was sent; does another run write there?"
             )
         objects[name] = entry.model_copy(update={"etag": listed[entry.key(name)]["ETag"]})
-    switched = manifest.model_copy(update={"files": objects})
-    write(str(target / MANIFEST), (switched.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
-    named = {entry.key(name) for name, entry in objects.items()}
-    # What the artifact had before, and what tries that broke off have left.
-    left = {entry.key(name) for name, entry in present.items()} | {key for key in listed if _REPLACEMENT.search(key)}
-    delete_objects(target, left - named)
+    _write_manifest(target, manifest, objects)
+    if elsewhere := {name: entry.stored_as for name, entry in objects.items() if entry.stored_as}:
+        for name, place in elsewhere.items():
+            copy_object(target / place, target / name)
+        copied = listing(target)
+        for name in elsewhere:
+            entry = objects[name]
+            objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, etag=copied[name]["ETag"])
+        _write_manifest(target, manifest, objects)
+    # What the artifact had before, and what tries that broke off have left of its files.
+    ours = {*present, *objects}
+    left = {entry.key(name) for name, entry in present.items()}
+    left |= {key for key in listed if _REPLACEMENT.sub("", key) in ours}
+    delete_objects(target, left - {*objects})
 
 
 _REPLACEMENT = re.compile(r"~[0-9a-f]{12}$")
+
+
+def _write_manifest(target: Location, manifest: Manifest, objects: Mapping[str, FileEntry]) -> None:
+    switched = manifest.model_copy(update={"files": dict(objects)})
+    write(str(target / MANIFEST), (switched.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
 
 def _is_untouched(entry: FileEntry, name: str, listed: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -203,19 +221,30 @@ def fetch_tree(uri: str) -> Path:
     """
     source = Location.parse(uri)
     title = check_name(source.key.rpartition("/")[2] or source.bucket)
-    found = {name: entry for name, entry in listing(source).items() if name and not name.endswith("/")}
+    found = _objects(source)
     if not found:
         raise UserError(f"{uri} does not exist: there is neither an object nor a prefix of that name")
     for name in found:
         check_name(name)
-    versions = [f"{name} {entry['ETag']} {entry['Size']}" for name, entry in sorted(found.items())]
+    versions = _versions(found)
     folder = cache_folder() / "trees" / _hash(endpoint(), *versions)
     if not _is_cached(folder):
         with _staged(folder) as staging:
             sizes = {name: entry["Size"] for name, entry in found.items()}
             list(download(source, {name: staging / title / name for name in found}, sizes))
+            if _versions(_objects(source)) != versions:
+                raise UserError(f"{uri} changed while it was fetched; try again")
             write_manifest(staging, kind="tree")
     return folder / title
+
+
+def _objects(source: Location) -> dict[str, Mapping[str, Any]]:
+    """Those below a prefix that hold something, and do not stand for a folder."""
+    return {name: entry for name, entry in listing(source).items() if name and not name.endswith("/")}
+
+
+def _versions(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [f"{name} {entry['ETag']} {entry['Size']}" for name, entry in sorted(found.items())]
 
 
 def fetch_any(uri: str) -> Path:
@@ -326,6 +355,8 @@ def write(place: str, content: bytes) -> None:
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise UserError(f"cannot write {place}: {error.strerror}") from error
 
 

@@ -188,6 +188,13 @@ def test_the_command_compiles_offline_with_the_configurations_values_as_defaults
     assert "cannot read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("place", "kind"), [("gs://bucket/checkpoints", "checkpoints"), ("runs", "artifact_root")])
+def test_places_that_a_pod_would_lose_are_refused(place: str, kind: str, tmp_path: Path, capsys) -> None:
+    command = ["compile", "--cluster", str(EXAMPLE), "-o", str(tmp_path / "pipeline.yaml")]
+    assert cli.main([*command, "--set", f"run.{kind}={place}"]) == 2
+    assert f"run.{kind} {place} is " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.presets import FOLDER, find_config
+from pipelines.presets import FOLDER, find_config, run_name_of
 from scop import UserError
 from scop.config import (
     Config,
@@ -54,6 +54,10 @@ def refusal(values: dict[str, object]) -> str:
 )  # fmt: skip
 def test_bad_configurations_are_refused_by_name_value_and_remedy(values: dict[str, object], expected: str) -> None:
     assert expected in refusal(values)
+
+
+def test_runs_are_called_after_the_file_of_their_configuration() -> None:
+    assert [run_name_of(Path(name)) for name in ("my.yaml", "o'neil (2).yaml", "é.yaml")] == ["my", "o-neil-2", "run"]
 
 
 def test_whole_numbers_may_arrive_as_doubles() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.doctor import _kfp
+from pipelines.local import mlflow_command
 from scop import UserError
 from scop.mlflow_server import shown
 from tests import services
@@ -93,4 +94,7 @@ def test_wrong_credentials_are_named(servers: dict[str, str], tmp_path: Path) ->
 
 def test_a_tracking_uri_is_shown_without_its_password() -> None:
     assert shown("https://me:secret@mlflow.example:8443/path") == "https://mlflow.example:8443/path"
+    assert shown("https://me:p@ss@mlflow.example/path") == "https://mlflow.example/path"
     assert shown("sqlite:////runs/mlflow.db") == "sqlite:////runs/mlflow.db"
+    # Nor does the line that ends a run, whose command would need the password.
+    assert mlflow_command("postgresql://scop:secret@db/mlflow") == "postgresql://db/mlflow"

@@ -19,6 +19,7 @@ from scop.manifest import MANIFEST, read_folder
 from scop.plots import confusion_matrix
 from scop.scores import Scores
 from scop.steps import STEPS
+from scop.steps.record import StepRecord, StepResult
 from scop.steps.runtime import run_step
 from scop.steps.step import find_step
 
@@ -201,6 +202,38 @@ def test_foreign_files_in_an_output_folder_are_not_touched(digits_folder: Path, 
     with pytest.raises(UserError, match=r"holds 'thesis\.tex', which no step has written"):
         train_dense(digits_folder, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_second_signal_does_not_cut_off_what_the_first_one_ends(tmp_path: Path) -> None:
+    """Ctrl-C reaches a step twice: from the terminal, and handed on by `scop run`."""
+    code = """
+import os, signal
+from scop.steps.endings import Terminated, ending_when_told
+with ending_when_told():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except Terminated:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("recorded")
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "recorded\n"
+
+
+def test_a_figure_that_is_no_number_leaves_a_record_that_can_be_read(tmp_path: Path) -> None:
+    result = StepResult({"validation_loss": float("nan"), "top1": 0.5})
+    record = StepRecord.starting("train_dense", {}, {}, {"model": str(tmp_path)}).model_copy(update={"result": result})
+    read = StepRecord.parse(record.model_dump_json().encode(), "step.json")
+    assert read.result is not None
+    assert read.result.metrics == {"top1": 0.5}
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "step.json"])
+def test_others_have_files_of_these_names_too(name: str, digits_folder: Path, tmp_path: Path) -> None:
+    for own in (name, "icon.png", "index.html", "weights.pt"):
+        (tmp_path / own).write_text('{"name": "my web app", "step": 3}')
+    with pytest.raises(UserError, match="holds 'icon.png', which no step has written"):
+        train_dense(digits_folder, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize("name", ["notes.json", "figure.png", "mine.safetensors"])

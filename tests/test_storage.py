@@ -75,7 +75,42 @@ def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: 
     listed = storage.names(uri)
     assert sum(name.startswith("large.bin") for name in listed) == 1
     assert sum(name.startswith("small.bin") for name in listed) == 1
-    assert len(listed) == 5
+    # All by their own names, as others fetch them.
+    assert {*listed} == {MANIFEST, *read_folder(new).files}
+    assert storage.read(f"{uri}/large.bin") == (new / "large.bin").read_bytes()
+    assert storage.stands(uri)
+
+
+def test_what_lies_deeper_is_another_artifacts(bucket: str, tmp_path: Path) -> None:
+    outer, inner = f"{bucket}/exp", f"{bucket}/exp/plan/large.bin~0123456789ab"
+    storage.write(inner, b"of the inner one")
+    for number in (b"1", b"2"):
+        storage.send_folder(artifact(tmp_path / number.decode(), more=number), outer)
+    assert storage.read(inner) == b"of the inner one"
+
+
+def test_images_that_change_while_they_are_fetched_are_no_tree(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.bin", "b.bin"):
+        storage.write(f"{bucket}/images/{name}", b"old")
+    download = storage.download
+
+    def meanwhile(*arguments):
+        storage.write(f"{bucket}/images/b.bin", b"new")
+        return download(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "download", meanwhile)
+        with pytest.raises(UserError, match="images changed while it was fetched; try again"):
+            storage.fetch_tree(f"{bucket}/images")
+    tree = storage.fetch_tree(f"{bucket}/images")
+    assert [(tree / name).read_bytes() for name in ("a.bin", "b.bin")] == [b"old", b"new"]
+
+
+def test_a_write_that_fails_leaves_no_part(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        storage.write(str(tmp_path / "taken"), b"a checkpoint")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
 def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch) -> None:
@@ -357,6 +392,22 @@ def test_a_step_whose_input_cannot_be_fetched_has_a_record(bucket: str, tmp_path
     record = json.loads(storage.read(f"{bucket}/model/step.json"))
     assert (record["status"], record["inputs"]["dataset"]["uri"]) == ("failed", f"{bucket}/none")
     assert "holds no whole artifact" in record["error"]
+
+
+def test_a_refusal_never_leaves_a_record_of_a_step_that_runs(
+    bucket: str, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.send_folder(digits_folder, f"{bucket}/digits")
+    with pytest.raises(UserError, match="overlaps with"):
+        run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": f"{bucket}/digits"})
+    assert "step.json" not in storage.names(f"{bucket}/digits")
+    monkeypatch.setenv("SCOP_KEEP_CHECKPOINTS", "0")
+    with pytest.raises(UserError, match="SCOP_KEEP_CHECKPOINTS"):
+        run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": f"{bucket}/model"})
+    record = json.loads(storage.read(f"{bucket}/model/step.json"))
+    assert (record["status"], record["code"]) == ("failed", 2)
+    with pytest.raises(UserError, match="gs://bucket/model is neither a path nor an s3:// URI"):
+        run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": "gs://bucket/model"})
 
 
 def test_a_link_that_leads_nowhere_has_a_version(tmp_path: Path) -> None:

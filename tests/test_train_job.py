@@ -72,6 +72,10 @@ def test_two_nodes_train_the_network_that_one_process_would(
     assert record is not None
     assert (record.status, record.processes) == ("done", 2)
     assert record.result == result
+    # A pod that was lost when its job was done: the next try takes what is there.
+    assert run_step("train_dense", {"dense": DENSE}, *places) == result
+    assert "has done it already" in capfd.readouterr().out
+    assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST"]
     assert "KFP_RUN_ID" in {entry["name"] for entry in cluster.jobs[name]["spec"]["trainer"]["env"]}
     assert SECRET not in json.dumps(cluster.jobs)
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from scop.checkpoints import STOP_SIGNALS
+from scop.checkpoints import handled
 from scop.errors import Stopped, UserError
 from scop.mlflow_server import first_line
 
@@ -51,9 +51,11 @@ def ending_when_told() -> Iterator[None]:
         return
 
     def end(*_: object) -> None:
+        for number in before:  # Ctrl-C comes from the terminal and, as SIGTERM, from `scop run`: the record is written
+            signal.signal(number, signal.SIG_IGN)
         raise Terminated(TERMINATED)
 
-    before = {number: signal.signal(number, end) for number in STOP_SIGNALS}
+    before = handled(end)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from scop import storage
 from scop.errors import UserError
 from scop.manifest import CHECKPOINTS, LEFTOVERS, MANIFEST, RECORD, Manifest, read_folder
+from scop.steps import STEPS
 
 KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE = "SCOP_KFP_ROOT", "SCOP_RUN_ROOT", "SCOP_VARIANTS"
 """Set by `scop run`: what a component's path below KFP's root means as a place of the run; see `meant`."""
@@ -35,8 +36,12 @@ _KINDS = {
 
 
 def absolute(place: str) -> str:
-    """A path made absolute; a URI as it is."""
-    return place if storage.is_uri(place) else str(Path(place).expanduser().absolute())
+    """A path made absolute; a URI as it is; raises UserError at a place of another kind, such as gs://."""
+    if storage.is_uri(place):
+        return place
+    if "://" in place:
+        raise UserError(f"{place} is neither a path nor an s3:// URI")
+    return str(Path(place).expanduser().absolute())
 
 
 def exchanged(place: str) -> str:
@@ -97,9 +102,7 @@ def check(step: str, kind: str, fields: type[Any], given: Places) -> Places:
     return places
 
 
-def refuse_overlap(
-    sources: Mapping[str, Any], targets: Mapping[str, Path], inputs: Places, outputs: Mapping[str, str]
-) -> None:
+def refuse_overlap(sources: Mapping[str, Any], targets: Mapping[str, Path]) -> None:
     """An output folder is emptied before the work: it must not be, hold or lie in an input or another output."""
     folders = [p for v in sources.values() for p in (v if isinstance(v, list) else [v])]
     for place, output in enumerate(targets.values()):
@@ -107,6 +110,10 @@ def refuse_overlap(
             a, b = output.resolve(), other.resolve()
             if a == b or a in b.parents or b in a.parents:
                 raise UserError(f"output folder {output} overlaps with {other}; name another one")
+
+
+def refuse_overlap_in_s3(inputs: Places, outputs: Mapping[str, str]) -> None:
+    """The same of prefixes, before anything is written there."""
     uris = [u.rstrip("/") for v in inputs.values() for u in (v if isinstance(v, list) else [v]) if storage.is_uri(u)]
     for output_uri in filter(storage.is_uri, outputs.values()):
         for uri in uris:
@@ -147,7 +154,7 @@ def _told_apart(folder: Path) -> tuple[list[Path], list[Path]]:
         listed = {*Manifest.parse((folder / MANIFEST).read_bytes(), folder).files}
     except (FileNotFoundError, UserError):  # a try that did not end, or whose end was lost
         listed = None
-    begun = listed is not None or any((folder / name).exists() for name in (MANIFEST, RECORD))
+    begun = listed is not None or _is_record(folder / RECORD)
 
     def own(path: Path) -> bool:
         if path.name == CHECKPOINTS:
@@ -159,6 +166,15 @@ def _told_apart(folder: Path) -> tuple[list[Path], list[Path]]:
         return path.name in listed | LEFTOVERS or (path.name.startswith(".") and path.suffix == ".part")
 
     return [path for path in present if own(path)], [path for path in present if not own(path)]
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a step has left it, of whatever version: others have files of these names, too."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("step") in STEPS
 
 
 # Suffixes of all that a step leaves in its output folder, a killed one included.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -53,6 +54,11 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     confusion: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # JSON has no NaN, and a record that nobody can read is worse than a figure that is missing.
+        finite = {key: value for key, value in self.metrics.items() if math.isfinite(value)}
+        object.__setattr__(self, "metrics", finite)
 
     def save(self, path: str) -> None:
         """Write it as JSON: what has no file, KFP's local cache takes for lost, and its launcher warns of."""

@@ -42,6 +42,7 @@ from scop.steps.places import (
     make_ready,
     meant,
     refuse_overlap,
+    refuse_overlap_in_s3,
 )
 from scop.steps.processes import Job, Processes, wanted, work_together
 from scop.steps.record import RecordedInput, RecordFile, StepRecord, StepResult, flat
@@ -95,6 +96,7 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
     settings = parse(step.Config, config)
     inputs = check(name, "input", step.Inputs, inputs)
     check(name, "output", step.Outputs, outputs)
+    refuse_overlap_in_s3(inputs, outputs)
     if (lacking := _lacking_device(processes.here)) is not None:
         _refuse(name, settings, inputs, outputs, lacking)
     if (plan := train_job.planned()) is not None:
@@ -104,17 +106,17 @@ def run_step(name: str, config: Mapping[str, Any], inputs: Places, outputs: Mapp
         return _assist(name, step, settings, inputs, outputs, processes)
     with tempfile.TemporaryDirectory(prefix="scop-") as scratch, ending_when_told():
         targets = {key: Path(scratch) / key if storage.is_uri(value) else Path(value) for key, value in outputs.items()}
-        with _announced(name, settings, inputs, outputs):
+        with _announced(name, settings, inputs, outputs) as announced:
             sources = each(inputs, fetched)
-        work = _Work(name, step, settings, inputs, sources, outputs, targets, processes)
-        refuse_overlap(work.sources, targets, inputs, outputs)
-        record = work.describe()
-        checkpoints = checkpoints_of(record, work.first_output)
-        if os.environ.get(RESUME_VARIABLE) and (result := kept(record, outputs)):
-            checkpoints.remove()  # which a try that was killed at its very end has left
-            return result
-        for folder in targets.values():
-            make_ready(folder)
+            work = _Work(name, step, settings, inputs, sources, outputs, targets, processes)
+            refuse_overlap(work.sources, targets)
+            record = work.describe()
+            checkpoints = checkpoints_of(record, work.first_output)
+            if os.environ.get(RESUME_VARIABLE) and not announced and (result := kept(record, outputs)):
+                checkpoints.remove()  # which a try that was killed at its very end has left
+                return result
+            for folder in targets.values():
+                make_ready(folder)
         return _run_recorded(work, RecordFile(record, work.first_output), checkpoints)
 
 
@@ -133,19 +135,22 @@ def _assist(
 
 
 @contextlib.contextmanager
-def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[str, str]) -> Iterator[None]:
-    """Within, while inputs are fetched, there is a record already, unless an earlier try's would be lost by it."""
+def _announced(name: str, settings: Section, inputs: Places, outputs: Mapping[str, str]) -> Iterator[bool]:
+    """Within, while inputs are fetched, there is a record already, unless an earlier try's would be lost by it.
+
+    Gives whether there is: then there was no earlier try.
+    """
     output = next(iter(outputs.values()))
     from_afar = [p for v in inputs.values() for p in (v if isinstance(v, list) else [v]) if storage.is_uri(p)]
     taken = storage.exists_at(output, RECORD) or (not storage.is_uri(output) and Path(output).exists())
     if not from_afar or taken:
-        yield
+        yield False
         return
     places = {key: RecordedInput(uri=uri) for key, uri in each(inputs, lambda _, place: exchanged(place)).items()}
     file = RecordFile(StepRecord.starting(name, settings.model_dump(mode="json"), places, outputs), output)
     file.write()
     try:
-        yield
+        yield True
     except BaseException as error:
         with contextlib.suppress(UserError):
             file.write(status=status_of(error), error=reason_of(error), code=code_of(error))
@@ -291,11 +296,12 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
             traceback.print_exc()
             raise SystemExit(1) from None
         raise
+    else:
+        tracker.close(succeeded=True, last=result.metrics if name == list(STEPS)[-1] else None)
     finally:
         if unsent.exists() and storage.is_uri(work.first_output):
             with contextlib.suppress(UserError):
                 storage.write(storage.join(work.first_output, UNSENT), unsent.read_bytes())
-    tracker.close(succeeded=True, last=result.metrics if name == list(STEPS)[-1] else None)
     try:
         checkpoints.remove()
     except UserError as error:

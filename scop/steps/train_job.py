@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
+import math
 import os
 import sys
 import time
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict
 
 from scop import storage
@@ -105,6 +106,9 @@ def run(plan: TrainJobPlan, step: str, settings: Section, inputs: Places, output
     told = {key: os.environ[key] for key in _HANDED_ON if key in os.environ and "@" not in os.environ[key]}
     name = _name(step, [*command, told.get(KFP_RUN_VARIABLE, "")])
     client = _client()
+    if _status(client, name) == "Complete" and (result := _made_already(targets)) is not None:
+        print(f"TrainJob {name} has done it already", flush=True)  # while this step's pod was lost
+        return result
     try:
         if not _runs_already(client, name):
             # An earlier try's record would pass for this one's.
@@ -128,14 +132,24 @@ def run(plan: TrainJobPlan, step: str, settings: Section, inputs: Places, output
     raise RuntimeError(f"TrainJob {name} failed: {record.error}")
 
 
+def _made_already(targets: Mapping[str, str]) -> StepResult | None:
+    """The result of a job that came to its end, where all that it made is there."""
+    try:
+        record = earlier_record(next(iter(targets.values())))
+    except UserError:
+        return None
+    done = record is not None and record.status == "done" and all(storage.stands(place) for place in targets.values())
+    return record.result if record is not None and done else None
+
+
 def _command(step: str, settings: Section, sources: Places, targets: Mapping[str, str]) -> list[str]:
-    """The step by the command line; JSON is YAML, so that a whole section can be set."""
+    """The step by the command line; a whole section is set in YAML, in which JSON's 1e-05 would be text."""
     sections = settings.model_dump(mode="json", exclude_none=True)
     if "variant" in sections:
         sections["variants"] = [sections.pop("variant")]
     command = ["scop", "step", step]
     for section, values in sections.items():
-        command += ["--set", f"{section}={json.dumps(values, sort_keys=True)}"]
+        command += ["--set", f"{section}={yaml.safe_dump(values, default_flow_style=True, width=math.inf).strip()}"]
     for key, value in sources.items():
         for place in value if isinstance(value, list) else [value]:
             command += ["--input", f"{key}={place}"]
