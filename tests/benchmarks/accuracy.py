@@ -61,7 +61,8 @@ def plans(
     more = {"compile": compiled}
     changed: dict[str, Any] = {**more, **(changes or {})}
     given = {"weights": str(weights)} if weights is not None and weights.exists() else {}
-    usual: dict[str, Any] = {"epochs": 40, "lr": 0.1, "warmup_epochs": 4, "weight_decay": 1e-4, **_FINE}
+    plain: dict[str, Any] = {"epochs": 40, "lr": 0.1, "warmup_epochs": 4, "weight_decay": 1e-4, **_FINE}
+    usual = plain | {"distillation": {**_FINE["distillation"], "mirror": True}}
     resnet20 = Plan(
         DenseSection.model_validate(
             {"model": "resnet20", "epochs": 30, "lr": 0.2, "warmup_epochs": 6, **_AUGMENTED, **given, **more}
@@ -72,7 +73,6 @@ def plans(
         command="make bench-accuracy",
     )
     always = {"distillation": {**_FINE["distillation"], "attention_until": 1.0}}
-    mirrored = {"distillation": {**_FINE["distillation"], "mirror": True}}
     longer: dict[str, Any] = {"epochs": 75, "lr": 0.1, "warmup_epochs": 5, "weight_decay": 1e-4, **_FINE, **always}
     resnet56 = Plan(
         DenseSection.model_validate(
@@ -95,13 +95,13 @@ def plans(
         "resnet20": resnet20,
         "resnet20-60": replace(
             resnet20,
-            finetune=FinetuneSection.model_validate(usual | {"epochs": 60} | changed),
+            finetune=FinetuneSection.model_validate(plain | {"epochs": 60} | changed),
             command="python -m tests.benchmarks.accuracy resnet20-60",
         ),
-        "resnet20-mirror": replace(
+        "resnet20-once": replace(
             resnet20,
-            finetune=FinetuneSection.model_validate(usual | mirrored | changed),
-            command="python -m tests.benchmarks.accuracy resnet20-mirror",
+            finetune=FinetuneSection.model_validate(plain | changed),
+            command="python -m tests.benchmarks.accuracy resnet20-once",
         ),
         "resnet20-long": replace(
             resnet20,
