@@ -140,11 +140,10 @@ def compare_runs(places: Sequence[str]) -> Comparison:
         results |= {result.place: (result, scores) for result in whole.values() if result.place not in results}
         made += [_identity(name, config) for name in whole]
         lacking += [(_identity(name, config), place.rpartition("/")[2], why) for name, why in without.items()]
-    names = {name for name, _ in made}
+    missed = [entry for entry in lacking if not any(_is_made_good(entry[0], other) for other in made)]
+    known = [name for name, _ in {*made, *(identity for identity, _, _ in missed)}]
     missing = {
-        f"{identity[0]} of {run}" if identity[0] in names else identity[0]: why
-        for identity, run, why in lacking
-        if not any(_is_made_good(identity, other) for other in made)
+        f"{identity[0]} of {run}" if known.count(identity[0]) > 1 else identity[0]: why for identity, run, why in missed
     }
     title = ", ".join(place.rpartition("/")[2] for place in places)
     if not results:

@@ -313,7 +313,7 @@ def print_result(run: LocalRun) -> None:
 
 def mlflow_command(uri: str) -> str:
     """The line that opens MLflow's pages on the results or, where it would have to show a password, their place."""
-    if not uri.startswith("sqlite:"):
+    if uri.startswith("http") or shown(uri) != uri:
         return shown(uri)
     # By its path where the virtual environment is not active, as after `make run`.
     command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))

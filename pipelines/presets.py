@@ -18,7 +18,9 @@ def preset_names() -> list[str]:
 
 def run_name_of(path: Path) -> str:
     """What runs of a configuration are called that does not say so itself: as its file, where a name may be so."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "run"
+    from scop.config.values import LONGEST_NAME  # late, as below
+
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:LONGEST_NAME] or "run"
 
 
 def find_config(name: str) -> Path:

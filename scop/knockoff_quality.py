@@ -132,17 +132,18 @@ def measure_quality(
 
 
 def _new_pairs(images: Tensor, knockoffs: Tensor, seen: set[int]) -> list[int]:
-    """The places of pairs of which neither image is in the sample yet, as itself or as the knockoff of another.
+    """The places of pairs of which neither image is in the sample yet, as itself or as a knockoff.
 
-    An image that is in both parts of the sample makes them look more alike than they are.
+    An image that is there twice makes the parts of the sample look more alike than they are. All, where each image is
+    its own knockoff.
     """
     chosen = []
     for place, pair in enumerate(zip(images, knockoffs, strict=True)):
         hashes = {hash(image.numpy().tobytes()) for image in pair}
-        if not hashes & seen:
+        if len(hashes) == 2 and not hashes & seen:
             seen |= hashes
             chosen.append(place)
-    return chosen
+    return chosen or list(range(len(images)))
 
 
 # Scales and bases are those of both samples together: if they were those of the originals, the knockoffs alone would

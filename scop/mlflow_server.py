@@ -53,7 +53,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 def shown(text: str) -> str:
     """A tracking URI, or a message that has it, as it may be printed: without user and password."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", text)
+    return re.sub(r"(?<=://)[^/?#\s]+@", "", text)
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ _COSTS = {"pruned_macs": "MACs", "pruned_params": "number of parameters"}
 """What a budget may be of, in the order of preference; then latency, as the speed-up over the dense network."""
 _SPEED = "speedup_batch"
 _CONFIDENCE = 0.95
+_ROUNDING = 1e-9
 _ALIKE = ("network", "dense_seed", "seed")
 """Parameters that both of a pair share, besides their training."""
 _CHOICE = ("selection", "residual", "floor", "round_to", "min_channels")
@@ -222,7 +223,8 @@ def interval(
 
     samples = [np.asarray(differences), *([] if images is None or len(images) < 2 else [images])]
     quantiles = [float(stdtrit(len(sample) - 1, (1 + _CONFIDENCE) / 2)) for sample in samples]
-    errors = [float(sample.std(ddof=1)) / math.sqrt(len(sample)) for sample in samples]
+    # Equal differences are so but for rounding, which is no variance.
+    errors = [0.0 if np.ptp(s) < _ROUNDING else float(s.std(ddof=1)) / math.sqrt(len(s)) for s in samples]
     half = math.hypot(*(quantile * error for quantile, error in zip(quantiles, errors, strict=True)))
     mean = fmean(differences)
     return mean - half, mean + half

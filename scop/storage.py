@@ -90,8 +90,10 @@ def send_folder(folder: Path, uri: str) -> None:
             copy_object(target / place, target / name)
         copied = listing(target)
         for name in elsewhere:
-            entry = objects[name]
-            objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, etag=copied[name]["ETag"])
+            entry, found = objects[name], copied.get(name)
+            if found is None or found["Size"] != entry.size:
+                raise UserError(f"{target / name} has changed right after it was sent; does another run write there?")
+            objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, etag=found["ETag"])
         _write_manifest(target, manifest, objects)
     # What the artifact had before, and what tries that broke off have left of its files.
     ours = {*present, *objects}
@@ -100,6 +102,8 @@ def send_folder(folder: Path, uri: str) -> None:
     delete_objects(target, left - {*objects})
 
 
+_TRIES = 3
+"""To fetch what is being replaced."""
 _REPLACEMENT = re.compile(r"~[0-9a-f]{12}$")
 
 
@@ -122,9 +126,22 @@ def fetch_folder(uri: str, kind: str | None = None) -> Path:
     """
     source = Location.parse(uri)
     manifest = _remote_manifest(source)
+    for _ in range(_TRIES - 1):
+        try:
+            return _fetched(source, manifest, kind)
+        except UserError:
+            before, manifest = manifest, _remote_manifest(source)
+            if manifest == before:
+                raise
+        # Replaced meanwhile: what the old manifest names is gone.
+    return _fetched(source, manifest, kind)
+
+
+def _fetched(source: Location, manifest: Manifest | None, kind: str | None) -> Path:
+    """What a manifest says, from the cache or from S3."""
     assert manifest is not None
     if kind is not None and manifest.kind != kind:
-        raise UserError(f"{uri} holds a {manifest.kind}, but a {kind} is needed")
+        raise UserError(f"{source} holds a {manifest.kind}, but a {kind} is needed")
     folder = cache_folder() / "artifacts" / manifest.identity
     if _is_cached(folder):
         return folder

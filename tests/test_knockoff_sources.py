@@ -228,5 +228,6 @@ def test_the_diagnostic_tells_good_knockoffs_from_bad_ones(model, batches: Batch
 
 def test_what_is_measured_is_metrics_and_json(model, batches: Batches) -> None:
     measured = quality(shuffle, model, batches)
-    assert measured.pairs == sum(len(labels) // 2 for _, labels in batches)
+    # No image is in two pairs.
+    assert 0.35 < measured.pairs / sum(len(labels) for _, labels in batches) <= 0.5
     assert measured.as_dict()["swap_half"]["p"] == measured.metrics()["knockoff_swap_half_p"]

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from scop.checkpoints import handled
 from scop.errors import Stopped, UserError
@@ -50,12 +51,15 @@ def ending_when_told() -> Iterator[None]:
         yield
         return
 
+    before: dict[int, Any] = {}
+
     def end(*_: object) -> None:
-        for number in before:  # Ctrl-C comes from the terminal and, as SIGTERM, from `scop run`: the record is written
+        # Ctrl-C comes from the terminal and, as SIGTERM, from `scop run`. The record is written first; SIGKILL is left.
+        for number in before:
             signal.signal(number, signal.SIG_IGN)
         raise Terminated(TERMINATED)
 
-    before = handled(end)
+    before.update(handled(end))
     try:
         yield
     finally:

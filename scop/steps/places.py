@@ -169,12 +169,14 @@ def _told_apart(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a step has left it, of whatever version: others have files of these names, too."""
+    """Whether a step has left it, of whatever version or damaged by a full disk: others have files of that name."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except OSError:
         return False
-    return isinstance(content, dict) and content.get("step") in STEPS
+    except ValueError:
+        return True
+    return isinstance(content, dict) and content.get("step") in [*STEPS]
 
 
 # Suffixes of all that a step leaves in its output folder, a killed one included.

@@ -126,8 +126,9 @@ Speed is that of batches of {LATENCY_BATCH}.
 
 def _for_whom(content: dict[str, Any]) -> str:
     """What the intervals of a table hold for."""
-    known = all("right" in row for row in content["variants"].values())
-    return " for other seeds and other test images" if known else " for other seeds on these test images"
+    if all("right" in row for row in content["variants"].values()):
+        return " for other seeds and other test images"
+    return " for other seeds on these test images (none where they agree to the image)"
 
 
 def variants_section(content: dict[str, Any]) -> str:
