@@ -81,6 +81,20 @@ def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: 
     assert storage.stands(uri)
 
 
+def test_a_reader_gets_over_a_replacement_meanwhile(bucket: str, tmp_path: Path, monkeypatch) -> None:
+    uri, new = f"{bucket}/model", artifact(tmp_path / "new")
+    storage.send_folder(artifact(tmp_path / "old"), uri)
+    download = storage.download
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(storage, "download", download)
+        storage.send_folder(new, uri)
+        return download(*arguments)
+
+    monkeypatch.setattr(storage, "download", meanwhile)
+    assert bytes_of(storage.fetch_folder(uri)) == bytes_of(new)
+
+
 def test_what_lies_deeper_is_another_artifacts(bucket: str, tmp_path: Path) -> None:
     outer, inner = f"{bucket}/exp", f"{bucket}/exp/plan/large.bin~0123456789ab"
     storage.write(inner, b"of the inner one")
