@@ -11,7 +11,7 @@ import yaml
 
 from pipelines.experiments import Memory, Mlflow
 from pipelines.runs import CONFIG, find_run, records_of
-from scop import storage
+from scop import remote, storage
 from scop.config import Config, finetune_for
 from scop.cost import Spent, total
 from scop.errors import UserError
@@ -193,7 +193,7 @@ def _variants_of(
     broken: dict[str | None, str] = {}
     for evaluation, exported in pairs.items():
         try:
-            folders = storage.local_folder(evaluation, "evaluation"), storage.local_folder(exported, "model")
+            folders = remote.local_folder(evaluation, "evaluation"), remote.local_folder(exported, "model")
             (result,) = read_results([(folders[0], evaluation)], [(folders[1], exported)])
             whole[result.name] = result
         except UserError as error:  # a pod that was killed while its artifact was uploaded
@@ -241,7 +241,7 @@ def _scores(records: Sequence[StepRecord]) -> Scores:
     uris += [str(r.inputs["scores"].uri) for r in records if "scores" in r.inputs]
     for uri in uris:
         try:
-            content = (storage.local_folder(uri, "scores") / "scores.json").read_text()
+            content = (remote.local_folder(uri, "scores") / "scores.json").read_text()
         except (UserError, OSError):
             continue
         scores: Scores = json.loads(content)

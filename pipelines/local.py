@@ -33,7 +33,7 @@ from pipelines.containers import (
     variables_of_steps,
 )
 from pipelines.workspace import KFP_FOLDER, environment, for_mlflow, for_steps, terminal, workspace
-from scop import storage
+from scop import cache, remote, storage
 from scop.checkpoints import handled
 from scop.config import CIFAR_RESNETS, Config
 from scop.errors import Stopped, UserError
@@ -223,7 +223,7 @@ def _execute(config: Config, place: str, folder: Path, image: str | None, gpus: 
     if vanished := _unfinished(place):
         raise StepError(f"step {vanished} vanished without a word; all that was said is in {log}; {again}")
     report = meant(task.output.path)
-    return storage.fetch_folder(report, "report") if storage.is_uri(report) else Path(report)
+    return remote.fetch_folder(report, "report") if storage.is_uri(report) else Path(report)
 
 
 def _unfinished(place: str) -> str | None:
@@ -286,9 +286,9 @@ def _docker_runner(config: Config, folder: Path, image: str, gpus: bool) -> Any:
     given = [getattr(getattr(config, section), key) for section, key in EXTERNAL_FILES]
     places = (os.environ[RUN_ROOT_VARIABLE], *given, config.run.checkpoints)
     if in_s3 := any(storage.is_uri(place) for place in places if place):
-        writable.append(storage.cache_folder())
-        folders += [storage.cache_folder() / part for part in storage.CACHE_PARTS]
-        variables[storage.CACHE_VARIABLE] = str(storage.cache_folder())
+        writable.append(cache.cache_folder())
+        folders += [cache.cache_folder() / part for part in cache.CACHE_PARTS]
+        variables[cache.CACHE_VARIABLE] = str(cache.cache_folder())
     for path in (*writable, *folders):
         path.mkdir(parents=True, exist_ok=True)
     files += folder.rglob("*")  # what an earlier try left, perhaps by another runner

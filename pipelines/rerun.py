@@ -24,7 +24,7 @@ from pipelines.containers import (
     image_label,
     variables_of_steps,
 )
-from scop import storage
+from scop import cache, remote, storage
 from scop.config import Config, ConfigWithoutFinetuning
 from scop.errors import UserError
 from scop.manifest import TIMINGS, read_folder
@@ -160,7 +160,7 @@ def _input(name: str, artifact: RecordedInput) -> Path | list[Path]:
 
 
 def _fetched(name: str, place: str, content: str | None) -> Path:
-    path = storage.fetch_folder(place) if storage.is_uri(place) else Path(place)
+    path = remote.fetch_folder(place) if storage.is_uri(place) else Path(place)
     found = read_folder(path).content
     if content is not None and found != content:
         raise UserError(
@@ -173,7 +173,7 @@ def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: 
     """Run it, here or in a container of an image; returns the step's exit code."""
     _tell_differences(ready.record, image)
     inside = ready.step_command
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCOP_") or k == storage.CACHE_VARIABLE}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCOP_") or k == cache.CACHE_VARIABLE}
     environment.pop(PARENT_VARIABLE, None)
     if image is None:
         command = [str(Path(sys.executable).with_name("scop")), *inside[1:]]

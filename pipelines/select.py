@@ -12,7 +12,7 @@ from torch import nn
 
 from pipelines.presets import find_config
 from pipelines.runs import CONFIG, records_of
-from scop import storage
+from scop import remote, storage
 from scop.artifacts import load_model, load_pretrained, load_weights
 from scop.budget import Sizes, describe_latency
 from scop.config import Config, VariantSection, load_config
@@ -76,7 +76,7 @@ def dense_of_run(place: str) -> Dense:
     for step, output in (("train_dense", "model"), ("train_knockoff", "scores")):
         if step not in records:
             raise UserError(f"run {place} has no step {step} that is done")
-        folders.append(storage.local_folder(_place(records[step], output), output))
+        folders.append(remote.local_folder(_place(records[step], output), output))
     model = load_model(folders[0])
     spec = spec_of(model)
     assert spec is not None and spec.input_shape is not None

@@ -33,7 +33,7 @@ class FileEntry(BaseModel):
     Attributes:
         size: in bytes.
         sha256: in hexadecimal.
-        stored_as: the object's name in S3 where it is not the file's; see `scop.storage.send_folder`.
+        stored_as: the object's name in S3 where it is not the file's; see `scop.remote.send_folder`.
         etag: S3's, of the object that was sent; another one means that the object is another.
     """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scop import UserError, s3, storage
+from scop import UserError, remote, s3, storage
 from scop.batches import Batches
 from scop.checkpoints import Checkpoints
 from scop.data import Dataset
@@ -189,5 +189,5 @@ def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
     assert storage.names(f"{bucket}/checkpoints") == []
     run_step(step, config, inputs, {output: str(whole)})
     read_folder(whole)
-    assert (storage.fetch_folder(stopped) / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (remote.fetch_folder(stopped) / weights).read_bytes() == (whole / weights).read_bytes()
     assert json.loads(storage.read(f"{stopped}/step.json"))["status"] == "done"

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.containers import Sandbox, variables_of_steps
 from pipelines.runs import find_record
-from scop import UserError, load_model, s3, storage
+from scop import UserError, load_model, remote, s3, storage
 from scop.manifest import read_folder
 from tests import services
 
@@ -72,7 +72,7 @@ def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str) -> None:
     ]
     for variant in summary["variants"]:
         assert variant["model"].startswith(run)
-        assert load_model(storage.fetch_folder(variant["model"])) is not None
+        assert load_model(remote.fetch_folder(variant["model"])) is not None
         assert storage.exists(variant["onnx"])
     assert storage.names("s3://pipeline/runs/checkpoints") == []
     assert any("report.html" in name for name in storage.names("s3://pipeline/mlflow"))
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, 
     assert said["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
     assert said["export"] == "runs again: its input 'evaluation' has changed"
     assert json.loads(storage.read(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
-    storage.fetch_folder(f"{run}/scop-0.45/export/exported", "model")
+    remote.fetch_folder(f"{run}/scop-0.45/export/exported", "model")
     assert scop("run", "--resume", "nowhere", cwd=tmp_path, env=surroundings).returncode == 2
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scop import UserError, load_model, s3, storage
+from scop import UserError, load_model, remote, s3, storage
 from scop.checkpoints import Checkpoints
 from scop.cli import main
 from scop.data import load_dataset
@@ -46,31 +46,31 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "model")
-    storage.send_folder(folder, f"{bucket}/runs/model")
-    fetched = storage.fetch_folder(f"{bucket}/runs/model/", "model")
+    remote.send_folder(folder, f"{bucket}/runs/model")
+    fetched = remote.fetch_folder(f"{bucket}/runs/model/", "model")
     assert bytes_of(fetched) == bytes_of(folder)
     assert read_folder(fetched) == read_folder(folder)
     with pytest.raises(UserError, match="holds a model, but a dataset is needed"):
-        storage.fetch_folder(f"{bucket}/runs/model", "dataset")
+        remote.fetch_folder(f"{bucket}/runs/model", "dataset")
 
 
 def test_what_is_in_the_cache_is_not_fetched_again_unless_it_was_changed(bucket: str, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "model")
-    storage.send_folder(folder, f"{bucket}/a")
-    storage.send_folder(folder, f"{bucket}/b")
-    first = storage.fetch_folder(f"{bucket}/a")
+    remote.send_folder(folder, f"{bucket}/a")
+    remote.send_folder(folder, f"{bucket}/b")
+    first = remote.fetch_folder(f"{bucket}/a")
     storage.delete(f"{bucket}/b", ["large.bin"])  # whatever has the same content need not be there
-    assert storage.fetch_folder(f"{bucket}/b") == first
+    assert remote.fetch_folder(f"{bucket}/b") == first
     (first / "small.bin").write_bytes(b"SMALL")
-    assert bytes_of(storage.fetch_folder(f"{bucket}/a"))["small.bin"] == b"small"
+    assert bytes_of(remote.fetch_folder(f"{bucket}/a"))["small.bin"] == b"small"
 
 
 def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: Path) -> None:
     old, new = artifact(tmp_path / "old", more=b"1"), artifact(tmp_path / "new", more=b"22")
     uri = f"{bucket}/model"
-    storage.send_folder(old, uri)
-    storage.send_folder(new, uri)
-    assert bytes_of(storage.fetch_folder(uri)) == bytes_of(new)
+    remote.send_folder(old, uri)
+    remote.send_folder(new, uri)
+    assert bytes_of(remote.fetch_folder(uri)) == bytes_of(new)
     # What the old one alone had is gone, what both have was not sent again.
     listed = storage.names(uri)
     assert sum(name.startswith("large.bin") for name in listed) == 1
@@ -78,28 +78,28 @@ def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: 
     # All by their own names, as others fetch them.
     assert {*listed} == {MANIFEST, *read_folder(new).files}
     assert storage.read(f"{uri}/large.bin") == (new / "large.bin").read_bytes()
-    assert storage.stands(uri)
+    assert remote.stands(uri)
 
 
 def test_a_reader_gets_over_a_replacement_meanwhile(bucket: str, tmp_path: Path, monkeypatch) -> None:
     uri, new = f"{bucket}/model", artifact(tmp_path / "new")
-    storage.send_folder(artifact(tmp_path / "old"), uri)
-    download = storage.download
+    remote.send_folder(artifact(tmp_path / "old"), uri)
+    download = remote.download
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(storage, "download", download)
-        storage.send_folder(new, uri)
+        monkeypatch.setattr(remote, "download", download)
+        remote.send_folder(new, uri)
         return download(*arguments)
 
-    monkeypatch.setattr(storage, "download", meanwhile)
-    assert bytes_of(storage.fetch_folder(uri)) == bytes_of(new)
+    monkeypatch.setattr(remote, "download", meanwhile)
+    assert bytes_of(remote.fetch_folder(uri)) == bytes_of(new)
 
 
 def test_what_lies_deeper_is_another_artifacts(bucket: str, tmp_path: Path) -> None:
     outer, inner = f"{bucket}/exp", f"{bucket}/exp/plan/large.bin~0123456789ab"
     storage.write(inner, b"of the inner one")
     for number in (b"1", b"2"):
-        storage.send_folder(artifact(tmp_path / number.decode(), more=number), outer)
+        remote.send_folder(artifact(tmp_path / number.decode(), more=number), outer)
     assert storage.read(inner) == b"of the inner one"
 
 
@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_no_part(tmp_path: Path) -> None:
 
 def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch) -> None:
     folder = artifact(tmp_path / "model")
-    storage.send_folder(folder, f"{bucket}/model")
+    remote.send_folder(folder, f"{bucket}/model")
 
     def failure(call, *arguments) -> str:
         with pytest.raises(UserError) as caught:
@@ -137,32 +137,32 @@ def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, m
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert re.match(r"bucket 'nowhere' does not exist at http://127", failure(storage.fetch_folder, "s3://nowhere/x"))
-    assert "bucket 'nowhere' does not exist" in failure(storage.send_folder, folder, "s3://nowhere/x")
-    assert f"{bucket}/none holds no whole artifact" in failure(storage.fetch_folder, f"{bucket}/none")
+    assert re.match(r"bucket 'nowhere' does not exist at http://127", failure(remote.fetch_folder, "s3://nowhere/x"))
+    assert "bucket 'nowhere' does not exist" in failure(remote.send_folder, folder, "s3://nowhere/x")
+    assert f"{bucket}/none holds no whole artifact" in failure(remote.fetch_folder, f"{bucket}/none")
     assert f"{bucket}/none does not exist" in failure(storage.fetch_file, f"{bucket}/none")
     assert f"{bucket}/none does not exist" in failure(storage.fetch_tree, f"{bucket}/none")
-    assert "not of the form s3://BUCKET/PREFIX" in failure(storage.fetch_folder, "s3://")
+    assert "not of the form s3://BUCKET/PREFIX" in failure(remote.fetch_folder, "s3://")
     assert "leads out of its folder" in failure(storage.fetch_tree, f"{bucket}/model/..")
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3.forget_client()
-    assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(storage.fetch_folder, f"{bucket}/model")
+    assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(remote.fetch_folder, f"{bucket}/model")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     s3.forget_client()
-    assert "there are no credentials for" in failure(storage.fetch_folder, f"{bucket}/model")
+    assert "there are no credentials for" in failure(remote.fetch_folder, f"{bucket}/model")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     s3.forget_client()
-    assert "S3 cannot be used: The config profile (nobody)" in failure(storage.fetch_folder, f"{bucket}/model")
+    assert "S3 cannot be used: The config profile (nobody)" in failure(remote.fetch_folder, f"{bucket}/model")
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{services.free_port()}")
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "some-key-that-is-long")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     s3.forget_client()
-    assert re.match(r"S3 at http://127\S+ cannot be reached", failure(storage.fetch_folder, f"{bucket}/model"))
+    assert re.match(r"S3 at http://127\S+ cannot be reached", failure(remote.fetch_folder, f"{bucket}/model"))
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "C:evil", "a\\b", ""])
@@ -171,11 +171,11 @@ def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path) -> No
     manifest = {"format": 1, "kind": "model", "files": {name: entry}}
     storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
     with pytest.raises(UserError, match="leads out of its folder; refused"):
-        storage.fetch_folder(f"{bucket}/evil")
+        remote.fetch_folder(f"{bucket}/evil")
     manifest["files"] = {"fine": entry | {"stored_as": name or "../x"}}
     storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
     with pytest.raises(UserError, match="leads out of its folder; refused"):
-        storage.fetch_folder(f"{bucket}/evil")
+        remote.fetch_folder(f"{bucket}/evil")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / MANIFEST).write_text(json.dumps({"format": 1, "kind": "model", "files": {"../x": entry}}))
     with pytest.raises(UserError, match="leads out of its folder; refused"):
@@ -221,7 +221,7 @@ def test_steps_take_uris_for_data_weights_inputs_and_outputs(
     for path in ("images.tar.gz", "tree"):
         data = {"source": "imagefolder", "path": f"{bucket}/data/{path}", "validation": 0.2, "channels": 1}
         run_step("prepare_data", {"data": data}, {}, {"dataset": f"{bucket}/out/{path}"})
-        contents.append(load_dataset(storage.fetch_folder(f"{bucket}/out/{path}", "dataset")).info)
+        contents.append(load_dataset(remote.fetch_folder(f"{bucket}/out/{path}", "dataset")).info)
     assert [info.source for info in contents] == ["images.tar.gz", "tree"]
     assert contents[0].content == contents[1].content
 
@@ -230,7 +230,7 @@ def test_steps_take_uris_for_data_weights_inputs_and_outputs(
     run_step("prepare_data", {"data": {}}, {}, {"dataset": digits})
     dense = TINY | {"weights": f"{bucket}/weights.safetensors"}
     run_step("train_dense", {"dense": dense}, {"dataset": digits}, {"model": f"{bucket}/dense"})
-    loaded = load_model(storage.fetch_folder(f"{bucket}/dense"))
+    loaded = load_model(remote.fetch_folder(f"{bucket}/dense"))
     assert all((value == trained.state_dict()[key]).all() for key, value in loaded.state_dict().items())
     record = json.loads(storage.read(f"{bucket}/dense/step.json"))
     assert record["inputs"]["dataset"]["uri"] == digits
@@ -309,16 +309,16 @@ URI = "s3://bucket/model"
 def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "model")
     shaky.plan = first(2, "503", "PUT", "small.bin")
-    storage.send_folder(folder, URI)
+    remote.send_folder(folder, URI)
     shaky.plan = first(2, "503", "GET", "small.bin")
-    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(folder)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
     assert sum(method == "GET" and "small.bin" in path for method, path in shaky.seen) == 3
 
 
 def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path: Path) -> None:
     shaky.plan = first(ALWAYS, "503", "PUT", "small.bin")
     with pytest.raises(UserError, match="fails, after several tries, with SlowDown on"):
-        storage.send_folder(artifact(tmp_path / "model"), URI)
+        remote.send_folder(artifact(tmp_path / "model"), URI)
 
 
 @pytest.mark.parametrize(
@@ -336,9 +336,9 @@ def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
     # The credentials may expire between the first object and the last.
     shaky.plan = first(ALWAYS, fault, "PUT", "large.bin")
     with pytest.raises(UserError, match=message):
-        storage.send_folder(artifact(tmp_path / "model"), URI)
+        remote.send_folder(artifact(tmp_path / "model"), URI)
     with pytest.raises(UserError, match="holds no whole artifact"):
-        storage.fetch_folder(URI)
+        remote.fetch_folder(URI)
 
 
 @pytest.mark.parametrize("part", ["large.bin", MANIFEST])
@@ -346,45 +346,45 @@ def test_what_was_whole_stays_whole_when_its_replacement_breaks_off(
     part: str, shaky: services.Faults, tmp_path: Path
 ) -> None:
     old, new = artifact(tmp_path / "old"), artifact(tmp_path / "new")
-    storage.send_folder(old, URI)
+    remote.send_folder(old, URI)
     shaky.plan = first(ALWAYS, "drop", "PUT", part)
     with pytest.raises(UserError, match="cannot be reached|failed"):
-        storage.send_folder(new, URI)
-    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(old)
+        remote.send_folder(new, URI)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(old)
     shaky.plan = lambda method, path: None
-    storage.send_folder(new, URI)
-    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(new)
+    remote.send_folder(new, URI)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(new)
 
 
 @pytest.mark.parametrize("fault", ["truncate", "flip"])
 def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "model")
-    storage.send_folder(folder, URI)
+    remote.send_folder(folder, URI)
     shaky.plan = first(1, fault, "GET", "small.bin")
-    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(folder)
-    storage.send_folder(artifact(tmp_path / "other"), f"{URI}2")
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
+    remote.send_folder(artifact(tmp_path / "other"), f"{URI}2")
     shaky.plan = first(ALWAYS, fault, "GET", "small.bin")
     with pytest.raises(UserError, match="wrong checksum|broke off again and again"):
-        storage.fetch_folder(f"{URI}2")
+        remote.fetch_folder(f"{URI}2")
     assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
 
 
 def test_a_change_in_place_is_seen_by_a_listing(bucket: str, tmp_path: Path) -> None:
-    storage.send_folder(artifact(tmp_path / "model"), f"{bucket}/model")
-    assert storage.stands(f"{bucket}/model")
+    remote.send_folder(artifact(tmp_path / "model"), f"{bucket}/model")
+    assert remote.stands(f"{bucket}/model")
     storage.write(f"{bucket}/model/small.bin", b"smalL")  # of the same size
-    assert not storage.stands(f"{bucket}/model")
+    assert not remote.stands(f"{bucket}/model")
 
 
 def test_what_broken_tries_left_is_removed_in_the_end(shaky: services.Faults, tmp_path: Path) -> None:
-    storage.send_folder(artifact(tmp_path / "old"), URI)
+    remote.send_folder(artifact(tmp_path / "old"), URI)
     new = artifact(tmp_path / "new")
     for _ in range(2):
         shaky.plan = first(ALWAYS, "denied", "PUT", MANIFEST)
         with pytest.raises(UserError):
-            storage.send_folder(new, URI)
+            remote.send_folder(new, URI)
     shaky.plan = lambda method, path: None
-    storage.send_folder(new, URI)
+    remote.send_folder(new, URI)
     manifest = Manifest.parse(storage.read(f"{URI}/{MANIFEST}"), URI)
     assert set(storage.names(URI)) == {MANIFEST} | {entry.key(name) for name, entry in manifest.files.items()}
 
@@ -411,7 +411,7 @@ def test_a_step_whose_input_cannot_be_fetched_has_a_record(bucket: str, tmp_path
 def test_a_refusal_never_leaves_a_record_of_a_step_that_runs(
     bucket: str, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.send_folder(digits_folder, f"{bucket}/digits")
+    remote.send_folder(digits_folder, f"{bucket}/digits")
     with pytest.raises(UserError, match="overlaps with"):
         run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": f"{bucket}/digits"})
     assert "step.json" not in storage.names(f"{bucket}/digits")
@@ -430,11 +430,11 @@ def test_a_link_that_leads_nowhere_has_a_version(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path) -> None:
-    storage.send_folder(artifact(tmp_path / "model"), URI)
+    remote.send_folder(artifact(tmp_path / "model"), URI)
     manifest = json.loads(storage.read(f"{URI}/{MANIFEST}")) | {"format": 99}
     storage.write(f"{URI}/{MANIFEST}", json.dumps(manifest).encode())
     with pytest.raises(UserError, match="has format 99, this version of scop reads 1"):
-        storage.fetch_folder(URI)
+        remote.fetch_folder(URI)
 
 
 def test_what_a_profile_says_can_be_handed_to_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,22 +457,22 @@ def test_what_a_profile_says_can_be_handed_to_a_container(tmp_path: Path, monkey
 
 
 def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path) -> None:
-    storage.send_folder(artifact(tmp_path / "model"), URI)
+    remote.send_folder(artifact(tmp_path / "model"), URI)
     for damaged in (b"smalL", b"small and more"):
         storage.write(f"{URI}/small.bin", damaged)
         with pytest.raises(UserError, match="small.bin does not match its manifest \\(wrong checksum\\)"):
-            storage.fetch_folder(URI)
+            remote.fetch_folder(URI)
 
 
 def test_sending_again_mends_what_was_damaged_at_its_place(shaky: services.Faults, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "model")
-    storage.send_folder(folder, URI)
+    remote.send_folder(folder, URI)
     storage.write(f"{URI}/small.bin", b"smalL")
     storage.delete(URI, ["deep/er.bin"])
-    assert not storage.stands(URI)
-    storage.send_folder(folder, URI)
-    assert storage.stands(URI)
-    assert bytes_of(storage.fetch_folder(URI)) == bytes_of(folder)
+    assert not remote.stands(URI)
+    remote.send_folder(folder, URI)
+    assert remote.stands(URI)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
 
 
 @pytest.mark.parametrize("fault", ["flip", "truncate"])
@@ -490,14 +490,14 @@ def test_a_checkpoint_that_s3_finds_damaged_is_passed_over(
 
 
 def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path) -> None:
-    storage.send_folder(artifact(tmp_path / "model"), URI)
+    remote.send_folder(artifact(tmp_path / "model"), URI)
     manifest = storage.read(f"{URI}/{MANIFEST}")
     storage.delete(URI, [MANIFEST])
     with pytest.raises(UserError, match=f"holds no whole artifact \\(there is no {MANIFEST}\\)"):
-        storage.fetch_folder(URI)
+        remote.fetch_folder(URI)
     storage.write(f"{URI}/{MANIFEST}", manifest[: len(manifest) // 2])
     with pytest.raises(UserError, match="is damaged"):
-        storage.fetch_folder(URI)
+        remote.fetch_folder(URI)
     assert Manifest.model_validate_json(manifest).kind == "model"
 
 
@@ -513,7 +513,7 @@ def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path
     ],
 )
 def test_refusals_say_what_to_mend(fault: str, message: str, shaky: services.Faults, tmp_path: Path) -> None:
-    storage.send_folder(artifact(tmp_path / "model"), URI)
+    remote.send_folder(artifact(tmp_path / "model"), URI)
     shaky.plan = first(ALWAYS, fault, "GET", "")
     with pytest.raises(UserError, match=message):
-        storage.fetch_folder(URI)
+        remote.fetch_folder(URI)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipelines.cluster import compile_for
 from pipelines.profile import load_profile
-from scop import UserError, storage
+from scop import UserError, remote
 from scop.config import RunSection
 from scop.steps import train_job
 from scop.steps.record import earlier_record
@@ -55,7 +55,7 @@ def plan(**changes: Any) -> TrainJobPlan:
 
 @pytest.fixture
 def places(digits_folder: Path, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
-    storage.send_folder(digits_folder, f"{bucket}/dataset")
+    remote.send_folder(digits_folder, f"{bucket}/dataset")
     return {"dataset": f"{bucket}/dataset"}, {"model": f"{bucket}/runs/model"}
 
 
@@ -82,7 +82,7 @@ def test_two_nodes_train_the_network_that_one_process_would(
     monkeypatch.delenv("SCOP_TRAIN_JOB")
     run_step("train_dense", {"dense": DENSE}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "alone")})
     alone = load_file(tmp_path / "alone" / "model.safetensors")
-    together = load_file(storage.fetch_folder(places[1]["model"], "model") / "model.safetensors")
+    together = load_file(remote.fetch_folder(places[1]["model"], "model") / "model.safetensors")
     for key, tensor in alone.items():
         torch.testing.assert_close(together[key], tensor, **CLOSE)
 

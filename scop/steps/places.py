@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from scop import storage
+from scop import remote, storage
 from scop.errors import UserError
 from scop.manifest import CHECKPOINTS, LEFTOVERS, MANIFEST, RECORD, Manifest, read_folder
 from scop.steps import STEPS
@@ -75,7 +75,7 @@ def each(values: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[s
 
 def fetched(name: str, place: str) -> Path:
     """The local folder of an input, by the input's name; raises UserError where it is not whole."""
-    return storage.fetch_folder(place, _KINDS[name]) if storage.is_uri(place) else Path(place)
+    return remote.fetch_folder(place, _KINDS[name]) if storage.is_uri(place) else Path(place)
 
 
 def content_of(name: str, folder: Path) -> str:

@@ -23,7 +23,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import scop
-from scop import storage
+from scop import remote, storage
 from scop.config import VariantSection
 from scop.cost import Cost
 from scop.errors import UserError
@@ -315,9 +315,9 @@ def reason_to_run(now: StepRecord, before: StepRecord, places: Mapping[str, str]
             return f"its input {name!r} has changed"
     for name, place in places.items():
         try:
-            if storage.is_uri(place) and not storage.stands(place):
+            if storage.is_uri(place) and not remote.stands(place):
                 return f"{place} is not whole any more"
-            folder = storage.fetch_folder(place) if storage.is_uri(place) else Path(place)
+            folder = remote.fetch_folder(place) if storage.is_uri(place) else Path(place)
             if name not in before.outputs or read_folder(folder).content != before.outputs[name].content:
                 return f"its output {name!r} has changed"
         except UserError as error:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop import storage
+from scop import remote, storage
 from scop.checkpoints import Checkpoints
 from scop.cost import Cost, Meter
 from scop.errors import Stopped, UserError
@@ -238,7 +238,7 @@ class _Work:
             result = self.step.run(self.settings, inputs, outputs, Context(tracker, checkpoints, self.places))
         for name, place in self.outputs.items():
             if storage.is_uri(place):
-                storage.send_folder(self.targets[name], place)
+                remote.send_folder(self.targets[name], place)
         return result
 
     def _share(self, tracker: Tracker, checkpoints: Checkpoints) -> StepResult:

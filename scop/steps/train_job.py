@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from scop import storage
+from scop import remote, storage
 from scop.errors import UserError
 from scop.manifest import RECORD
 from scop.mlflow_server import first_line
@@ -138,7 +138,7 @@ def _made_already(targets: Mapping[str, str]) -> StepResult | None:
         record = earlier_record(next(iter(targets.values())))
     except UserError:
         return None
-    done = record is not None and record.status == "done" and all(storage.stands(place) for place in targets.values())
+    done = record is not None and record.status == "done" and all(remote.stands(place) for place in targets.values())
     return record.result if record is not None and done else None
 
 

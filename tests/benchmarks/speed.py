@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from scop import storage
+from scop import cache, remote
 from scop.batches import Augmentation, Batches
 from scop.budget import Stopwatch
 from scop.config import BudgetSection, DenseSection, ScoreKind
@@ -251,25 +251,25 @@ def s3(turns: int) -> dict[str, Any]:
             (folder / "files" / f"{number}.bin").write_bytes(generator.bytes(256 * 2**20))
         with (
             services.s3_server(folder) as address,
-            patch.dict(os.environ, services.environment(address) | {storage.CACHE_VARIABLE: f"{folder}/cache"}),
+            patch.dict(os.environ, services.environment(address) | {cache.CACHE_VARIABLE: f"{folder}/cache"}),
         ):
             forget_client()
             client().create_bucket(Bucket="bench")
-            remote = f":s3,provider=Other,env_auth=true,endpoint='{address}':bench"
+            theirs = f":s3,provider=Other,env_auth=true,endpoint='{address}':bench"
             copy = [services.rclone(), "copy", "--config", "/dev/null"]
 
             def ours_up(turn: int) -> None:
-                storage.send_folder(folder / "files", f"s3://bench/ours{turn}")
+                remote.send_folder(folder / "files", f"s3://bench/ours{turn}")
 
             def theirs_up(turn: int) -> None:
-                subprocess.run([*copy, f"{folder}/files", f"{remote}/theirs{turn}"], check=True)
+                subprocess.run([*copy, f"{folder}/files", f"{theirs}/theirs{turn}"], check=True)
 
             # The same objects each time: rclone's server takes their MD5 when they are first asked for, in our time.
             def ours_down(turn: int) -> None:
-                storage.fetch_folder("s3://bench/ours0")
+                remote.fetch_folder("s3://bench/ours0")
 
             def theirs_down(turn: int) -> None:
-                subprocess.run([*copy, f"{remote}/theirs0", f"{folder}/copy"], check=True)
+                subprocess.run([*copy, f"{theirs}/theirs0", f"{folder}/copy"], check=True)
 
             write_manifest(folder / "files", "dataset")
             times: dict[str, list[float]] = {"up": [], "rclone up": [], "down": [], "rclone down": []}
