@@ -143,6 +143,16 @@ def test_what_was_made_after_the_last_step_counts_and_what_is_not_wanted_any_mor
     assert [result.name for result in compare([grown.place], "runs").results] == ["late"]
 
 
+def test_what_failed_in_several_runs_by_several_seeds_is_told_of_each(grown: Run, tmp_path: Path) -> None:
+    runs = [shutil.copytree(grown.place, tmp_path / name) for name in ("one", "two", "three")]
+    for run, seed in zip(runs, (0, 1, 1), strict=True):
+        config = {"variants": [{"name": "early"}, {"name": "failed"}], "finetune": {"seed": seed}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
+    assert compare([str(runs[0])], "runs").missing == {"failed": why}
+    assert compare([*map(str, runs)], "runs").missing == {f"failed of {run.name}": why for run in runs}
+
+
 def test_what_is_damaged_is_missing_for_that_reason(grown: Run, tmp_path: Path) -> None:
     copy = shutil.copytree(grown.place, tmp_path / "copy")
     configured(str(copy), "early", "late")

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.containers import Sandbox, variables_of_steps
+from pipelines.rerun import Rerun, rerun
 from pipelines.runs import find_record
 from scop import UserError, load_model, remote, s3, storage
 from scop.manifest import read_folder
+from scop.steps.record import StepRecord
 from tests import services
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +179,13 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
     assert find_record("run/b/finetune", str(tmp_path)).variant == "b"
     with pytest.raises(UserError, match="there is no step 'rnu/finetune'"):  # no search through all runs
         find_record("rnu/finetune", str(tmp_path))
+
+
+def test_a_step_that_ran_in_several_processes_is_run_by_one_and_that_is_said(tmp_path: Path, capsys) -> None:
+    for processes, said in ((1, False), (2, True)):
+        record = StepRecord.starting("train_dense", {}, {}, {"model": str(tmp_path)}, processes)
+        assert rerun(Rerun(record, tmp_path, {}, ()), image=None, gpus=False, dry_run=True, shell=False) == 0
+        assert ("note: recorded with 2 processes, runs with one" in capsys.readouterr().err) == said
 
 
 def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, monkeypatch) -> None:

@@ -219,6 +219,22 @@ with ending_when_told():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "recorded\n"
 
 
+@pytest.mark.parametrize(("by_nohup", "said"), [(False, "told to stop"), (True, "went on")])
+def test_a_closed_terminal_ends_a_step_unless_nohup_ran_it(by_nohup: bool, said: str) -> None:
+    code = f"""
+import os, signal
+from scop.steps.endings import Terminated, ending_when_told
+signal.signal(signal.SIGHUP, signal.{"SIG_IGN" if by_nohup else "SIG_DFL"})
+try:
+    with ending_when_told():
+        os.kill(os.getpid(), signal.SIGHUP)
+        print("went on")
+except Terminated as end:
+    print(end)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == f"{said}\n"
+
+
 def test_a_figure_that_is_no_number_leaves_a_record_that_can_be_read(tmp_path: Path) -> None:
     result = StepResult({"validation_loss": float("nan"), "top1": 0.5})
     record = StepRecord.starting("train_dense", {}, {}, {"model": str(tmp_path)}).model_copy(update={"result": result})
@@ -227,13 +243,25 @@ def test_a_figure_that_is_no_number_leaves_a_record_that_can_be_read(tmp_path: P
     assert read.result.metrics == {"top1": 0.5}
 
 
+@pytest.mark.parametrize("comment", ["", "// of the wizard\n"])
 @pytest.mark.parametrize("name", [MANIFEST, "step.json"])
-def test_others_have_files_of_these_names_too(name: str, digits_folder: Path, tmp_path: Path) -> None:
+def test_others_have_files_of_these_names_too(name: str, comment: str, digits_folder: Path, tmp_path: Path) -> None:
     for own in (name, "icon.png", "index.html", "weights.pt"):
-        (tmp_path / own).write_text('{"name": "my web app", "step": ["first", "second"]}')
+        (tmp_path / own).write_text(comment + '{"name": "my web app", "step": ["first", "second"]}')
     with pytest.raises(UserError, match="holds 'icon.png', which no step has written"):
         train_dense(digits_folder, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_record_that_is_torn_off_still_tells_whose_the_folder_is(digits_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "dense"
+    train_dense(digits_folder, output)
+    (output / MANIFEST).unlink()
+    record = output / "step.json"
+    record.write_bytes(record.read_bytes()[:100])
+    train_dense(digits_folder, output)
+    assert load_model(output) is not None
+    assert json.loads(record.read_text())["status"] == "done"
 
 
 @pytest.mark.parametrize("name", ["notes.json", "figure.png", "mine.safetensors"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -169,13 +170,16 @@ def _told_apart(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a step has left it, of whatever version or damaged by a full disk: others have files of that name."""
+    """Whether a step has left it, of whatever version, or torn off: others have files of that name, too."""
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError:
         return False
+    try:
+        content = json.loads(text)
     except ValueError:
-        return True
+        beginning = re.match(rb'\{\s*"step": *"(\w+)",', text)
+        return beginning is not None and beginning[1].decode() in STEPS
     return isinstance(content, dict) and content.get("step") in [*STEPS]
 
 
