@@ -90,7 +90,7 @@ def plans(
         _variants({"macs": 0.44}),
         once=("l1",),
     )
-    shorter: dict[str, Any] = {"epochs": 8, "lr": 0.1, "warmup_epochs": 1, "weight_decay": 1e-4, **_FINE}
+    shorter = usual | {"epochs": 10, "warmup_epochs": 1}
     return {
         "resnet20": resnet20,
         "resnet20-60": replace(
