@@ -137,6 +137,20 @@ def test_what_is_missing_and_what_it_cost_are_told_and_nothing_is_taken_for_mark
     ]
 
 
+def test_better_is_said_only_where_the_interval_says_so(tmp_path: Path) -> None:
+    top1 = {"scop": (0.92, 0.93, 0.94), "l1": (0.91, 0.921, 0.929), "random": (0.90, 0.96, 0.91)}
+    rows = [
+        result(method, 0.5, seed, metrics=result().metrics | {"pruned_top1": own})
+        for method, every in top1.items()
+        for seed, own in enumerate(every)
+    ]
+    with opened(made(tmp_path, rows), 1440) as view:
+        against_l1, against_chance = view.locator("section", has_text="Is it better?").locator("li").all_inner_texts()
+    assert against_l1.startswith("scop-0.5 is better than l1-0.5 at the same MACs: +1.00 points of top-1")
+    assert against_chance.startswith("scop-0.5 against random-0.5 at the same MACs: +0.67 points of top-1")
+    assert against_chance.endswith("no difference can be told.")
+
+
 def test_it_prints(tmp_path: Path) -> None:
     with opened(made(tmp_path, SWEEP), 1440) as view:
         view.emulate_media(media="print")

@@ -362,6 +362,25 @@ def test_a_machine_that_slows_down_does_not_change_a_latency(monkeypatch: pytest
     assert plan.latency_ms == pytest.approx(sizes.count("macs", plan))
 
 
+@pytest.mark.parametrize("selection", ["uniform", "global"])
+def test_a_selection_keeps_to_a_budget_of_latency(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a network takes as many milliseconds as it has MACs."""
+
+    def measure(models: dict[str, nn.Module], *_: object) -> dict[str, Latency]:
+        return {name: Latency(count_macs(own, SHAPE), 0) for name, own in models.items()}
+
+    monkeypatch.setattr("scop.budget.measure_latency", measure)
+    model = make_model("resnet20").eval()
+    target = 0.6 * count_macs(model, SHAPE)
+    settings = {"method": "l1", "selection": selection, "input_shape": SHAPE}
+    plan = select_channels(model, budget={"latency_ms": target}, **settings)
+    taken = count_macs(prune(model, plan), SHAPE)
+    assert 0.97 * target <= taken <= 1.01 * target
+    assert plan.latency_ms == pytest.approx(taken)
+    with pytest.raises(UserError, match="latency_ms is out of reach"):
+        select_channels(model, budget={"latency_ms": 10}, **settings)
+
+
 def test_real_networks_run_for_a_latency() -> None:
     model, cpu = make_model("resnet20").eval(), torch.device("cpu")
     graph = ChannelGraph(model, SHAPE)

@@ -14,6 +14,7 @@ from tests.benchmarks.cells import (
     group_by_seed,
     group_by_variant,
     lead,
+    lead_interval,
     percents,
     provenance,
     remark,
@@ -39,11 +40,18 @@ _TARGETS = {
 
 @dataclass(frozen=True)
 class _Drop:
-    """What a network's pruning costs: in points on average, as a cell says it, and after how much fine-tuning."""
+    """What a network's pruning costs: in points on average, at most as far as one can tell, and in how many epochs."""
 
     mean: float
+    high: float | None
     text: str
     epochs: int
+
+    def against(self, most: float) -> str:
+        """Whether it is as small as that, claiming no more than its interval does."""
+        if self.mean > most:
+            return "missed"
+        return "reached" if self.high is not None and self.high <= most else "reached on average"
 
 
 def _drop(path: Path) -> _Drop | None:
@@ -56,7 +64,8 @@ def _drop(path: Path) -> _Drop | None:
     if not (drops := differences(none, scop)):
         return None
     text = f"{lead(none, scop)}, {len(drops)} seed{'s' * (len(drops) > 1)}"
-    return _Drop(statistics.fmean(drops), text, content["settings"]["finetune"]["epochs"])
+    _, high = lead_interval(none, scop)
+    return _Drop(statistics.fmean(drops), high, text, content["settings"]["finetune"]["epochs"])
 
 
 def figures_section(folder: Path) -> str:
@@ -65,7 +74,7 @@ def figures_section(folder: Path) -> str:
     for network, (budget, published, most) in _TARGETS.items():
         cells = [network, budget, published, f"at most {most:g}", "not measured", "open"]
         if drop := _drop(folder / f"accuracy-{network}.json"):
-            cells[-2:] = [drop.text, "reached" if drop.mean <= most else "missed"]
+            cells[-2:] = [drop.text, drop.against(most)]
         elif drop := _drop(folder / f"accuracy-{network}-short.json"):
             cells[-2:] = [f"[in {drop.epochs} epochs](#{network}-short-cifar-10-jpeg-q75) {drop.text}", "open"]
         rows.append(f"| {' | '.join(cells)} |")
@@ -73,7 +82,7 @@ def figures_section(folder: Path) -> str:
 
 CIFAR-10 (JPEG q75). The drop is the top-1 of `none`, the network that is not pruned and fine-tuned just as long, less
 that of the pruned one, in points: the mean over seeds, with its 95 % interval for other seeds and other test images.
-Details are in the networks' own tables.
+`reached` without more is said where the whole interval is. Details are in the networks' own tables.
 
 | network | budget | published drop | to reach | drop | |
 | --- | --- | --- | --- | --- | --- |
@@ -96,6 +105,7 @@ def accuracy_section(content: dict[str, Any]) -> str:
     for name in content["settings"]["variants"]:
         found = by_variant.get(name, {})
         if not found:
+            rows.append(f"| {name} | | | not measured | | | | |")
             continue
         first = next(iter(found.values()))
         cells = [name, str(len(found)), *(percents(found, key) for key in ("recalibrated_top1", "top1"))]
@@ -219,6 +229,8 @@ WAYS = {
     "two-rounds": "in two rounds, of 1 and 2 epochs",
     "twice-as-long": "6 epochs",
 }
+LESS = ("uniform", "labels-only", "answers-only", "no-average")
+"""Ways that leave something out."""
 
 
 def recovery_section(content: dict[str, Any]) -> str:

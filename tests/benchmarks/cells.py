@@ -53,17 +53,24 @@ def differences(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any
     return [100 * (theirs[seed]["top1"] - own["top1"]) for seed, own in ours.items() if seed in theirs]
 
 
+def lead_interval(
+    theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]
+) -> tuple[float | None, float | None]:
+    """The 95 % interval of the mean difference: for other test images too, where the answers to these are known."""
+    known = [seed for seed, row in ours.items() if "right" in row and "right" in theirs.get(seed, {})]
+    shares = [share_right([rows[seed]["right"] for seed in known]) for rows in (theirs, ours) if known]
+    low, high = interval(differences(theirs, ours), 100 * (shares[0] - shares[1]) if shares else None)
+    # Equal differences by each seed are no certainty, but rounded to the same image.
+    return (low, high) if low is not None and high is not None and low < high else (None, None)
+
+
 def lead(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> str:
-    """The mean difference and its 95 % interval: for other test images too, where the answers to these are known."""
+    """The mean difference, in points, and its interval."""
     points = differences(theirs, ours)
     if not points:
         return ""
-    known = [seed for seed, row in ours.items() if "right" in row and "right" in theirs.get(seed, {})]
-    shares = [share_right([rows[seed]["right"] for seed in known]) for rows in (theirs, ours) if known]
-    low, high = interval(points, 100 * (shares[0] - shares[1]) if shares else None)
-    # Equal differences by each seed are no certainty, but rounded to the same image.
-    told = low is not None and high is not None and low < high
-    return f"{statistics.fmean(points):+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if told else "")
+    low, high = lead_interval(theirs, ours)
+    return f"{statistics.fmean(points):+.2f}" + ("" if low is None else f" ({low:+.2f} to {high:+.2f})")
 
 
 def percents(by_seed: dict[str, dict[str, Any]], key: str) -> str:

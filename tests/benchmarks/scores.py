@@ -6,6 +6,8 @@ For each way of scoring and each seed:
 - rank correlation with what a channel is worth: by how much the loss grows when it alone is removed;
 - over seeds, how far the rankings agree.
 
+And of the published score, how its gates open while they are trained (`saturation`, ResNet-20).
+
 Name some to run only these: ``make bench-scores ARGS="resnet20 fisher l1"``. What is there already is left alone.
 """
 
@@ -35,10 +37,11 @@ from scop.device import autocast, autocast_dtype, pick_device
 from scop.evaluation import measure_accuracy
 from scop.folding import folded_copy
 from scop.graph import ChannelGraph
-from scop.knockoff import gated_layers
+from scop.knockoff import Competition, gated_layers
+from scop.knockoff_sources import make_source
 from scop.selection import Selection
 from scop.supervised import Supervised, make_optimizer, recalibrate
-from scop.training import fit
+from scop.training import EpochRecord, fit
 from tests.benchmarks import remedies
 from tests.benchmarks.accuracy import RESNET56
 from tests.benchmarks.measure import machine, settings_hash
@@ -78,6 +81,11 @@ GENERATOR = "fisher, generator"
 
 CONTROLS = ("l1", "bn_gamma", "fpgm", "random")
 TRUTH = "removal of one channel"
+SATURATION = "saturation"
+PASSES = 8
+"""Of `BATCHES` batches each, in which the published score's gates are watched."""
+OPEN = 0.95
+"""From here on a gate counts as open: its score is the batch norm's weight to a tenth."""
 LARGE = ("resnet56",)
 """Networks that only the default, the published score and the controls are judged on, and not by single removals."""
 
@@ -86,9 +94,11 @@ def main(arguments: list[str]) -> int:
     """Networks and ways of scoring by name, all by default."""
     networks = [name for name in NETWORKS if name in arguments] or list(NETWORKS)
     every = [*(way for way in SETTINGS if way != GENERATOR), *REMEDIES, *CONTROLS, TRUTH, GENERATOR]
-    named = [way for way in every if way in arguments]
+    named = [way for way in [*every, SATURATION] if way in arguments]
     for network in networks:
-        ways = named or (["fisher", "published", *CONTROLS] if network in LARGE else every)
+        ways = [way for way in named or every if way in every]
+        if network in LARGE and not named:
+            ways = ["fisher", "published", *CONTROLS]
         path = RESULTS / f"scores-{network}.json"
         results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"ways": {}}
         bench: Bench | None = None
@@ -102,6 +112,12 @@ def main(arguments: list[str]) -> int:
             results["command"] = "make bench-scores"
             path.write_text(json.dumps(results, indent=1) + "\n")
             print(network, way, {k: v for k, v in results["ways"][way].items() if k != "machine"}, flush=True)
+        if network == "resnet20" and (SATURATION in named or not named):
+            known = results.get(SATURATION, {}).get("settings_hash")
+            if known != settings_of(network, SATURATION):
+                results[SATURATION] = (bench or Bench(network)).saturation() | {"machine": machine()}
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                print(network, SATURATION, results[SATURATION]["passes"], flush=True)
     return 0
 
 
@@ -113,6 +129,8 @@ def section_of(way: str) -> KnockoffSection:
 def settings_of(network: str, way: str) -> str:
     """The hash of all that a way's figures come from."""
     made = section_of(way).model_dump() if way in SETTINGS else remedies.SETTINGS if way in REMEDIES else {}
+    if way == SATURATION:
+        return settings_hash(network, way, section_of("published").model_dump(), BATCHES, PASSES, OPEN)
     return settings_hash(network, way, made, BATCHES, RATES)
 
 
@@ -157,6 +175,32 @@ class Bench:
             and round(mean(rank_correlation(ranking, self.truth) for ranking in rankings), 3),
             "agreement_of_seeds": round(mean(pairs), 3) if pairs else None,
         }
+
+    def saturation(self) -> dict[str, Any]:
+        """Pass by pass, where the published score's gates stand, and how like the batch norms' weights it ranks."""
+        section = section_of("published").model_copy(update={"epochs": PASSES})
+        augmentation = Augmentation(crop_padding=4, flip=True)
+        batches = First(Batches(dataset()["train"], dataset().info, 256, self.device, augmentation, section.seed))
+        source = make_source(section, batches, self.device)
+        competition = Competition(self.model, ChannelGraph(self.model, self.shape), source, self.device, section)
+        gammas, found = self.ranking("bn_gamma", 0), list[dict[str, float]]()
+
+        def watch(record: EpochRecord) -> None:
+            competition.after_epoch(record)
+            gates = torch.cat([*competition.gates.values().values()])
+            score, _, _ = competition.gates.scores()
+            found.append(
+                {
+                    "mean_gate": round(float(gates.mean()), 3),
+                    "open": round(float((gates >= OPEN).double().mean()), 3),
+                    "closed": round(float((gates <= 1 - OPEN).double().mean()), 3),
+                    "correlation_with_gamma": round(rank_correlation(score, gammas), 3),
+                }
+            )
+
+        optimizer, seed = competition.optimizer(), section.seed
+        fit(competition, batches, optimizer, epochs=PASSES, label=SATURATION, seed=seed, on_epoch=watch)
+        return {"settings_hash": settings_of(self.network, SATURATION), "seed": seed, "passes": found}
 
     def ranking(self, way: str, seed: int) -> Ranking:
         """Scores by layer."""
