@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scop import UserError, make_model, prune, select_channels, train_knockoffs
 from scop.evaluation import count_macs, count_parameters
 from scop.graph import RESIDUAL_RULES, ChannelGraph
+from scop.knockoff import gated_layers
 from scop.surgery import prune_exactly
 from tests.helpers import padded_resnet, randomise_batch_norms, small_convnext
 
@@ -344,8 +345,26 @@ NETWORKS = [
 ]
 
 
+every_network = pytest.mark.parametrize(
+    ("name", "size"), NETWORKS, ids=[name.rpartition(":")[2] for name, _ in NETWORKS]
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), NETWORKS, ids=[name.rpartition(":")[2] for name, _ in NETWORKS])
+@every_network
+def test_every_network_has_scores_and_is_pruned_by_them(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model, shape = make_model(name, num_classes=10).eval(), (3, size, size)
+    graph = ChannelGraph(model, shape)
+    scores = train_knockoffs(model, [(torch.randn(4, *shape), torch.arange(4)) for _ in range(2)], epochs=1)
+    assert list(scores) == gated_layers(graph)
+    assert all(score.isfinite().all() and score.unique().numel() > 1 for score in scores.values())
+    plan = select_channels(model, scores, selection="global", budget={"macs": 0.7})
+    assert 0.6 * count_macs(model, shape) < count_macs(prune(model, plan), shape) <= 0.7 * count_macs(model, shape)
+
+
+@pytest.mark.slow
+@every_network
 def test_the_table_of_networks_is_what_happens(name: str, size: int) -> None:
     torch.manual_seed(0)
     model, shape = make_model(name, num_classes=10).eval(), (3, size, size)
