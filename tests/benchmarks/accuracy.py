@@ -106,7 +106,7 @@ def plans(
         "resnet20-long": replace(
             resnet20,
             finetune=FinetuneSection.model_validate(longer | changed),
-            command="python -m tests.benchmarks.accuracy resnet20-long --seeds 3",
+            command="python -m tests.benchmarks.accuracy resnet20-long --seeds 2",
         ),
         "resnet56": resnet56,
         "resnet56-short": replace(

@@ -151,7 +151,17 @@ Speed is that of batches of {LATENCY_BATCH}.
 {chr(10).join(rows)}
 
 {provenance(content["command"], content["variants"].values())}
-"""
+{_how_trained(content)}"""
+
+
+def _how_trained(content: dict[str, Any]) -> str:
+    """What the command alone does not say."""
+    compiled = any(row.get("compile") for row in content["variants"].values())
+    return (
+        "Trained through torch.compile (`--steps compiled`), which is faster and not another recipe.\n"
+        if compiled
+        else ""
+    )
 
 
 def _for_whom(content: dict[str, Any]) -> str:
