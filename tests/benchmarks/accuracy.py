@@ -90,7 +90,7 @@ def plans(
         _variants({"macs": 0.44}),
         once=("l1",),
     )
-    shorter = usual | {"epochs": 10, "warmup_epochs": 1}
+    shorter = usual | {"epochs": 8, "warmup_epochs": 1}
     return {
         "resnet20": resnet20,
         "resnet20-60": replace(
