@@ -19,7 +19,7 @@ its gate; the knockoff stream stays pure. The loss is that of the real stream. T
 
 ``published``
     The gates are trained within [0, 1], from 0.5, and scored by ``W_j = |gamma_j| (s_j - (1 - s_j))``, gamma the weight
-    of the convolution's batch norm. On real networks nearly all gates end at 1, so that it ranks like |gamma|: see
+    of the convolution's batch norm. On a real network most gates end near 1, so that it ranks much like |gamma|: see
     docs/knockoffs.md.
 
 Where the batch norms are **frozen** they use their running statistics. So they are affine, and an affine map commutes

@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+_NO_SOURCES = (":(top,exclude)docs", ":(top,exclude)README.md", ":(top,exclude)tests/benchmarks/results")
+
 
 def git_revision() -> str | None:
     """The commit of the source tree that is running, ``+`` behind it where the sources have changes; None outside git.
@@ -17,7 +19,7 @@ def git_revision() -> str | None:
     options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 5, "check": True}
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()  # type: ignore[call-overload]
-        state = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)docs", ":(top,exclude)**/results/*"]
+        state = ["git", "status", "--porcelain", "-uno", "--", ":/", *_NO_SOURCES]
         changes = subprocess.run(state, **options).stdout.strip()  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,5 +1,6 @@
 """The benchmark of accuracy, on digits: it stops when time is up, and goes on where it stopped."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
 from scop.data import Dataset
 from tests.benchmarks.accuracy import plans
+from tests.benchmarks.accuracy_tables import figures_section
 from tests.benchmarks.sittings import WORK_LEFT, Deadline, work_through
 from tests.benchmarks.tables import PAGE, render
 from tests.benchmarks.work import Plan
@@ -48,6 +50,48 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
     assert report["dense"]["top1"] > 0.8
     assert report["variants"]["scop-0"]["macs"] <= 0.5 * report["dense"]["macs"]
     assert report["variants"]["none-0"]["params"] == report["dense"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("drops", "word"),
+    [
+        ((0.5,), "reached once"),
+        ((1.5,), "missed once"),
+        ((0.5, 0.51, 0.49), "reached"),
+        ((0.5, 0.9, 0.7), "reached on average"),
+        ((0.7, 1.1, 0.9), "missed on average"),
+        ((1.5, 1.51, 1.49), "missed"),
+    ],
+)
+def test_a_figure_is_reached_as_far_as_its_interval_says(drops: tuple[float, ...], word: str, tmp_path: Path) -> None:
+    rows = {f"none-{seed}": {"top1": 0.9} for seed in range(len(drops))}
+    rows |= {f"scop-{seed}": {"top1": 0.9 - drop / 100} for seed, drop in enumerate(drops)}
+    content = {"variants": rows, "settings": {"finetune": {"epochs": 1}}}
+    (tmp_path / "accuracy-resnet20.json").write_text(json.dumps(content))
+    (row,) = (line for line in figures_section(tmp_path).splitlines() if line.startswith("| resnet20 |"))
+    assert row.endswith(f"| {word} |")
+
+
+def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SCOP_REVISION", raising=False)
+    source, page, figures = (
+        tmp_path / name for name in ("scop/revision.py", "docs/results.md", "tests/benchmarks/results/speed.json")
+    )
+    for file in (source, page, figures):
+        file.parent.mkdir(parents=True)
+        file.write_text((ROOT / "scop" / "revision.py").read_text())
+    for command in ("init", "add .", "-c user.name=test -c user.email=test@example.com commit -m first"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    found = importlib.util.spec_from_file_location("revision", source)
+    assert found is not None
+    assert found.loader is not None
+    revision = importlib.util.module_from_spec(found)
+    found.loader.exec_module(revision)
+    commit = revision.git_revision()
+    assert len(commit) == 12
+    for file, mark in ((page, ""), (figures, ""), (source, "+")):
+        file.write_text(file.read_text() + "\n")
+        assert revision.git_revision() == commit + mark
 
 
 def some_plan(**settings: Any) -> Plan:

@@ -244,10 +244,13 @@ def test_a_figure_that_is_no_number_leaves_a_record_that_can_be_read(tmp_path: P
 
 
 @pytest.mark.parametrize("comment", ["", "// of the wizard\n"])
+@pytest.mark.parametrize("text", ['{"name": "my app", "step": ["first", "second"]}', '{"step": "export", "next": "/"}'])
 @pytest.mark.parametrize("name", [MANIFEST, "step.json"])
-def test_others_have_files_of_these_names_too(name: str, comment: str, digits_folder: Path, tmp_path: Path) -> None:
+def test_others_have_files_of_these_names_too(
+    name: str, text: str, comment: str, digits_folder: Path, tmp_path: Path
+) -> None:
     for own in (name, "icon.png", "index.html", "weights.pt"):
-        (tmp_path / own).write_text(comment + '{"name": "my web app", "step": ["first", "second"]}')
+        (tmp_path / own).write_text(comment + text)
     with pytest.raises(UserError, match="holds 'icon.png', which no step has written"):
         train_dense(digits_folder, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4

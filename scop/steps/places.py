@@ -178,9 +178,9 @@ def _is_record(path: Path) -> bool:
     try:
         content = json.loads(text)
     except ValueError:
-        beginning = re.match(rb'\{\s*"step": *"(\w+)",', text)
+        beginning = re.match(rb'\{\s*"step": *"(\w+)",\s*"status":', text)
         return beginning is not None and beginning[1].decode() in STEPS
-    return isinstance(content, dict) and content.get("step") in [*STEPS]
+    return isinstance(content, dict) and content.get("step") in [*STEPS] and {"status", "version"} <= content.keys()
 
 
 # Suffixes of all that a step leaves in its output folder, a killed one included.

@@ -101,7 +101,7 @@ def plans(
         "resnet20-once": replace(
             resnet20,
             finetune=FinetuneSection.model_validate(plain | changed),
-            command="python -m tests.benchmarks.accuracy resnet20-once",
+            command="python -m tests.benchmarks.accuracy resnet20-once --seeds 2",
         ),
         "resnet20-long": replace(
             resnet20,

@@ -21,7 +21,7 @@ from scop.knockoff_sources import make_source
 from scop.selection import knockoff_threshold
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
 from tests.benchmarks.measure import machine, settings_hash
-from tests.benchmarks.scores import First
+from tests.benchmarks.scores import BATCHES, First
 from tests.benchmarks.sittings import images
 
 SOURCES: dict[str, dict[str, Any]] = {
@@ -51,12 +51,13 @@ def main(names: list[str]) -> int:
         section = KnockoffSection.model_validate({"crop_padding": 4, "flip": True} | SOURCES[name])
         torch.manual_seed(section.seed)
         batches.set_epoch(0)
-        source = make_source(section, First(batches) if section.source == "generator" else batches, device)
+        fewer = section.source == "generator"
+        source = make_source(section, First(batches) if fewer else batches, device)
         quality = measure_quality(source, model.to(device).eval(), batches, device, section.seed)
         w = torch.cat([*train_knockoffs(model.cpu(), batches, section, source=source, device=device).signed.values()])
         results["sources"][name] = {
             "settings": SOURCES[name],
-            "settings_hash": settings_hash("resnet20", section.model_dump()),
+            "settings_hash": settings_hash("resnet20", section.model_dump(), *([BATCHES] if fewer else [])),
             "quality": quality.as_dict(),
             "beat_their_knockoffs": float((w > SURE).double().mean()),
             "are_beaten": float((w < -SURE).double().mean()),

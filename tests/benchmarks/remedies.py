@@ -1,4 +1,4 @@
-"""Remedies for published gates, which nearly all end at 1; none of them is in the product, see docs/knockoffs.md.
+"""Remedies for published gates, most of which end near 1; none of them is in the product, see docs/knockoffs.md.
 
 The gates are trained as published, but open from the start and under a pull: the mean gate of a layer is brought to the
 share of its channels that is to stay, so that one gate is open at the cost of another.

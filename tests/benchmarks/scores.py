@@ -200,7 +200,8 @@ class Bench:
 
         optimizer, seed = competition.optimizer(), section.seed
         fit(competition, batches, optimizer, epochs=PASSES, label=SATURATION, seed=seed, on_epoch=watch)
-        return {"settings_hash": settings_of(self.network, SATURATION), "seed": seed, "passes": found}
+        settings = {"settings_hash": settings_of(self.network, SATURATION), "seed": seed}
+        return settings | {"steps": BATCHES, "open": OPEN, "passes": found}
 
     def ranking(self, way: str, seed: int) -> Ranking:
         """Scores by layer."""
