@@ -345,6 +345,12 @@ NETWORKS = [
 ]
 
 
+def untrained(name: str, size: int) -> tuple[nn.Module, ChannelGraph, tuple[int, int, int]]:
+    torch.manual_seed(0)
+    model, shape = make_model(name, num_classes=10).eval(), (3, size, size)
+    return model, ChannelGraph(model, shape), shape
+
+
 every_network = pytest.mark.parametrize(
     ("name", "size"), NETWORKS, ids=[name.rpartition(":")[2] for name, _ in NETWORKS]
 )
@@ -353,9 +359,7 @@ every_network = pytest.mark.parametrize(
 @pytest.mark.slow
 @every_network
 def test_every_network_has_scores_and_is_pruned_by_them(name: str, size: int) -> None:
-    torch.manual_seed(0)
-    model, shape = make_model(name, num_classes=10).eval(), (3, size, size)
-    graph = ChannelGraph(model, shape)
+    model, graph, shape = untrained(name, size)
     scores = train_knockoffs(model, [(torch.randn(4, *shape), torch.arange(4)) for _ in range(2)], epochs=1)
     assert list(scores) == gated_layers(graph)
     assert all(score.isfinite().all() and score.unique().numel() > 1 for score in scores.values())
@@ -366,9 +370,7 @@ def test_every_network_has_scores_and_is_pruned_by_them(name: str, size: int) ->
 @pytest.mark.slow
 @every_network
 def test_the_table_of_networks_is_what_happens(name: str, size: int) -> None:
-    torch.manual_seed(0)
-    model, shape = make_model(name, num_classes=10).eval(), (3, size, size)
-    graph = ChannelGraph(model, shape)
+    model, graph, shape = untrained(name, size)
     cells = [name.removeprefix("torchvision:").removeprefix("tests.helpers:")]
     for rule in RESIDUAL_RULES:
         plan = select_channels(model, method="l1", residual=rule, input_shape=shape)
