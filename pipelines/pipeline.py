@@ -35,7 +35,7 @@ def make_pipeline(
     """The pipeline.
 
     Args:
-        place: called with each task, to say where it runs; see `pipelines.cluster`.
+        place: called with each task, to say where it runs; see `pipelines.cluster.compilation`.
         defaults: of the parameters, by name; without, each must be given.
         parallelism: so many variants run at once. One by default: variants that ran side by side on one machine would
             spoil each other's latency figures.

@@ -30,7 +30,7 @@ def find_config(name: str) -> Path:
         UserError: it is none of these.
     """
     if name.startswith("s3://"):
-        from scop import storage  # late: the command line's help must not wait for it
+        from scop.storage import files as storage  # late: the command line's help must not wait for it
 
         return storage.fetch_file(name)
     path = Path(name).expanduser()

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from scop import storage
 from scop.errors import UserError
-from scop.manifest import RECORD
-from scop.s3 import Location
-from scop.steps.record import StepRecord
+from scop.runtime.record import StepRecord
+from scop.storage import files as storage
+from scop.storage.manifest import RECORD
+from scop.storage.s3 import Location
 
 CONFIG = "config.yaml"
 """At a run's root: what it was to do. Of a cluster's run it is there if `scop submit` could put it there."""

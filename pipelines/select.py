@@ -12,23 +12,24 @@ from torch import nn
 
 from pipelines.presets import find_config
 from pipelines.runs import CONFIG, records_of
-from scop import remote, storage
-from scop.artifacts import load_model, load_pretrained, load_weights
-from scop.budget import Sizes, describe_latency
 from scop.config import Config, VariantSection, load_config
+from scop.config.parsing import override, parse
+from scop.data.sources import peek
 from scop.errors import UserError
-from scop.graph import ChannelGraph
-from scop.manifest import write_atomically
-from scop.models import network_for
-from scop.parsing import override, parse
-from scop.plan import ChannelPlan
-from scop.scores import Scores
-from scop.selection import select_channels
-from scop.sources import peek
-from scop.spec import spec_of
-from scop.steps.record import StepRecord
-from scop.storage import local
-from scop.text import human
+from scop.models.artifacts import load_model, load_pretrained, load_weights
+from scop.models.factories import network_for
+from scop.pruning.graph import ChannelGraph
+from scop.pruning.plan import ChannelPlan
+from scop.pruning.spec import spec_of
+from scop.report.formatting import human
+from scop.runtime.record import StepRecord
+from scop.selection.budget import Sizes, describe_latency
+from scop.selection.candidates import select_channels
+from scop.selection.scores import Scores
+from scop.storage import files as storage
+from scop.storage import folders as remote
+from scop.storage.files import local
+from scop.storage.manifest import write_atomically
 
 
 @dataclass(frozen=True)

@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from scop.artifacts import load_model as load_model
-    from scop.artifacts import save_model as save_model
     from scop.errors import UserError as UserError
-    from scop.knockoff import train_knockoffs as train_knockoffs
-    from scop.models import make_model as make_model
-    from scop.plan import ChannelPlan as ChannelPlan
-    from scop.scores import Scores as Scores
-    from scop.selection import select_channels as select_channels
-    from scop.surgery import prune as prune
+    from scop.knockoffs.phase import train_knockoffs as train_knockoffs
+    from scop.models.artifacts import load_model as load_model
+    from scop.models.artifacts import save_model as save_model
+    from scop.models.factories import make_model as make_model
+    from scop.pruning.plan import ChannelPlan as ChannelPlan
+    from scop.pruning.surgery import prune as prune
+    from scop.selection.candidates import select_channels as select_channels
+    from scop.selection.scores import Scores as Scores
 
 # Imported when first used: `scop --help` should not wait for torch.
 _HOMES = {
-    "ChannelPlan": "scop.plan",
-    "Scores": "scop.scores",
+    "ChannelPlan": "scop.pruning.plan",
+    "Scores": "scop.selection.scores",
     "UserError": "scop.errors",
-    "load_model": "scop.artifacts",
-    "make_model": "scop.models",
-    "prune": "scop.surgery",
-    "save_model": "scop.artifacts",
-    "select_channels": "scop.selection",
-    "train_knockoffs": "scop.knockoff",
+    "load_model": "scop.models.artifacts",
+    "make_model": "scop.models.factories",
+    "prune": "scop.pruning.surgery",
+    "save_model": "scop.models.artifacts",
+    "select_channels": "scop.selection.candidates",
+    "train_knockoffs": "scop.knockoffs.phase",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -22,17 +22,17 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import torch
 from torch import nn
 
-from scop import s3
-from scop.artifacts import save_model
-from scop.batches import Augmentation, Batches
 from scop.config import DataSection, DenseSection
-from scop.data import Dataset, load_dataset, save_dataset
-from scop.models import make_model
-from scop.sources import load_source
-from scop.spec import attach_spec, spec_of
-from scop.supervised import Supervised, make_optimizer
-from scop.training import fit
-from tests import services
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset, load_dataset, save_dataset
+from scop.data.sources import load_source
+from scop.models.artifacts import save_model
+from scop.models.factories import make_model
+from scop.pruning.spec import attach_spec, spec_of
+from scop.storage import s3
+from scop.training.loop import fit
+from scop.training.supervised import Supervised, make_optimizer
+from tests.fakes import services
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ def batches(digits: Dataset) -> Batches:
 def trained(digits: Dataset) -> nn.Module:
     """A small network that knows the digits; copied for every test that changes it."""
     torch.manual_seed(0)
-    model = make_model("tests.helpers:Plain", num_classes=10, in_channels=1)
+    model = make_model("tests.networks:Plain", num_classes=10, in_channels=1)
     spec = spec_of(model)
     assert spec is not None
     info = digits.info

@@ -13,19 +13,18 @@ from safetensors.torch import save_file
 from pipelines.presets import find_config
 from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
-from scop.data import Dataset
+from scop.data.dataset import Dataset
 from tests.benchmarks.accuracy import plans
 from tests.benchmarks.accuracy_tables import figures_section
 from tests.benchmarks.sittings import WORK_LEFT, Deadline, work_through
 from tests.benchmarks.tables import PAGE, render
 from tests.benchmarks.work import Plan
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 
 def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -> None:
     dense = DenseSection.model_validate(
-        {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}, "epochs": 6, "batch_size": 64, "lr": 0.05}
+        {"model": "tests.networks:Plain", "arguments": {"in_channels": 1}, "epochs": 6, "batch_size": 64, "lr": 0.05}
     )
     finetune = FinetuneSection.model_validate({"epochs": 2, "batch_size": 64, "lr": 0.02, "ema": 0.9})
     under = {"selection": "global", "budget": {"macs": 0.5}}
@@ -75,7 +74,8 @@ def test_a_figure_is_reached_as_far_as_its_interval_says(drops: tuple[float, ...
 def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCOP_REVISION", raising=False)
     source, page, figures = (
-        tmp_path / name for name in ("scop/revision.py", "docs/results.md", "tests/benchmarks/results/speed.json")
+        tmp_path / name
+        for name in ("scop/system/revision.py", "docs/results.md", "tests/benchmarks/results/speed.json")
     )
     for file in (source, page, figures):
         file.parent.mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monke
 
 def some_plan(**settings: Any) -> Plan:
     """Of a network that is given by no weights, and pruned in two ways."""
-    dense = {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}, "epochs": 1}
+    dense = {"model": "tests.networks:Plain", "arguments": {"in_channels": 1}, "epochs": 1}
     variants = {"none": {"method": "none"}, "l1": {"method": "l1"}, "random": {"method": "random"}}
     sections = {name: VariantSection.model_validate(variant) for name, variant in variants.items()}
     return Plan(DenseSection.model_validate(dense | settings), FinetuneSection(epochs=1, batch_size=256), sections)
@@ -138,8 +138,8 @@ def test_an_error_ends_the_work(digits: Dataset, tmp_path: Path) -> None:
 def test_what_was_measured_elsewhere_is_not_measured_again(digits: Dataset, tmp_path: Path) -> None:
     """As long as the dense network is the same one and a variant's settings are the same."""
     weights = tmp_path / "dense.safetensors"
-    save_file(make_model("tests.helpers:Plain", in_channels=1).state_dict(), weights)
-    dense = {"model": "tests.helpers:Plain", "arguments": {"in_channels": 1}}
+    save_file(make_model("tests.networks:Plain", in_channels=1).state_dict(), weights)
+    dense = {"model": "tests.networks:Plain", "arguments": {"in_channels": 1}}
     finetune = FinetuneSection(epochs=1, batch_size=256)
 
     def measured(where: str, seeds: int, rate: float = 0.5, **given: str) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
+from pipelines.cli.options import DEFAULT_CONFIG, make_parser
+from pipelines.cluster.submit import pin_places
 from pipelines.presets import find_config, preset_names
-from pipelines.submit import pin_places
-from scop import storage
-from scop.arguments import DEFAULT_CONFIG, make_parser
 from scop.config import load_config
+from scop.storage import files as storage
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "components").glob("*/README.md"))]
 
 

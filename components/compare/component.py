@@ -23,7 +23,7 @@ def compare(
         exports: from export, one for each variant.
         report: the page and its figures.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     execute(
         "compare",

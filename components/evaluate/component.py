@@ -31,7 +31,7 @@ def evaluate(
         metrics: the headline figures.
         confusion: the pruned network's confusion matrix.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     result = execute(
         "evaluate",

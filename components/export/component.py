@@ -27,7 +27,7 @@ def export(
         evaluation: from evaluate.
         exported: the deliverables.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     execute(
         "export",

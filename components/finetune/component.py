@@ -29,7 +29,7 @@ def finetune(
         model: the pruned, fine-tuned network.
         metrics: parameters, MACs, accuracy on the validation split.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     result = execute(
         "finetune",

@@ -19,6 +19,6 @@ def prepare_data(
         data: the configuration's section `data`.
         dataset: arrays that memory-map, with their description.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     execute("prepare_data", {"data": data}, {}, {"dataset": dataset.path})

@@ -23,7 +23,7 @@ def select_channels(
         scores: from train_knockoff.
         plan: kept channels, layer by layer.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     execute(
         "select_channels",

@@ -23,7 +23,7 @@ def train_dense(
         model: the dense network.
         metrics: parameters, MACs, accuracy on the validation split.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     result = execute("train_dense", {"dense": dense}, {"dataset": dataset.path}, {"model": model.path})
     metrics.metadata.update(result.metrics)

@@ -23,7 +23,7 @@ def train_knockoff(
         dense: from train_dense; it is left as it is.
         scores: gates and scores, layer by layer.
     """
-    from scop.steps.runtime import execute
+    from scop.runtime.execution import execute
 
     execute(
         "train_knockoff",

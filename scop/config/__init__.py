@@ -15,10 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from scop.config.data import DataSection
 from scop.config.knockoff import GaussianSection, GeneratorSection, KnockoffSection, SensitivitySection
 from scop.config.output import EvaluateSection, ExportSection, RunSection
+from scop.config.parsing import Section, merged, override, parse, read_yaml
 from scop.config.training import CIFAR_RESNETS, DenseSection, DistillationSection, FinetuneSection, TrainingSection
 from scop.config.values import BatchNormMode, PositiveInt, Precision, ResidualRule, ScoreKind
 from scop.config.variants import BudgetSection, VariantSection
-from scop.parsing import Section, merged, override, parse, read_yaml
 
 __all__ = [
     "CIFAR_RESNETS",

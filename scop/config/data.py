@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from scop.config.parsing import Section
 from scop.config.values import Fraction, PositiveFloat, PositiveInt, Seed, whole
-from scop.parsing import Section
 
 
 class DataSection(Section):

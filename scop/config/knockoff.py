@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from scop.config.parsing import Section
 from scop.config.values import BatchNormMode, Fraction, PositiveFloat, PositiveInt, Precision, ScoreKind, Seed
-from scop.parsing import Section
 
 
 class GaussianSection(Section):
@@ -60,7 +60,7 @@ class KnockoffSection(Section):
             package.module:factory of your own, where factory(batches) returns source(images, labels), which returns
             knockoff images of that shape.
         score: fisher, the information of gates that are held at `mixing`, or published, of gates that are trained; see
-            `scop.knockoff`.
+            `scop.knockoffs.phase`.
         mixing: share of the real features in the mixture, for score fisher.
         batch_norm: its statistics in this phase: frozen, the running ones; own, those of each stream's batch; or joint,
             those of real images and knockoffs together.

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from scop.config.parsing import Section
 from scop.config.values import LONGEST_NAME, NAME, Fraction, PositiveFloat, PositiveInt
-from scop.parsing import Section
 
 
 class RunSection(Section):

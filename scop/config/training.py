@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from scop.config.parsing import Section
 from scop.config.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Precision, Seed, whole
-from scop.parsing import Section
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 """The built-in networks and their depths (He et al., 2016, section 4.2), known here without importing PyTorch."""
@@ -94,7 +94,7 @@ class DenseSection(TrainingSection):
 
 
 class DistillationSection(Section):
-    """Learning from the dense network, see `scop.distillation`.
+    """Learning from the dense network, see `scop.training.distillation`.
 
     Attributes:
         weight: share of the distillation loss, 0 for none.

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from scop.config.parsing import Section
 from scop.config.values import (
     LONGEST_NAME,
     NAME,
@@ -17,7 +18,6 @@ from scop.config.values import (
     Seed,
     SelectionRule,
 )
-from scop.parsing import Section
 
 
 class BudgetSection(Section):

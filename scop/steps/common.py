@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scop import distributed
-from scop.batches import Augmentation, Batches
-from scop.checkpoints import termination
+from scop.compute import distributed
+from scop.compute.device import autocast_dtype
+from scop.compute.distributed import WHOLE, Share
 from scop.config import FinetuneSection, KnockoffSection, TrainingSection
-from scop.data import Dataset, SplitName
-from scop.device import autocast_dtype
-from scop.distributed import WHOLE, Share
-from scop.evaluation import Accuracy, measure_accuracy
-from scop.steps.step import Context
-from scop.supervised import Supervised, make_optimizer
-from scop.training import EpochRecord, fit
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset, SplitName
+from scop.models.evaluation import Accuracy, measure_accuracy
+from scop.runtime.step import Context
+from scop.storage.checkpoints import termination
+from scop.training.loop import EpochRecord, fit
+from scop.training.supervised import Supervised, make_optimizer
 
 _EVALUATION_BATCH = 500
 

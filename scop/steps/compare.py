@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop.cost import Spent
+from scop.config.parsing import Section
 from scop.errors import UserError
-from scop.manifest import TIMINGS, write_manifest
-from scop.page import Page
-from scop.parsing import Section
-from scop.results import VariantResult, with_timings
-from scop.steps.places import exchanged
-from scop.steps.record import RUN_VARIABLE, StepResult
-from scop.steps.step import Context
-from scop.storage import join
+from scop.report.page import Page
+from scop.report.results import VariantResult, with_timings
+from scop.runtime.places import exchanged
+from scop.runtime.record import RUN_VARIABLE, StepResult
+from scop.runtime.step import Context
+from scop.storage.files import join
+from scop.storage.manifest import TIMINGS, write_manifest
+from scop.system.cost import Spent
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """layer -> what scores.json has of it: ``gate`` and ``score``, of each channel."""

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from scop.answers import packed
-from scop.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery, trained_on
+from scop.compute.device import describe_device
 from scop.config import EvaluateSection, VariantSection
-from scop.data import load_dataset
-from scop.device import describe_device
-from scop.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
-from scop.manifest import TIMINGS, write_manifest
-from scop.parents import DATASET_TAG, LONGEST_TAG, MEASURED_TAG, RIGHT_TAG
-from scop.parsing import Section
-from scop.plan import ChannelPlan
-from scop.plots import confusion_matrix
-from scop.results import Result, with_timings
-from scop.spec import spec_of
+from scop.config.parsing import Section
+from scop.data.dataset import load_dataset
+from scop.models.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery, trained_on
+from scop.models.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
+from scop.pruning.plan import ChannelPlan
+from scop.pruning.spec import spec_of
+from scop.report.correctness import packed
+from scop.report.formatting import human
+from scop.report.plots import confusion_matrix
+from scop.report.results import Result, with_timings
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
-from scop.steps.record import StepResult
-from scop.steps.step import Context
-from scop.text import human
+from scop.storage.manifest import TIMINGS, write_manifest
+from scop.tracking.pipeline_run import DATASET_TAG, LONGEST_TAG, MEASURED_TAG, RIGHT_TAG
 
 
 class Config(Section):

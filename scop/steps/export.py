@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from scop.artifacts import DESCRIPTION, WEIGHTS, load_model, load_surgery
 from scop.config import ExportSection, VariantSection
-from scop.data import load_dataset
+from scop.config.parsing import Section
+from scop.data.dataset import load_dataset
 from scop.errors import UserError
-from scop.export import export_onnx, export_pt2
-from scop.manifest import TIMINGS, write_manifest
-from scop.parsing import Section
+from scop.models.artifacts import DESCRIPTION, WEIGHTS, load_model, load_surgery
+from scop.models.export import export_onnx, export_pt2
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
-from scop.steps.record import StepResult
-from scop.steps.step import Context
+from scop.storage.manifest import TIMINGS, write_manifest
 
 _IMAGES = 16
 

@@ -15,28 +15,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scop import distributed
-from scop.artifacts import SETTINGS, SURGERY, load_model, load_settings, save_model, save_settings
-from scop.checkpoints import termination
+from scop.compute import distributed
+from scop.compute.device import autocast_dtype
 from scop.config import FinetuneSection, KnockoffSection, VariantSection, finetune_for
-from scop.data import Dataset, load_dataset
-from scop.device import autocast_dtype
-from scop.evaluation import count_macs, count_parameters
-from scop.export import logit_difference
-from scop.knockoff import train_knockoffs
-from scop.models import make_model
-from scop.parsing import Section, parse
-from scop.plan import ChannelPlan
-from scop.scores import Scores
-from scop.selection import select_channels
-from scop.spec import attach_spec, spec_of
+from scop.config.parsing import Section, parse
+from scop.data.dataset import Dataset, load_dataset
+from scop.knockoffs.phase import train_knockoffs
+from scop.models.artifacts import SETTINGS, SURGERY, load_model, load_settings, save_model, save_settings
+from scop.models.evaluation import count_macs, count_parameters
+from scop.models.export import logit_difference
+from scop.models.factories import make_model
+from scop.pruning.plan import ChannelPlan
+from scop.pruning.spec import attach_spec, spec_of
+from scop.pruning.surgery import prune_exactly, regrow
+from scop.report.formatting import human
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
+from scop.selection.candidates import select_channels
+from scop.selection.scores import Scores
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
-from scop.steps.record import StepResult
-from scop.steps.step import Context
-from scop.supervised import recalibrate
-from scop.surgery import prune_exactly, regrow
-from scop.text import human
-from scop.training import EpochRecord
+from scop.storage.checkpoints import termination
+from scop.training.loop import EpochRecord
+from scop.training.supervised import recalibrate
 
 
 class Config(Section):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scop.config import DataSection
-from scop.data import save_dataset
-from scop.parsing import Section
-from scop.sources import load_source
-from scop.steps.record import StepResult
-from scop.steps.step import Context
-from scop.storage import local
+from scop.config.parsing import Section
+from scop.data.dataset import save_dataset
+from scop.data.sources import load_source
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
+from scop.storage.files import local
 
 
 class Config(Section):

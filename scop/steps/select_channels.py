@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from scop.artifacts import load_model, save_settings
-from scop.budget import describe_latency
 from scop.config import VariantSection
-from scop.graph import ChannelGraph
-from scop.manifest import write_manifest
-from scop.parsing import Section
-from scop.plots import kept_channels
-from scop.scores import Scores
-from scop.selection import select_channels
-from scop.spec import spec_of
-from scop.steps.record import StepResult
-from scop.steps.step import Context
+from scop.config.parsing import Section
+from scop.models.artifacts import load_model, save_settings
+from scop.pruning.graph import ChannelGraph
+from scop.pruning.spec import spec_of
+from scop.report.plots import kept_channels
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
+from scop.selection.budget import describe_latency
+from scop.selection.candidates import select_channels
+from scop.selection.scores import Scores
+from scop.storage.manifest import write_manifest
 
 
 class Config(Section):

@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
-from scop.artifacts import SETTINGS, load_pretrained, load_weights, save_model, save_settings
 from scop.config import DenseSection
-from scop.data import Dataset, load_dataset
+from scop.config.parsing import Section
+from scop.data.dataset import Dataset, load_dataset
 from scop.errors import UserError
-from scop.evaluation import count_macs, count_parameters
-from scop.graph import ChannelGraph
-from scop.knockoff import gated_layers
-from scop.manifest import sha256_of
-from scop.models import network_for
-from scop.parsing import Section
-from scop.selection import select_channels
-from scop.spec import attach_spec, spec_of
+from scop.knockoffs.phase import gated_layers
+from scop.models.artifacts import SETTINGS, load_pretrained, load_weights, save_model, save_settings
+from scop.models.evaluation import count_macs, count_parameters
+from scop.models.factories import network_for
+from scop.pruning.graph import ChannelGraph
+from scop.pruning.spec import attach_spec, spec_of
+from scop.pruning.surgery import prune
+from scop.report.formatting import human
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
+from scop.selection.candidates import select_channels
 from scop.steps.common import train_supervised, validation_accuracy
-from scop.steps.record import StepResult
-from scop.steps.step import Context
-from scop.storage import local
-from scop.surgery import prune
-from scop.text import human
+from scop.storage.files import local
+from scop.storage.manifest import sha256_of
 
 
 class Config(Section):

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scop import distributed
-from scop.artifacts import load_model, save_history, save_settings
-from scop.batches import Batches
-from scop.checkpoints import termination
+from scop.compute import distributed
 from scop.config import KnockoffSection, SensitivitySection
-from scop.data import Dataset, Split, SplitName, load_dataset
-from scop.knockoff import train_knockoffs
-from scop.knockoff_quality import measure_quality
-from scop.knockoff_sources import make_source
-from scop.manifest import write_manifest
-from scop.parsing import Section
-from scop.plots import knockoff_images, score_histograms, sensitivity_curves
-from scop.scores import Scores
-from scop.sensitivity import measure_sensitivity
+from scop.config.parsing import Section
+from scop.data.batches import Batches
+from scop.data.dataset import Dataset, Split, SplitName, load_dataset
+from scop.knockoffs.phase import train_knockoffs
+from scop.knockoffs.quality import measure_quality
+from scop.knockoffs.sources import make_source
+from scop.models.artifacts import load_model, save_history, save_settings
+from scop.report.plots import knockoff_images, score_histograms, sensitivity_curves
+from scop.runtime.record import StepResult
+from scop.runtime.step import Context
+from scop.selection.scores import Scores
+from scop.selection.sensitivity import measure_sensitivity
 from scop.steps.common import training_batches
-from scop.steps.record import StepResult
-from scop.steps.step import Context
+from scop.storage.checkpoints import termination
+from scop.storage.manifest import write_manifest
 
 
 class Config(Section):

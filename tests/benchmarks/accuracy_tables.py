@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop.text import human
+from scop.report.formatting import human
 from tests.benchmarks.cells import (
     differences,
     group_by_seed,

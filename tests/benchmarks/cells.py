@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from scop.paired import interval, share_right
+from scop.report.paired_comparison import interval, share_right
 
 
 def provenance(command: str, rows: Iterable[dict[str, Any]]) -> str:

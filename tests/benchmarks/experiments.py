@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from scop.answers import packed
-from tests import services
-from tests.results import METHODS, result
+from scop.report.correctness import packed
+from tests.fakes import services
+from tests.fakes.results import METHODS, result
 
 ROOT = Path(__file__).parents[2]
 AT_MOST = {1_000: 5.0, 10_000: 30.0}
@@ -41,7 +41,7 @@ def compare(turns: int) -> dict[str, Any]:
             fill(folder / "server.db", f"of-{count}", count)
         with services.mlflow_server(folder, str(folder / "artifacts"), os.environ, workers=4) as address:
             for count, bound in AT_MOST.items():
-                command = [sys.executable, "-m", "scop.cli", "compare", f"of-{count}"]
+                command = [sys.executable, "-m", "pipelines.cli", "compare", f"of-{count}"]
                 command += ["--group-by", "method,prune_rate"]
                 environment = os.environ | {"MLFLOW_TRACKING_URI": address}
                 runs = [timed(command, environment) for _ in range(turns)]

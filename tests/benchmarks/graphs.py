@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from scop import make_model
+from scop.compute.device import pick_device
 from scop.config import FinetuneSection
-from scop.device import pick_device
-from scop.supervised import Supervised, make_optimizer
-from scop.training import Objective, Step
+from scop.training.loop import Objective, Step
+from scop.training.supervised import Supervised, make_optimizer
 from tests.benchmarks.measure import take_turns
 
 _WARMUP = 3

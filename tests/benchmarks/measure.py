@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from scop.device import describe_device, pick_device
-from scop.revision import git_revision
+from scop.compute.device import describe_device, pick_device
+from scop.system.revision import git_revision
 
 _REVISION = git_revision()
 """Of the code that runs; the checkout may be another one when hours of work have ended."""

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from scop import make_model, train_knockoffs
-from scop.artifacts import load_weights
-from scop.batches import Augmentation, Batches
+from scop.compute.device import pick_device
 from scop.config import KnockoffSection
-from scop.device import pick_device
-from scop.knockoff_quality import measure_quality
-from scop.knockoff_sources import make_source
-from scop.selection import knockoff_threshold
+from scop.data.batches import Augmentation, Batches
+from scop.knockoffs.quality import measure_quality
+from scop.knockoffs.sources import make_source
+from scop.models.artifacts import load_weights
+from scop.selection.candidates import knockoff_threshold
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
 from tests.benchmarks.measure import machine, settings_hash
 from tests.benchmarks.scores import BATCHES, First

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from scop.config import KnockoffSection
-from scop.gates import Gates, TrainedGates
-from scop.graph import ChannelGraph
-from scop.knockoff import Competition
-from scop.knockoff_sources import shuffle
-from scop.training import TrainingBatches, fit
+from scop.knockoffs.gates import Gates, TrainedGates
+from scop.knockoffs.phase import Competition
+from scop.knockoffs.sources import shuffle
+from scop.pruning.graph import ChannelGraph
+from scop.training.loop import TrainingBatches, fit
 
 REMEDIES = ("penalty", "dual variable", "projection", "temperature", "path")
 EPOCHS = 4

@@ -29,19 +29,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scop import make_model, prune, select_channels, train_knockoffs
-from scop.artifacts import load_weights
-from scop.batches import Augmentation, Batches
+from scop.compute.device import autocast, autocast_dtype, pick_device
 from scop.config import DenseSection, KnockoffSection, VariantSection
-from scop.data import Dataset
-from scop.device import autocast, autocast_dtype, pick_device
-from scop.evaluation import measure_accuracy
-from scop.folding import folded_copy
-from scop.graph import ChannelGraph
-from scop.knockoff import Competition, gated_layers
-from scop.knockoff_sources import make_source
-from scop.selection import Selection
-from scop.supervised import Supervised, make_optimizer, recalibrate
-from scop.training import EpochRecord, fit
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset
+from scop.knockoffs.phase import Competition, gated_layers
+from scop.knockoffs.sources import make_source
+from scop.models.artifacts import load_weights
+from scop.models.evaluation import measure_accuracy
+from scop.models.folding import folded_copy
+from scop.pruning.graph import ChannelGraph
+from scop.selection.candidates import Selection
+from scop.training.loop import EpochRecord, fit
+from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.benchmarks import remedies
 from tests.benchmarks.accuracy import RESNET56
 from tests.benchmarks.measure import machine, settings_hash
@@ -323,12 +323,12 @@ def given_resnet56() -> nn.Module:
 def trained_vgg() -> nn.Module:
     """A narrow VGG, trained here for ten epochs."""
     path, device = CACHE / "vgg.pt", pick_device()
-    model = make_model("tests.helpers:Vgg")
+    model = make_model("tests.networks:Vgg")
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     torch.manual_seed(0)
-    model = make_model("tests.helpers:Vgg")
+    model = make_model("tests.networks:Vgg")
     section = DenseSection(epochs=10, lr=0.1, schedule="one_cycle", crop_padding=4, flip=True)
     augmentation = Augmentation(crop_padding=4, flip=True)
     batches = Batches(dataset()["train"], dataset().info, section.batch_size, device, augmentation, 0)

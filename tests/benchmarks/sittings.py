@@ -15,9 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from scop.config import DataSection
-from scop.data import Dataset, load_dataset, save_dataset
+from scop.data.dataset import Dataset, load_dataset, save_dataset
+from scop.data.sources import load_source
 from scop.errors import Stopped
-from scop.sources import load_source
 from tests.benchmarks.work import Plan, Work
 
 WORK_LEFT = 3

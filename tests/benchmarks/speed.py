@@ -20,27 +20,28 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from scop import cache, remote
-from scop.batches import Augmentation, Batches
-from scop.budget import Stopwatch
+from scop.compute.device import pick_device
 from scop.config import BudgetSection, DenseSection, ScoreKind
-from scop.data import Dataset, Split, make_dataset
-from scop.device import pick_device
-from scop.graph import ChannelGraph
-from scop.knockoff import Competition
-from scop.knockoff_sources import shuffle
-from scop.manifest import write_manifest
-from scop.models import make_model
-from scop.parents import start_parent
-from scop.s3 import client, forget_client
-from scop.selection import select_channels
-from scop.steps.runtime import run_step
-from scop.supervised import Supervised, make_optimizer
-from scop.surgery import prune
-from scop.tracking import PARENT_VARIABLE
-from tests import services
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset, Split, make_dataset
+from scop.knockoffs.phase import Competition
+from scop.knockoffs.sources import shuffle
+from scop.models.factories import make_model
+from scop.pruning.graph import ChannelGraph
+from scop.pruning.surgery import prune
+from scop.runtime.execution import run_step
+from scop.selection.budget import Stopwatch
+from scop.selection.candidates import select_channels
+from scop.storage import cache
+from scop.storage import folders as remote
+from scop.storage.manifest import write_manifest
+from scop.storage.s3 import client, forget_client
+from scop.tracking.mlflow import PARENT_VARIABLE
+from scop.tracking.pipeline_run import start_parent
+from scop.training.supervised import Supervised, make_optimizer
 from tests.benchmarks.experiments import compare
 from tests.benchmarks.measure import take_turns
+from tests.fakes import services
 
 SHAPE = (3, 32, 32)
 ROOT = Path(__file__).parents[2]
@@ -164,7 +165,7 @@ def latency_budget(turns: int) -> dict[str, Any]:
 
 def help_seconds(turns: int) -> dict[str, Any]:
     """How long `scop --help` takes."""
-    command = [sys.executable, "-m", "scop.cli", "--help"]
+    command = [sys.executable, "-m", "pipelines.cli", "--help"]
     times = take_turns({"help": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns)
     return {"seconds": times["help"], "at_most": 0.5}
 
@@ -231,7 +232,7 @@ def archive(turns: int) -> dict[str, Any]:
     if not path.exists():
         return {"skipped": f"{path.name} is not there"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "scop.cli", "step", "prepare_data", "--output", f"dataset={folder}/data"]
+        command = [sys.executable, "-m", "pipelines.cli", "step", "prepare_data", "--output", f"dataset={folder}/data"]
         command += ["--set", "data.source=imagefolder", "--set", f"data.path={path}"]
 
         def pack() -> None:
@@ -299,7 +300,7 @@ def s3(turns: int) -> dict[str, Any]:
 def default_run(turns: int) -> dict[str, Any]:
     """`scop run` on its default configuration, from its start to the table."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "scop.cli", "run", "--out", folder]
+        command = [sys.executable, "-m", "pipelines.cli", "run", "--out", folder]
         times = take_turns(
             {"run": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns, 0
         )

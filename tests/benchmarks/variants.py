@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from scop import make_model
-from scop.budget import Stopwatch
+from scop.compute.device import pick_device
 from scop.config import BudgetSection, DenseSection, FinetuneSection, VariantSection
-from scop.data import Dataset, Split
-from scop.device import pick_device
-from scop.graph import RESIDUAL_RULES, ChannelGraph
+from scop.data.dataset import Dataset, Split
+from scop.pruning.graph import RESIDUAL_RULES, ChannelGraph
+from scop.selection.budget import Stopwatch
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
 from tests.benchmarks.sittings import Deadline, images, work_through
 from tests.benchmarks.work import LATENCY_BATCH, Plan

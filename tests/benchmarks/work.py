@@ -20,19 +20,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scop import make_model, prune, select_channels, train_knockoffs
-from scop.answers import packed
-from scop.artifacts import load_weights, save_model
-from scop.batches import Augmentation, Batches
-from scop.checkpoints import Checkpoints
+from scop.compute.device import autocast_dtype, pick_device
 from scop.config import DenseSection, FinetuneSection, KnockoffSection, TrainingSection, VariantSection
-from scop.data import Dataset
-from scop.device import autocast_dtype, pick_device
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset
 from scop.errors import Stopped
-from scop.evaluation import count_macs, count_parameters, measure_accuracy, measure_latency
-from scop.plan import ChannelPlan
-from scop.scores import Scores
-from scop.supervised import Supervised, make_optimizer, recalibrate
-from scop.training import Step, fit
+from scop.models.artifacts import load_weights, save_model
+from scop.models.evaluation import count_macs, count_parameters, measure_accuracy, measure_latency
+from scop.pruning.plan import ChannelPlan
+from scop.report.correctness import packed
+from scop.selection.scores import Scores
+from scop.storage.checkpoints import Checkpoints
+from scop.training.loop import Step, fit
+from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.benchmarks.graphs import Replayed
 from tests.benchmarks.measure import machine, settings_hash
 
@@ -272,7 +272,7 @@ class Work:
         return Batches(self.dataset["test"], self.dataset.info, 500, self.device)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
-        """Accuracy on the test split, image by image too (`scop.answers`), and sizes."""
+        """Accuracy on the test split, image by image too (`scop.report.correctness`), and sizes."""
         accuracy = measure_accuracy(model.eval(), self.test(), self.device)
         return {
             "top1": accuracy.top1,

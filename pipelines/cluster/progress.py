@@ -1,0 +1,92 @@
+"""`scop submit --wait`, `scop watch`: how a run on a cluster goes, and how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.cluster.server import Server, UnavailableError
+from scop.steps import STEPS
+
+ENDED = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED"}
+_FAILURES_BORNE = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        state: KFP's: SUCCEEDED, FAILED, SKIPPED or CANCELED.
+        error: the failing task and what it said, or None.
+    """
+
+    state: str
+    error: str | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        return self.state == "SUCCEEDED"
+
+
+def follow(server: Server, identity: str, tell: Callable[[str], None], every: float) -> Outcome:
+    """Wait for a run's end.
+
+    Args:
+        server: that has the run.
+        identity: KFP's id of it.
+        tell: called with a line for each task and state.
+        every: seconds between looks.
+
+    Raises:
+        UserError: the server cannot be reached any more, or refuses.
+    """
+    told: dict[str, str] = {}
+    failures = 0
+    while True:
+        try:
+            with server.errors("look after the run"):
+                run = server.client.get_run(identity)
+            failures = 0
+        except UnavailableError:
+            failures += 1
+            if failures > _FAILURES_BORNE:
+                raise
+            time.sleep(every)
+            continue
+        tasks = (run.run_details and run.run_details.task_details) or []
+        for task in _steps_of(tasks):
+            if told.get(task.task_id) != task.state:
+                told[task.task_id] = task.state
+                tell(f"{_title(task, tasks)}: {task.state.lower()}")
+        if run.state in ENDED:
+            return Outcome(run.state, None if run.state == "SUCCEEDED" else _error_of(run, tasks))
+        time.sleep(every)
+
+
+def _steps_of(tasks: list[Any]) -> list[Any]:
+    """The steps: not the drivers, executors, loops and iterations around them, which KFP lists as well."""
+    steps = {step.replace("_", "-") for step in STEPS}
+    return [task for task in tasks if task.state and task.display_name in steps]
+
+
+def _title(task: Any, tasks: list[Any]) -> str:
+    """The step's name, with the number of the variant where it belongs to one."""
+    by_id = {other.task_id: other for other in tasks}
+    name, above = task.display_name, task
+    while (above := by_id.get(above.parent_task_id)) is not None:
+        label = above.display_name or ""
+        if "iteration" in label:
+            return f"variant {label.rpartition('-')[2]} {name}"
+    return str(name)
+
+
+def _error_of(run: Any, tasks: list[Any]) -> str:
+    failed = [task for task in _steps_of(tasks) if task.state == "FAILED"]
+    for task in failed:
+        message = task.error.message if task.error else None
+        pod = f" (pod {task.pod_name})" if task.pod_name else ""
+        return f"step {_title(task, tasks)} failed{pod}: {message or 'KFP has no message; see its log'}"
+    return (run.error.message if run.error else None) or f"the run ended as {run.state}"

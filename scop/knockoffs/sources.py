@@ -1,0 +1,160 @@
+"""Where knockoff images come from.
+
+A knockoff x~ of an image x must look like x to the network and say nothing about its label. A *source* makes knockoffs
+for a batch; a *factory* makes a source from the training batches, and is what a configuration names:
+
+``shuffle``
+    The batch in another order: real images, of other examples. Independent of x, and of exactly its distribution.
+``gaussian``
+    Second-order Model-X knockoffs (Candès et al., 2018, section 3.4.2) in the basis of the principal components.
+``generator``
+    Images from a small generative model trained here, see `scop.knockoffs.generator`; the paper used a GAN.
+``package.module:factory``
+    One of your own: ``factory(batches)`` returns ``source(images, labels)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from scop.config import GaussianSection, KnockoffSection
+from scop.errors import UserError
+from scop.models.factories import import_user_module
+from scop.training.loop import CheckpointStore, TrainingBatches
+
+KnockoffSource = Callable[[Tensor, Tensor], Tensor]
+"""Makes knockoff images (B, C, H, W) of real ones (B, C, H, W) and their labels (B,)."""
+
+SourceFactory = Callable[[TrainingBatches], KnockoffSource]
+"""Makes a source from the batches that the gates will see."""
+
+_SAMPLE = 2**26
+"""Numbers, of the images that principal components are estimated from: 256 MiB, 21,845 images of 3x32x32."""
+
+
+def make_source(
+    section: KnockoffSection,
+    batches: TrainingBatches,
+    device: torch.device,
+    checkpoints: CheckpointStore | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> KnockoffSource:
+    """The source that a configuration names.
+
+    Args:
+        section: says which, and its settings.
+        batches: (images, labels), images as the network takes them.
+        device: where to compute.
+        checkpoints, stopping: for sources that train; see `scop.training.loop.fit`.
+
+    Raises:
+        UserError: there is no such source, or it cannot be made of these images.
+    """
+    match section.source:
+        case "shuffle":
+            return shuffle
+        case "gaussian":
+            return Gaussian.fit(batches, section.gaussian, section.seed).to(device)
+        case "generator":
+            from scop.knockoffs.generator import train_generator
+
+            generated = train_generator(
+                batches, section, device, checkpoints and checkpoints.part("generator"), stopping
+            )
+            return partial(draw, generated)
+    source = _own_factory(section.source)(batches)
+    if not callable(source):
+        raise UserError(
+            f"knockoff source {section.source!r} returned a {type(source).__name__}; a factory takes the batches and "
+            "returns a function of (images, labels)"
+        )
+    return source
+
+
+def _own_factory(name: str) -> SourceFactory:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = "shuffle, gaussian, generator, or package.module:factory"
+        raise UserError(f"knockoff source {name!r} is unknown (known: {known})")
+    try:
+        factory: SourceFactory = getattr(import_user_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"knockoff source {name!r} cannot be imported: {error}") from error
+    return factory
+
+
+def shuffle(images: Tensor, labels: Tensor) -> Tensor:
+    """The batch in another order: real images of other examples, but for one in a batch, on average, that stays."""
+    return images[torch.randperm(len(images), device=images.device)]
+
+
+def draw(bank: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """For each image one of a bank's (N, C, H, W), whichever."""
+    return bank[torch.randint(len(bank), (len(images),), device=bank.device)].to(images.device)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Second-order Model-X knockoffs in the basis of the principal components.
+
+    There the covariance is diagonal, so that the optimisation of section 3.4.2 has a solution in closed form: with
+    coordinates z of variances lambda, a knockoff
+
+        z~_j = (1 - d) z_j + sqrt(d (2 - d) lambda_j) e_j,   e_j standard normal,
+
+    has the mean and the covariance of z, covariance with z_i that z_j has for i != j (none), and the correlation 1 - d
+    with z_j; d = 1 is the solution that leaves no correlation. What lies outside the basis, the finest detail, comes
+    from another image of the batch, so that the whole knockoff has the images' second moments.
+
+    Attributes:
+        mean: (D,), D numbers in an image.
+        basis: (D, K), orthonormal columns.
+        deviations: (K,), the square roots of lambda.
+        distance: d, in (0, 1].
+    """
+
+    mean: Tensor
+    basis: Tensor
+    deviations: Tensor
+    distance: float
+
+    @classmethod
+    def fit(cls, batches: TrainingBatches, section: GaussianSection, seed: int = 0) -> Gaussian:
+        """Estimate mean and principal components from training batches; at least two images for each component."""
+        images = _sample(batches)
+        components = min(section.components, images.shape[1], max(1, len(images) // 2))
+        mean = images.mean(0)
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            torch.manual_seed(seed)
+            _, singular, basis = torch.pca_lowrank(images - mean, components, center=False, niter=4)
+        return cls(mean, basis, singular / math.sqrt(len(images) - 1), section.distance)
+
+    def to(self, device: torch.device) -> Gaussian:
+        """The same on another device, on which the images will be."""
+        return Gaussian(self.mean.to(device), self.basis.to(device), self.deviations.to(device), self.distance)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        flat = images.flatten(1).float() - self.mean
+        z = flat @ self.basis
+        detail = shuffle(flat - z @ self.basis.T, labels)
+        noise = torch.randn_like(z) * self.deviations * math.sqrt(self.distance * (2 - self.distance))
+        knockoffs = self.mean + ((1 - self.distance) * z + noise) @ self.basis.T + detail
+        return knockoffs.view(images.shape).to(images.dtype, memory_format=torch.channels_last)
+
+
+def _sample(batches: TrainingBatches) -> Tensor:
+    """Images (N, D) of the first epoch, as many as `_SAMPLE` allows."""
+    found: list[Tensor] = []
+    if hasattr(batches, "set_epoch"):
+        batches.set_epoch(0)
+    for images, _ in batches:
+        found.append(images.flatten(1).float())
+        if sum(part.numel() for part in found) >= _SAMPLE:
+            break
+    return torch.cat(found)

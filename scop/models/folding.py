@@ -1,0 +1,47 @@
+"""Batch norms folded into the convolutions that they follow: the same network in evaluation, with less to compute."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from scop.pruning.graph import ChannelGraph
+
+
+def folded_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype, *, in_place: bool = False) -> nn.Module:
+    """A frozen copy of the model in eval mode, batch norms folded into the convolutions that they follow.
+
+    Args:
+        model: the network; not changed.
+        graph: its channels.
+        dtype: of the weights of convolutions and linear layers.
+        in_place: let activations that work in place go on so: faster, but what a convolution puts out cannot be kept.
+    """
+    folded = copy.deepcopy(model).float().eval().requires_grad_(False)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in folded.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, (name, *others) in names.items():
+        # A subclass or a parametrised convolution computes with other weights than those that it holds.
+        held = not parametrize.is_parametrized(module) and not module._forward_pre_hooks
+        if type(module) is nn.Conv2d and held and (norm := graph.batch_norm(name)) is not None:
+            batch_norm = folded.get_submodule(norm)
+            if not isinstance(batch_norm, _BatchNorm) or not batch_norm.track_running_stats:
+                continue
+            # Under each of their names: who knows by which the forward finds them.
+            fused, nothing = fuse_conv_bn_eval(module, batch_norm), nn.Identity()
+            for place in (name, *others):
+                folded.set_submodule(place, fused)
+            for place in names[batch_norm]:
+                folded.set_submodule(place, nothing)
+        if not in_place and getattr(module, "inplace", False):
+            module.inplace = False
+    for module in folded.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)
+    return folded.requires_grad_(False)

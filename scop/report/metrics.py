@@ -1,0 +1,111 @@
+"""What the metrics of a result mean: their titles, units, and which way is better."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from scop.report.formatting import human
+
+Kind = Literal["share", "difference", "count", "bytes", "milliseconds", "seconds", "ratio", "number"]
+
+_NAMES = {"top1": "top-1", "top5": "top-5", "macs": "MACs", "params": "parameters", "bytes": "file", "loss": "loss"}
+_KINDS: dict[str, Kind] = {"top1": "share", "top5": "share", "macs": "count", "params": "count", "bytes": "bytes"}
+_OTHERS: dict[str, tuple[str, Kind]] = {
+    "train_seconds": ("training", "seconds"),
+    "device_seconds": ("evaluation", "seconds"),
+}
+_LATENCY = re.compile(r"latency_ms_batch(\d+)_(p\d+)")
+_SPEEDUP = re.compile(r"speedup_batch(\d+)")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a `scop.report.results.Result`.
+
+    Attributes:
+        key: its name there.
+        title: for people.
+        kind: of number: shares and differences of shares lie within 0 and 1, bytes are bytes.
+        higher_is_better: whether more of it is; None where nobody knows.
+        of_device: whether it depends on the device that it was measured on.
+    """
+
+    key: str
+    title: str
+    kind: Kind
+    higher_is_better: bool | None = False
+    of_device: bool = False
+
+    def shown(self, value: float) -> str:
+        """A value with its unit."""
+        match self.kind:
+            case "share":
+                return f"{value:.2%}"
+            case "difference":
+                return f"{_unsigned_zero(100 * value):+.2f} points"
+            case "count":
+                return human(value)
+            case "bytes":
+                return human(value, "B")
+            case "milliseconds":
+                return f"{value:.2f} ms"
+            case "seconds":
+                return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
+            case "ratio":
+                return f"{value:.2f}x"
+        return f"{value:.4g}"
+
+    def shown_deviation(self, value: float) -> str:
+        """A standard deviation: of accuracies in points, else with the metric's own unit."""
+        return f"{100 * value:.2f}" if self.kind in ("share", "difference") else self.shown(value)
+
+    def change(self, value: float, before: float) -> float | None:
+        """A difference of shares, the ratio of anything else; None where there is no ratio."""
+        if self.kind in ("share", "difference"):
+            return value - before
+        return value / before if before else None
+
+    def shown_change(self, change: float) -> str:
+        """What `change` gave."""
+        return f"{_unsigned_zero(100 * change):+.2f}" if self.kind in ("share", "difference") else f"{change:.2f}x"
+
+
+def _unsigned_zero(value: float) -> float:
+    return round(value, 2) + 0.0
+
+
+def describe(key: str) -> Metric:
+    """What a metric is; of one that is not known nobody can say which way is better."""
+    if key in _OTHERS:
+        title, kind = _OTHERS[key]
+        return Metric(key, title, kind, of_device=True)
+    if key == "top1_drop":
+        return Metric(key, "drop", "difference")
+    network, _, rest = key.partition("_")
+    if (base := key.removesuffix("_removed")) != key:
+        return Metric(key, f"{_NAMES.get(base, base)} removed", "share", higher_is_better=True)
+    if found := _SPEEDUP.fullmatch(key):
+        return Metric(key, f"speed-up, batch {found[1]}", "ratio", higher_is_better=True, of_device=True)
+    if key == "prune_rate":
+        return Metric(key, "prune rate", "number", higher_is_better=None)
+    if network not in ("dense", "pruned"):
+        return Metric(key, key, "number", higher_is_better=None)
+    prefix = "dense " if network == "dense" else ""
+    if found := _LATENCY.fullmatch(rest):
+        quantile = "" if found[2] == "p50" else f", {found[2]}"
+        return Metric(key, f"{prefix}latency, batch {found[1]}{quantile}", "milliseconds", of_device=True)
+    if rest in _OTHERS:  # on another device than latency was measured on: parameter trained_on
+        title, kind = _OTHERS[rest]
+        return Metric(key, prefix + title, kind)
+    kind = _KINDS.get(rest, "number")
+    better = kind == "share" if rest in _NAMES else None
+    return Metric(key, prefix + _NAMES.get(rest, rest), kind, better)
+
+
+def smallest_batch(keys: Iterable[str]) -> list[str]:
+    """Latency and speed-up at the smallest batch size that was measured."""
+    sizes = sorted(int(found[1]) for key in keys if (found := _SPEEDUP.fullmatch(key)))
+    return [f"pruned_latency_ms_batch{sizes[0]}_p50", f"speedup_batch{sizes[0]}"] if sizes else []

@@ -1,0 +1,151 @@
+"""Pictures of a step's result, as PNG, for MLflow and for looking at a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scop.data.dataset import DatasetInfo
+    from scop.pruning.plan import ChannelPlan
+
+_KEPT, _REMOVED = "#2563a8", "#d5dbe3"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["text.parse_math"] = False  # a class may be called $10_$20
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def kept_channels(plan: ChannelPlan, path: Path) -> None:
+    """Kept and removed channels, a bar per layer."""
+    layers = list(plan.kept)
+    figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
+    kept = [len(plan.kept[layer]) for layer in layers]
+    axes.barh(layers, [plan.channels[layer] for layer in layers], color=_REMOVED, label="removed")
+    doubtful = [[len(part) for part in plan.doubtful(layer)] for layer in layers]
+    unsure = {"xerr": list(zip(*doubtful, strict=True)), "error_kw": {"elinewidth": 0.8}} if plan.unsure else {}
+    axes.barh(layers, kept, color=_KEPT, label="kept; whiskers: not sure" if plan.unsure else "kept", **unsure)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("channels")
+    axes.set_title(f"{plan.method}, rate {plan.prune_rate}, {plan.residual}: kept channels", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def comparable(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[float]], str]:
+    """Scores as they can be drawn on one axis, and the axis' title.
+
+    Where none is below 0 they are put in proportion to their layer's mean, and their logarithm taken, down to 1/1000.
+    """
+    import numpy as np
+
+    if any(min(own) < 0 for own in scores.values()):
+        return {layer: list(own) for layer, own in scores.items()}, "knockoff score W"
+    shown = {}
+    for layer, own in scores.items():
+        share = np.asarray(own) / max(float(np.mean(own)), 1e-30)
+        shown[layer] = np.log10(share.clip(min=1e-3)).tolist()
+    return shown, "knockoff score over its layer's mean, in powers of ten"
+
+
+def score_histograms(
+    scores: Mapping[str, Sequence[float]], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """The distribution of the scores in every layer: median, quartiles and range."""
+    scores, title = comparable(scores)
+    layers = list(scores)
+    figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
+    axes.boxplot(
+        [list(scores[layer]) for layer in layers],
+        orientation="horizontal",
+        tick_labels=layers,
+        flierprops={"marker": ".", "markersize": 3},
+        medianprops={"color": _KEPT},
+    )
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.set_xlabel(title)
+    axes.set_title("Scores by layer", loc="left", fontsize=10)
+    figure.savefig(path, metadata=metadata)
+
+
+def sensitivity_curves(top1: Mapping[str, Sequence[float]], rates: Sequence[float], path: Path) -> None:
+    """Accuracy of the network with one layer pruned: a row per layer, a column per rate."""
+    import numpy as np
+
+    layers, values = list(top1), np.asarray(list(top1.values()))
+    figure, axes = _figure(2.5 + 0.9 * len(rates), max(2.5, 0.26 * len(layers) + 1.0))
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(rates)), [f"{rate:.0%}" for rate in rates], fontsize=8)
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        axes.text(
+            column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value > 0.5 else "#334"
+        )
+    axes.set_xlabel("share of the layer's channels that is removed")
+    axes.set_title("Top-1 with one layer pruned", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Path) -> None:
+    """Images above their knockoffs.
+
+    Args:
+        real, knockoffs: (B, C, H, W), normalised.
+        info: says how they were normalised.
+        path: of the picture.
+    """
+    import numpy as np
+
+    count = min(10, len(real))
+    figure, axes = _figure(count, 2.5)
+    rows = []
+    for images in (real, knockoffs):
+        pixels = images[:count].float().cpu().permute(0, 2, 3, 1).numpy() * np.asarray(info.std) + np.asarray(info.mean)
+        padded = np.pad(pixels.clip(0, 1), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
+        rows.append(np.concatenate(list(padded), axis=1))
+    picture = np.concatenate(rows)
+    axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+    axes.axis("off")
+    axes.set_title("Images, and below them their knockoffs", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def confusion_matrix(
+    counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Counts by true and predicted class."""
+    import numpy as np
+
+    matrix = np.asarray(counts)
+    side = min(12.0, max(3.5, 0.45 * len(classes) + 1.5))
+    figure, axes = _figure(side, side)
+    # Colour by row share: what matters is which classes a class is taken for, however many images it has.
+    share = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 20:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                if matrix[row, column]:
+                    colour = "white" if share[row, column] > 0.5 else "#334"
+                    axes.text(column, row, int(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title("Confusion on the test split, pruned network", loc="left", fontsize=10)
+    figure.savefig(path, metadata=metadata)

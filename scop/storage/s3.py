@@ -1,0 +1,306 @@
+"""Objects in S3 by boto3: to and from files, whole and verified on their way; what goes wrong in one line.
+
+Credentials, endpoint and region are found as boto3 finds them: environment (``AWS_ACCESS_KEY_ID``,
+``AWS_SECRET_ACCESS_KEY``, ``AWS_ENDPOINT_URL_S3``, ``AWS_REGION``), profiles, instance roles. Failed requests are
+tried again with backoff, ``AWS_MAX_ATTEMPTS`` times (5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scop.errors import DamagedError, UserError
+from scop.system.progress import progress
+
+SCHEME = "s3://"
+# Measured against a local server: with 1 MiB at a time instead of boto3's 256 KiB a download takes two thirds of the
+# time; with 4 MiB, which the allocator maps anew each time, it takes longer again.
+_PART = 32 * 2**20
+_WRITE = 2**20
+_AT_ONCE = 10
+_COPIED_AT_ONCE = 2**32
+"""Bytes; S3 copies up to 5 GiB by one request."""
+
+
+def is_uri(place: str | Path) -> bool:
+    """Whether a place is in S3 rather than a path."""
+    return str(place).startswith(SCHEME)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A bucket and a key or prefix in it, without a slash at its end."""
+
+    bucket: str
+    key: str
+
+    @classmethod
+    def parse(cls, uri: str) -> Location:
+        """Take an ``s3://`` URI apart; raises UserError where it is none."""
+        bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+        if not is_uri(uri) or not bucket:
+            raise UserError(f"{uri!r} is not of the form s3://BUCKET/PREFIX")
+        return cls(bucket, key.strip("/"))
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.bucket, f"{self.key}/{name}".strip("/"))
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.bucket}/{self.key}".rstrip("/")
+
+
+# -- many objects ------------------------------------------------------------------------------------------------------
+
+
+def upload(files: Mapping[str, Path], target: Location) -> None:
+    """Files to objects below a prefix, in parallel, large ones in parts."""
+    total = sum(path.stat().st_size for path in files.values())
+    with errors(target), _transfers(total, f"to {target}") as (manager, counting):
+        started = [
+            manager.upload(str(path), target.bucket, (target / key).key, subscribers=counting)
+            for key, path in files.items()
+        ]
+        for future in started:
+            future.result()
+
+
+def download(source: Location, files: Mapping[str, Path], sizes: Mapping[str, int]) -> Iterator[str]:
+    """Objects below a prefix to files, in parallel, large ones in ranges; gives each key when its file is there."""
+    from botocore.exceptions import FlexibleChecksumError
+
+    left = dict(files)
+    with errors(source):
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for last_try in (False, True):
+            try:
+                with _transfers(sum(sizes[key] for key in left), f"from {source}") as (manager, counting):
+                    started = {
+                        key: manager.download(source.bucket, (source / key).key, str(path), subscribers=counting)
+                        for key, path in left.items()
+                    }
+                    for key, future in started.items():
+                        future.result()
+                        del left[key]
+                        yield key
+                return
+            except FlexibleChecksumError:  # the one failure of a transfer that boto3 does not try again
+                if last_try:
+                    raise
+
+
+@contextlib.contextmanager
+def _transfers(total: int, label: str) -> Iterator[tuple[Any, list[Any]]]:
+    """A transfer manager, and the subscribers by which transfers show their progress."""
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+    from s3transfer.subscribers import BaseSubscriber
+
+    with progress(round(total / 1e6), label, unit="MB") as bar:
+
+        class Count(BaseSubscriber):  # type: ignore[misc]
+            def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
+                bar.update(bytes_transferred / 1e6)
+
+        settings = TransferConfig(
+            multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_AT_ONCE, io_chunksize=_WRITE
+        )
+        with create_transfer_manager(client(), settings) as manager:
+            yield manager, [Count()]
+
+
+def listing(source: Location, exactly: bool = False) -> dict[str, Mapping[str, Any]]:
+    """Objects below a prefix, by their relative names; `exactly` the object of this key, by an empty name."""
+    prefix = source.key if exactly or not source.key else f"{source.key}/"
+    with errors(source):
+        if exactly:  # the first in order of all that begin with the key, if there is one
+            found = client().list_objects_v2(Bucket=source.bucket, Prefix=prefix, MaxKeys=1).get("Contents", [])
+            return {"": found[0]} if found and found[0]["Key"] == source.key else {}
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=prefix)
+        return {entry["Key"][len(prefix) :]: entry for page in pages for entry in page.get("Contents", [])}
+
+
+def object_exists(source: Location) -> bool:
+    """Whether there is an object of exactly this key."""
+    return bool(listing(source, exactly=True))
+
+
+def delete_objects(source: Location, which: set[str]) -> None:
+    """Remove objects by their names below a prefix; what is gone already is no error."""
+    # One by one: some servers want an MD5 for the request that deletes many.
+    with errors(source):
+        for name in sorted(which):
+            client().delete_object(Bucket=source.bucket, Key=(source / name).key)
+
+
+@cache
+def client() -> Any:
+    """boto3's S3 client, one for the process; raises UserError where its settings are bad."""
+    import boto3
+    from botocore.config import Config
+
+    retries = {} if "AWS_MAX_ATTEMPTS" in os.environ else {"total_max_attempts": 5}
+    settings = Config(
+        retries={"mode": "standard", **retries},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=2 * _AT_ONCE,
+        user_agent_extra="scop",
+    )
+    try:
+        return boto3.session.Session().client("s3", config=settings)
+    except Exception as error:  # a profile that does not exist, an endpoint that is no URL
+        raise UserError(f"S3 cannot be used: {error}") from error
+
+
+def forget_client() -> None:
+    """Look at the environment anew; for programs that change it."""
+    client.cache_clear()
+
+
+def as_variables() -> dict[str, str]:
+    """What boto3 found in this machine's files or roles, as variables for a process that has neither.
+
+    Credentials that are temporary are those of this moment.
+    """
+    import boto3
+
+    session = boto3.session.Session()
+    variables = {"AWS_REGION": client().meta.region_name, "AWS_ENDPOINT_URL_S3": endpoint()}
+    if endpoint().endswith(".amazonaws.com"):  # boto3 finds it by itself
+        del variables["AWS_ENDPOINT_URL_S3"]
+    if found := session.get_credentials():
+        keys = found.get_frozen_credentials()
+        variables |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+        variables |= {"AWS_SESSION_TOKEN": keys.token} if keys.token else {}
+    return {name: value for name, value in variables.items() if value}
+
+
+def endpoint() -> str:
+    """The server's address, for messages."""
+    return str(client().meta.endpoint_url)
+
+
+# -- single objects ----------------------------------------------------------------------------------------------------
+
+
+def read_object(source: Location, must_exist: bool) -> bytes | None:
+    """The bytes of an object; None, if it need not exist, where there is none."""
+    from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    broken = (FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+    with errors(source, missing_is_fine=not must_exist):
+        for tries_left in (2, 1, 0):  # boto3 tries requests again, not the reading of an answer
+            try:
+                content: bytes = client().get_object(Bucket=source.bucket, Key=source.key)["Body"].read()
+                return content
+            except broken:
+                if not tries_left:
+                    raise
+    return None
+
+
+def write_object(target: Location, content: bytes) -> None:
+    """Put an object, at once: a reader sees the old one or the new one."""
+    with errors(target):
+        client().put_object(Bucket=target.bucket, Key=target.key, Body=content)
+
+
+def copy_object(source: Location, target: Location) -> None:
+    """An object to another name, within S3."""
+    from boto3.s3.transfer import TransferConfig
+
+    whole = TransferConfig(multipart_threshold=_COPIED_AT_ONCE, multipart_chunksize=_COPIED_AT_ONCE)
+    with errors(target):
+        client().copy({"Bucket": source.bucket, "Key": source.key}, target.bucket, target.key, Config=whole)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "ExpiredTokenException", "InvalidToken",
+            "TokenRefreshRequired", "RequestExpired", "RequestTimeTooSkewed", "InvalidClientTokenId"}  # fmt: skip
+_DENIED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden", "UnauthorizedAccess"}
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+_DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "InvalidDigest", "IncompleteBody"}
+
+
+@contextlib.contextmanager
+def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
+    """Whatever boto3 raises as a UserError of one line, which says what to do."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        FlexibleChecksumError,
+        IncompleteReadError,
+        ResponseStreamingError,
+    )
+    from s3transfer.exceptions import RetriesExceededError
+
+    broken_off = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, RetriesExceededError)
+    try:
+        yield
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        if missing_is_fine and code in ("NoSuchKey", "404"):
+            return
+        kind = DamagedError if code in _DAMAGED else UserError
+        raise kind(_explain_refusal(error, code, location)) from error
+    # boto3 stumbles, with an AttributeError, over a server's failure in an answer that announces a checksum.
+    except (BotoCoreError, Boto3Error, RetriesExceededError, OSError, AttributeError) as error:
+        kind = DamagedError if isinstance(error, broken_off) else UserError
+        raise kind(_explain_failure(error, location)) from error
+
+
+def _explain_refusal(error: Any, code: str, location: Location) -> str:
+    said = error.response.get("Error", {})
+    if code == "NoSuchBucket":
+        return f"bucket {location.bucket!r} does not exist at {endpoint()}; make it, or name another in place of s3://{location.bucket}"
+    if code in ("NoSuchKey", "404"):
+        return f"{location} does not exist"
+    if code in _REFUSED:
+        return f"S3 refuses the credentials ({code}: {said.get('Message', '')}); renew AWS_ACCESS_KEY_ID and the others"
+    if code in _DENIED:
+        return f"access to {location} is denied ({error.operation_name}); give these credentials the right to it"
+    if code in _ELSEWHERE:
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        region = said.get("Region") or headers.get("x-amz-bucket-region")
+        own = client().meta.region_name
+        remedy = f"set AWS_REGION={region}" if region else "set AWS_REGION to the bucket's region"
+        return f"bucket {location.bucket!r} is not in region {own!r} ({code}); {remedy}"
+    if code in _DAMAGED:
+        return f"{location} was damaged on its way (wrong checksum, {code}); try again"
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if status >= 500:
+        return f"S3 at {endpoint()} fails, after several tries, with {code} on {location}; try again later"
+    return f"S3 refuses {error.operation_name} of {location}: {code} {said.get('Message', '')}".rstrip()
+
+
+def _explain_failure(error: Exception, location: Location) -> str:
+    from botocore import exceptions
+
+    match error:
+        case exceptions.NoCredentialsError() | exceptions.PartialCredentialsError():
+            return (
+                f"there are no credentials for {location}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "AWS_PROFILE"
+            )
+        case exceptions.FlexibleChecksumError():
+            return f"{location} was damaged on its way (wrong checksum); try again"
+        case exceptions.ParamValidationError():
+            return f"{location} is no valid place in S3: {' '.join(str(error).split())}"
+        case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"cannot write {error.filename or 'here'} ({error.strerror}); make room, or move SCOP_CACHE"
+        case exceptions.HTTPClientError() | exceptions.ConnectionError() | OSError():
+            return f"S3 at {endpoint()} cannot be reached ({error}); check AWS_ENDPOINT_URL_S3 and the network"
+    if isinstance(error, AttributeError):
+        return f"S3 at {endpoint()} fails on {location}; try again later"
+    if last := getattr(error, "last_exception", None):
+        return f"{location} broke off again and again on its way ({last}); try again later"
+    return f"S3 failed on {location}: {error}"

@@ -1,0 +1,60 @@
+"""Strided convolutions of few channels are trained on CPUs; unless they are rewritten, oneDNN may end the process."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scop import make_model, prune, select_channels
+from scop.compute.strided_convolution import pick_pixels_first
+from scop.config import DenseSection
+from scop.training.supervised import Supervised
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [8, 9])
+@pytest.mark.parametrize("stride", [2, (3, 1)])
+def test_picking_pixels_first_changes_nothing(stride: int | tuple[int, int], size: int) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(5, 8, 1, stride=stride)
+    images = torch.randn(4, 5, size, size)
+
+    def results(module: nn.Module) -> list[torch.Tensor]:
+        x = images.clone().requires_grad_()  # contiguous, which oneDNN gets right
+        out = module(x)
+        module.zero_grad()
+        out.square().sum().backward()
+        return [out, x.grad, module.weight.grad, module.bias.grad]
+
+    expected = [result.clone() for result in results(convolution)]
+    undo = pick_pixels_first(convolution)
+    assert convolution.stride == (1, 1)
+    for result, other in zip(results(convolution), expected, strict=True):
+        assert torch.allclose(result, other, atol=1e-5)
+    undo()
+    assert convolution.stride == ((stride, stride) if isinstance(stride, int) else stride)
+    assert not convolution._forward_pre_hooks
+
+
+def test_a_narrow_stream_is_trained_with_the_right_gradients() -> None:
+    torch.manual_seed(0)
+    dense = make_model("resnet20")
+    plan = select_channels(dense, method="l1", residual="coupled", prune_rate=0.6, input_shape=(3, 16, 16))
+    pruned = prune(dense, plan)
+    assert pruned.layer2[0].downsample[0].in_channels < 8
+    images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
+    plain = copy.deepcopy(pruned).train()
+    F.cross_entropy(plain(images), labels).backward()
+    pruned.to(memory_format=torch.channels_last)
+    objective = Supervised(pruned, CPU, DenseSection(precision="fp32", ema=0.9))
+    objective.start_epoch(0)
+    loss, _ = objective.loss(images, labels)
+    loss.backward()
+    objective.after_step()
+    for (name, own), other in zip(pruned.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(own.grad, other.grad, atol=1e-4), name
+    objective.finish()
+    assert pruned.layer2[0].downsample[0].stride == (2, 2)

@@ -1,0 +1,410 @@
+import io
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scop import UserError
+from scop.config import DataSection
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset, Split, load_dataset, make_dataset, save_dataset
+from scop.data.sources import load_source, peek
+from scop.storage.manifest import MANIFEST
+from tests.helpers import SHARED, write_images
+
+CPU = torch.device("cpu")
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    write_images(root, {"train": 10, "test": 4}, CLASSES)
+    return root
+
+
+def section(path: Path, **settings: object) -> DataSection:
+    return DataSection.model_validate({"source": "imagefolder", "path": str(path), "validation": 0.2} | settings)
+
+
+# -- datasets ----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_real_and_stratified(digits: Dataset) -> None:
+    assert digits.info.counts == {"train": 1295, "validation": 142, "test": 360}
+    assert digits.info.shape == (1, 8, 8)
+    for split in ("train", "validation", "test"):
+        shares = np.bincount(digits[split].labels) / len(digits[split])
+        assert shares.min() > 0.08
+        assert shares.max() < 0.12
+
+
+def test_validation_is_cut_by_seed_and_shares_no_image_with_training() -> None:
+    first, again, other = (load_source(DataSection(seed=seed)) for seed in (0, 0, 1))
+    assert first.info.content == again.info.content != other.info.content
+    count = sum(len(first[split]) for split in ("train", "validation"))
+    rows = np.concatenate([first["train"].images, first["validation"].images]).reshape(count, -1)
+    whole = load_source(DataSection(validation=0))["train"].images.reshape(count, -1)
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, whole))
+
+
+def test_statistics_are_those_of_the_training_split(digits: Dataset) -> None:
+    pixels = digits["train"].images / 255
+    assert digits.info.mean == pytest.approx([pixels.mean()], abs=1e-5)
+    assert digits.info.std == pytest.approx([pixels.std()], abs=1e-5)
+
+
+def test_a_dataset_is_read_back_as_it_was_written(digits: Dataset, tmp_path: Path) -> None:
+    save_dataset(digits, tmp_path / "copy")
+    copy = load_dataset(tmp_path / "copy")
+    assert copy.info == digits.info
+    assert np.array_equal(copy["test"].images, digits["test"].images)
+
+
+def test_an_unfinished_or_damaged_dataset_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    save_dataset(digits, tmp_path)
+    labels = tmp_path / "test.labels.npy"
+    content = bytearray(labels.read_bytes())
+    content[-1] ^= 1
+    labels.write_bytes(content)
+    with pytest.raises(UserError, match="test.labels.npy does not match manifest.json"):
+        load_dataset(tmp_path)
+    labels.unlink()
+    with pytest.raises(UserError, match="test.labels.npy is missing"):
+        load_dataset(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(UserError, match="has no manifest.json: it was not finished"):
+        load_dataset(tmp_path)
+    with pytest.raises(UserError, match="is not there"):
+        load_dataset(tmp_path / "nowhere")
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def ramp(count: int = 12, channels: int = 2, size: int = 6) -> tuple[Dataset, np.ndarray]:
+    images = np.arange(count * channels * size * size, dtype=np.int64).reshape(count, channels, size, size)
+    images = (images % 251).astype(np.uint8)
+    labels = np.arange(count, dtype=np.int64) % 3
+    dataset = make_dataset("ramp", CLASSES, Split(images, labels), Split(images, labels))
+    return dataset, images
+
+
+def pixels(batch: torch.Tensor, dataset: Dataset) -> np.ndarray:
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (dataset.info.mean, dataset.info.std))
+    return ((batch * std + mean) * 255).round().to(torch.uint8).numpy()
+
+
+def test_evaluation_gives_all_images_in_order_normalised() -> None:
+    dataset, images = ramp()
+    got = list(Batches(dataset["test"], dataset.info, 5, CPU))
+    assert [len(labels) for _, labels in got] == [5, 5, 2]
+    assert np.array_equal(np.concatenate([pixels(batch, dataset) for batch, _ in got]), images)
+
+
+def test_an_augmented_image_is_a_mirrored_shifted_view_reflected_at_the_edges() -> None:
+    dataset, images = ramp()
+    pad = 2
+    batches = Batches(dataset["train"], dataset.info, 12, CPU, Augmentation(crop_padding=pad, flip=True), seed=3)
+    padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    views = {}
+    for number in range(len(images)):
+        for top in range(2 * pad + 1):
+            for left in range(2 * pad + 1):
+                view = padded[number, :, top : top + 6, left : left + 6]
+                views[view.tobytes()] = (number, top, left, False)
+                views[np.ascontiguousarray(view[:, :, ::-1]).tobytes()] = (number, top, left, True)
+    seen = []
+    for _ in range(5):
+        for batch, labels in batches:
+            assert batch.is_contiguous(memory_format=torch.channels_last)
+            for view, label in zip(pixels(batch, dataset), labels, strict=True):
+                number, *change = views[np.ascontiguousarray(view).tobytes()]
+                assert dataset["train"].labels[number] == label
+                seen.append((number, *change))
+    assert {number for number, *_ in seen} == set(range(12))
+    assert {mirrored for *_, mirrored in seen} == {False, True}
+    assert {top for _, top, _, _ in seen} == set(range(5))
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    dataset, _ = ramp()
+
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = Batches(dataset["train"], dataset.info, 4, CPU, Augmentation(), seed=seed)
+        batches.set_epoch(epoch)
+        return [int(image.sum() * 1e4) for batch, _ in batches for image in batch]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+    assert sorted(order(0, 1)) == sorted(order(5, 7))
+
+
+def test_fewer_images_than_a_batch_are_refused() -> None:
+    dataset, _ = ramp()
+    with pytest.raises(UserError, match="12 training images are fewer than a batch: batch_size is 13"):
+        Batches(dataset["train"], dataset.info, 13, CPU, Augmentation())
+
+
+def test_padding_wider_than_the_image_is_refused() -> None:
+    dataset, _ = ramp()
+    with pytest.raises(UserError, match="crop_padding 6 must be below the image's 6 pixels"):
+        Batches(dataset["train"], dataset.info, 4, CPU, Augmentation(crop_padding=6))
+
+
+# -- folders and archives ----------------------------------------------------------------------------------------------
+
+
+def packed(folder: Path, kind: str) -> Path:
+    if kind == "folder":
+        return folder
+    path = folder.with_suffix(f".{kind}")
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.rglob("*.png")):
+                archive.write(file, file.relative_to(folder))
+    else:
+        with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as archive:
+            archive.add(folder, "images")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip"])
+def test_folders_and_archives_hold_the_same_images(folder: Path, kind: str) -> None:
+    dataset = load_source(section(packed(folder, kind)))
+    assert dataset.info.classes == CLASSES
+    assert dataset.info.counts == {"train": 24, "validation": 6, "test": 12}
+    assert dataset.info.shape == (3, 8, 8)
+    # Each image carries its label as a bright row.
+    for split in ("train", "validation", "test"):
+        rows = dataset[split].images[:, 0].mean(axis=2).argmax(axis=1)
+        assert np.array_equal(rows, dataset[split].labels)
+
+
+def test_sizes_and_channels_follow_the_configuration(folder: Path) -> None:
+    assert load_source(section(folder, image_size=4, channels=1)).info.shape == (1, 4, 4)
+
+
+def test_sixteen_bit_images_and_turned_ones_are_read_as_they_look(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write_images(tmp_path, {"train": 2, "test": 2}, CLASSES)
+    deep = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "train" / "ant" / "deep.png")
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 1))  # a bright first row, to be shown upside down
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned.save(tmp_path / "train" / "ant" / "turned.png", exif=exif)
+    images = load_source(section(tmp_path, validation=0))["train"].images
+    by_name = dict(zip(["0000", "0001", "deep", "turned"], images, strict=False))
+    assert np.abs(by_name["deep"][0].astype(int) - deep // 256).max() <= 1
+    assert by_name["turned"][0, -1].min() > 200
+    assert by_name["turned"][0, 0].max() < 50
+
+
+def test_a_first_image_that_lies_on_its_side_is_read_as_it_looks(tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (12, 8)).save(tmp_path / name / f"{number}.jpg", exif=exif)
+    assert load_source(section(tmp_path)).info.shape == (3, 12, 8)
+    assert peek(section(tmp_path)) == ((3, 12, 8), 3)
+
+
+def test_classes_behind_links_are_read_and_circles_are_not(folder: Path, tmp_path: Path) -> None:
+    away = tmp_path / "large disk" / "cat"
+    away.parent.mkdir()
+    (folder / "train" / "cat").rename(away)
+    (folder / "train" / "cat").symlink_to(away)
+    (away / "up").symlink_to(folder)
+    assert load_source(section(folder)).info.counts == {"train": 24, "validation": 6, "test": 12}
+
+
+def test_images_that_are_not_read_are_named_and_not_left_out(folder: Path) -> None:
+    other = (folder / "train" / "cat" / "0003.png").rename(folder / "train" / "cat" / "0003.webp")
+    with pytest.raises(UserError, match=r"image 'train/cat/0003\.webp' is neither JPEG nor PNG"):
+        load_source(section(folder))
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        archive.write(other, "train/cat/0003.webp")
+    with pytest.raises(UserError, match=r"image 'train/cat/0003\.webp' is neither JPEG nor PNG"):
+        load_source(section(folder.with_suffix(".zip")))
+    other.unlink()
+    assert load_source(section(folder)).info.counts["train"] == 24 - 1
+
+
+def test_colour_is_not_lost_because_the_first_image_has_none(folder: Path) -> None:
+    from PIL import Image
+
+    first = folder / "test" / "ant" / "0000.png"
+    Image.open(first).convert("L").save(first)
+    with pytest.raises(UserError, match=r"image 'test/ant/0001\.png' has colour but the first one is grey; set data"):
+        load_source(section(folder))
+    assert load_source(section(folder, channels=3)).info.shape == (3, 8, 8)
+    assert load_source(section(folder, channels=1)).info.shape == (1, 8, 8)
+
+
+def test_a_name_that_is_not_in_utf_8_is_refused(tmp_path: Path, folder: Path) -> None:
+    member = tarfile.TarInfo(b"train/gar\xe7on/1.png".decode("utf-8", "surrogateescape"))
+    image = (folder / "test" / "ant" / "0000.png").read_bytes()
+    member.size = len(image)
+    with tarfile.open(tmp_path / "old.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(image))
+    with pytest.raises(UserError, match=r"the name 'train/gar\\udce7on/1\.png' is not in UTF-8; rename it"):
+        load_source(section(tmp_path / "old.tar"))
+
+
+def test_what_macos_adds_to_archives_is_passed_over(folder: Path) -> None:
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+            archive.writestr(f"__MACOSX/{file.relative_to(folder).parent}/._{file.name}", b"shadow")
+    assert load_source(section(folder.with_suffix(".zip"))).info.counts["test"] == 12
+
+
+def test_a_small_class_keeps_an_image_in_both_parts(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 3, "test": 1}, CLASSES)
+    assert load_source(section(tmp_path, validation=0.1)).info.counts == {"train": 6, "validation": 3, "test": 3}
+
+
+def test_a_validation_split_that_is_there_is_taken(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 5, "val": 2, "test": 3}, CLASSES)
+    assert load_source(section(tmp_path)).info.counts == {"train": 15, "validation": 6, "test": 9}
+
+
+def tar_with(member: tarfile.TarInfo, path: Path) -> Path:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(member, io.BytesIO(b"x" * member.size))
+    return path
+
+
+@pytest.mark.parametrize("name", ["../../train/ant/1.png", "/train/ant/1.png", "train/../../x/1.png"])
+def test_members_that_point_outside_are_refused(name: str, tmp_path: Path) -> None:
+    member = tarfile.TarInfo(name)
+    with pytest.raises(UserError, match="points outside the archive"):
+        load_source(section(tar_with(member, tmp_path / "evil.tar")))
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(UserError, match="points outside the archive"):
+        load_source(section(tmp_path / "evil.zip"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(kind: bytes, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("train/ant/1.png")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with pytest.raises(UserError, match="is a link or device"):
+        load_source(section(tar_with(member, tmp_path / "evil.tar")))
+
+
+def test_bad_images_and_archives_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data.path .*nothing does not exist"):
+        load_source(section(tmp_path / "nothing"))
+
+    archive = packed(folder, "tar.gz")
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    with pytest.raises(UserError, match="damaged or of an unknown kind"):
+        load_source(section(archive))
+
+    bad = folder / "train" / "bee" / "0003.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="image 'train/bee/0003.png' cannot be decoded"):
+        load_source(section(folder))
+    bad.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="image 'train/bee/0003.png' cannot be decoded"):
+        load_source(section(folder))
+
+
+def test_a_class_in_only_one_split_is_named(folder: Path) -> None:
+    for file in (folder / "test" / "cat").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="class 'cat' has no image in split 'test'"):
+        load_source(section(folder))
+
+
+def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (9, 8)).save(folder / "train" / "ant" / "odd.png")
+    with pytest.raises(UserError, match="is 9x8 but the first is 8x8; set data.image_size"):
+        load_source(section(folder))
+    assert load_source(section(folder, image_size=8)).info.shape == (3, 8, 8)
+
+
+def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, {"training": 2}, CLASSES)
+    with pytest.raises(UserError, match="lies neither at SPLIT/CLASS/FILE.* nor at CLASS/FILE"):
+        load_source(section(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no images under train/CLASS/ \(found: no images\)"):
+        load_source(section(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("layout", ["classes alone", "no test split"])
+def test_a_folder_without_a_test_split_has_one_cut_off(layout: str, tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 20, **({"val": 2} if layout == "no test split" else {})}, CLASSES)
+    place = tmp_path / "train" if layout == "classes alone" else tmp_path
+    dataset = load_source(section(place, test=0.25, validation=0.2))
+    counts = {name: len(dataset[name]) // len(CLASSES) for name in ("train", "validation", "test")}
+    assert counts == {"train": 12 if layout == "classes alone" else 15, "validation": counts["validation"], "test": 5}
+    assert counts["validation"] == (3 if layout == "classes alone" else 2)
+    assert dataset.info.classes == CLASSES
+    assert peek(section(place)) == (dataset.info.shape, len(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels_key", "meta_key"),
+    [("CIFAR10", "labels", "label_names"), ("CIFAR100", "fine_labels", "fine_label_names")],
+)
+def test_cifar_in_torchvisions_layout(name, labels_key, meta_key, tmp_path: Path, monkeypatch) -> None:
+    import hashlib
+
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
+    base = tmp_path / kind.base_folder
+    base.mkdir()
+    generator = np.random.default_rng(0)
+    classes = 10 if name == "CIFAR10" else 100
+
+    def write(file: str, content: object) -> list[str]:
+        (base / file).write_bytes(pickle.dumps(content))
+        return [file, hashlib.md5((base / file).read_bytes()).hexdigest()]
+
+    def batch(count: int) -> dict[str, object]:
+        data = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return {"data": data, labels_key: [i % classes for i in range(count)]}
+
+    # Files of our own, with their own checksums: torchvision does the rest as it does for the real ones.
+    monkeypatch.setattr(kind, "train_list", [write("train", batch(4 * classes))])
+    monkeypatch.setattr(kind, "test_list", [write("test", batch(classes))])
+    meta = write("meta", {meta_key: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": meta_key, "md5": meta[1]})
+    dataset = load_source(DataSection(source=name.lower(), path=str(tmp_path), validation=0.25))
+    assert dataset.info.counts == {"train": 3 * classes, "validation": classes, "test": classes}
+    assert dataset.info.classes[3] == "class 3"
+    assert dataset.info.shape == (3, 32, 32)
+    (base / "train").write_bytes(b"changed")
+    with pytest.raises(UserError, match=f"no intact {name} in torchvision's layout"):
+        load_source(DataSection(source=name.lower(), path=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_the_shared_cifar10_archive() -> None:
+    path = SHARED / "data" / "cifar10-jpeg.tar.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    dataset = load_source(section(path, validation=0))
+    assert dataset.info.counts == {"train": 50_000, "validation": 0, "test": 10_000}
+    assert dataset.info.mean == pytest.approx([0.49125, 0.48209, 0.44652], abs=1e-4)
+    assert dataset.info.std == pytest.approx([0.24523, 0.24278, 0.26063], abs=1e-4)

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scop import UserError, make_model
+from scop.models.artifacts import load_pretrained, load_weights
+from scop.models.evaluation import count_macs, count_parameters
+from tests.helpers import SHARED
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"),
+    [
+        ("resnet20", 272_282, 40.8e6),
+        ("resnet32", 0.467e6, 69.1e6),
+        ("resnet56", 0.856e6, 125.7e6),
+        ("resnet110", 1.731e6, 253.1e6),
+    ],
+)
+def test_cifar_resnets_have_the_sizes_of_the_reference(name: str, parameters: float, macs: float) -> None:
+    model = make_model(name, num_classes=10)
+    assert count_parameters(model) == pytest.approx(parameters, rel=1e-3)
+    assert count_macs(model, (3, 32, 32)) == pytest.approx(macs, rel=1e-3)
+
+
+def test_resnet44_lies_between_its_neighbours() -> None:
+    assert count_parameters(make_model("resnet44")) == pytest.approx(0.661e6, rel=2e-3)
+
+
+def test_torchvision_resnet50_with_ten_classes() -> None:
+    assert count_parameters(make_model("torchvision:resnet50", num_classes=10)) == 23_528_522
+
+
+def test_grey_images() -> None:
+    model = make_model("resnet20", num_classes=7, in_channels=1)
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet65", "known: resnet20, resnet32, resnet44, resnet56, resnet110; others are"),
+        ("torchvision:resnet5O", "did you mean 'torchvision:resnet50'"),
+        ("no.such.package:make", "cannot import 'no.such.package'"),
+        ("tests.networks:Nothing", "has no 'Nothing'"),
+        ("tests.networks:SHARED", "does not accept"),
+    ],
+)
+def test_unknown_factories_are_refused_with_a_hint(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_model(name, num_classes=10)
+
+
+def test_torchvision_models_that_are_not_classifiers_are_refused() -> None:
+    with pytest.raises(UserError, match="no classification model"):
+        make_model("torchvision:fasterrcnn_resnet50_fpn", num_classes=10)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "data_parallel", "nested"])
+def test_weights_load_from_each_kind_of_file(kind: str, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    source, target = make_model("resnet20"), make_model("resnet20")
+    state = source.state_dict()
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "torch":
+        torch.save(state, path)
+    elif kind == "data_parallel":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state}, path)
+    load_weights(target, path)
+    assert all(torch.equal(value, state[key]) for key, value in target.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (print, ("pickled code ran",))
+
+
+def test_bad_weights_are_refused_by_name(tmp_path, capsys) -> None:
+    model = make_model("resnet20")
+    state = model.state_dict()
+    short, extra, misshapen = dict(state), dict(state), dict(state)
+    del short["layer1.0.conv1.weight"]
+    extra["layer9.conv1.weight"] = torch.zeros(1)
+    misshapen["fc.weight"] = torch.zeros(3, 64)
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"not weights")
+    for content, message in (
+        (short, r"missing 1 keys \(layer1.0.conv1.weight\)"),
+        (extra, r"unknown 1 keys \(layer9.conv1.weight\)"),
+        (misshapen, "'fc.weight' is 3x64, the model's is 10x64"),
+        ({"model": Evil()}, "cannot|without pickled code"),
+        ([1, 2], "no state dict"),
+    ):
+        path = tmp_path / "weights.pt"
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            load_weights(model, path)
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(model, garbage)
+    with pytest.raises(UserError, match="do not exist"):
+        load_weights(model, tmp_path / "nothing.pt")
+    assert "pickled code ran" not in capsys.readouterr().out
+
+
+def test_pretrained_weights_leave_a_head_for_other_classes_as_it_is(tmp_path: Path) -> None:
+    known, model = make_model("resnet20", num_classes=100), make_model("resnet20", num_classes=2)
+    head, path = model.fc.weight.clone(), tmp_path / "hundred.pt"
+    torch.save(known.state_dict(), path)
+    assert load_pretrained(model, path, classes=2) == ["fc"]
+    assert torch.equal(model.layer1[0].conv1.weight, known.layer1[0].conv1.weight)
+    assert torch.equal(model.fc.weight, head)
+    same = make_model("resnet20", num_classes=100)
+    assert load_pretrained(same, path, classes=100) == []
+    assert torch.equal(same.fc.weight, known.fc.weight)
+    with pytest.raises(UserError, match=r"the model's is 2x64 \(weights for other classes .*: dense.pretrained\)"):
+        load_weights(model, path)
+    grey = make_model("resnet20", num_classes=2, in_channels=1)
+    with pytest.raises(UserError, match="'conv1.weight' is 16x3x3x3, the model's is 16x1x3x3"):
+        load_pretrained(grey, path, classes=2)
+
+
+def test_the_shared_resnet20_loads_as_it_is() -> None:
+    path = SHARED / "weights" / "resnet20-cifar10.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    model = make_model("resnet20", num_classes=10)
+    load_weights(model, path)
+    assert isinstance(model.get_submodule("layer2.0.downsample.0"), nn.Conv2d)

@@ -1,0 +1,99 @@
+"""`scop doctor`, and the servers of `make stack`, which it finds in order."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli.doctor import _kfp
+from pipelines.local.run import mlflow_command
+from scop import UserError
+from scop.tracking.server import shown
+from tests.fakes import services
+from tests.helpers import ROOT
+
+
+def stack(folder: Path, what: str) -> str:
+    environment = os.environ | {"STACK": str(folder), "BIN": str(Path(sys.executable).parent)}
+    command = [str(ROOT / "docker" / "stack.sh"), what]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables that `make stack` prints."""
+    folder = tmp_path_factory.mktemp("stack")
+    printed = stack(folder, "up")
+    assert stack(folder, "up") == printed  # it runs already
+    exports = [line.split()[1] for line in printed.splitlines() if line.strip().startswith("export ")]
+    variables = dict(export.split("=", 1) for export in exports)
+    yield variables
+    stack(folder, "down")
+    for key in ("AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI"):
+        host, _, port = variables[key].removeprefix("http://").partition(":")
+        with socket.socket() as probe:
+            assert probe.connect_ex((host, int(port))), f"{key} still listens"
+
+
+def doctor(*arguments: str, cwd: Path, **variables: str) -> tuple[int, dict[str, str]]:
+    """The exit code, and the lines by subject."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_", "KF_"))}
+    command = [sys.executable, "-m", "pipelines.cli", "doctor", *arguments]
+    environment = clean | {"PYTHONPATH": str(ROOT), "AWS_EC2_METADATA_DISABLED": "true"} | variables
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stderr == ""
+    return result.returncode, {line[9:19].strip(): line for line in result.stdout.splitlines()}
+
+
+def test_all_is_in_order_in_the_stack(servers: dict[str, str], tmp_path: Path) -> None:
+    code, lines = doctor("--out", "s3://scop/runs", cwd=tmp_path, **servers)
+    assert code == 0
+    assert lines["S3"].startswith("ok ")
+    assert "put, got, listed and deleted a probe" in lines["S3"]
+    assert lines["MLflow"].startswith("ok ")
+    assert "wrote and deleted a run and a file" in lines["MLflow"]
+    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
+
+
+def test_each_thing_that_is_missing_is_named_with_its_remedy(servers: dict[str, str], tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{services.free_port()}"
+    code, lines = doctor(
+        *("--out", "s3://no-such-bucket/runs", "--docker", "no/such:image", "--host", nowhere),
+        *("--set", "dense.weights=gone.pt"),
+        cwd=tmp_path,
+        **servers | {"MLFLOW_TRACKING_URI": nowhere.replace("//", "//me:hidden-password@")},
+    )
+    assert code == 1
+    missing = {subject for subject, line in lines.items() if line.startswith("MISSING")}
+    assert missing == {"weights", "S3", "MLflow", "docker", "KFP"}
+    assert "bucket 'no-such-bucket' does not exist" in lines["S3"]
+    assert "check MLFLOW_TRACKING_URI" in lines["MLflow"]
+    assert "hidden-password" not in str(lines)
+    assert "gone.pt does not exist; mend it with --set dense.weights=PLACE" in lines["weights"]
+    assert "port-forward" in lines["KFP"]
+
+
+def test_an_address_that_is_none_is_told_in_a_line() -> None:
+    for host in ("http://localhost:abc", "http://local host"):
+        with pytest.raises(UserError, match=f"{host} does not answer"):
+            _kfp(host)
+
+
+def test_wrong_credentials_are_named(servers: dict[str, str], tmp_path: Path) -> None:
+    change = {"AWS_SECRET_ACCESS_KEY": "another"}
+    code, lines = doctor("--out", "s3://scop/runs", cwd=tmp_path, **servers | change)
+    assert code == 1
+    assert lines["S3"].startswith("MISSING")
+    assert "refuses the credentials" in lines["S3"]
+
+
+def test_a_tracking_uri_is_shown_without_its_password() -> None:
+    assert shown("https://me:secret@mlflow.example:8443/path") == "https://mlflow.example:8443/path"
+    assert shown("https://me:p@ss@mlflow.example/path") == "https://mlflow.example/path"
+    assert shown("sqlite:////runs/mlflow.db") == "sqlite:////runs/mlflow.db"
+    # Nor does the line that ends a run, whose command would need the password.
+    assert mlflow_command("postgresql://scop:secret@db/mlflow") == "postgresql://db/mlflow"

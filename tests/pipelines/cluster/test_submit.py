@@ -1,0 +1,306 @@
+"""`scop submit`, against a server that answers as KFP does; see `tests.fakes.kfp_server`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import kfp_server_api as api
+import pytest
+import yaml
+
+from pipelines.cli.main import main
+from pipelines.cluster import submit
+from scop import UserError
+from scop.config import Config, DataSection
+from scop.storage import files as storage
+from tests.fakes.kfp_server import KfpServer, kfp_server
+from tests.fakes.services import free_port
+from tests.helpers import ROOT
+
+EXAMPLE = ROOT / "pipelines" / "clusters" / "example.yaml"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[KfpServer]:
+    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with kfp_server() as running:
+        yield running
+        assert running.problems == []
+
+
+@pytest.fixture
+def profile(server: KfpServer, tmp_path: Path, bucket: str) -> Path:
+    values = yaml.safe_load(EXAMPLE.read_text()) | {"host": server.address, "pipeline_root": f"{bucket}/root"}
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(profile: Path, *more: str) -> int:
+    try:
+        return main(["submit", "--cluster", str(profile), "--every", "0.01", *more])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_a_pipeline_is_uploaded_once_and_run_with_the_sections_as_parameters(server, profile, bucket, capsys) -> None:
+    assert run(profile, "--name", "first", "--set", "finetune.epochs=3") == 0
+    (first,) = server.runs
+    assert capsys.readouterr().out.splitlines() == [
+        f"run first: {server.address}/#/runs/details/{first.run_id}",
+        f"artifacts: {bucket}/root/scop/{first.run_id}",
+    ]
+    kept = yaml.safe_load(storage.read(f"{bucket}/root/scop/{first.run_id}/config.yaml") or b"")
+    assert kept["finetune"]["epochs"] == 3
+    assert first.display_name == "first"
+    assert first.runtime_config.parameters["finetune"]["epochs"] == 3
+    assert first.runtime_config.pipeline_root == f"{bucket}/root"
+    assert run(profile, "--set", "finetune.epochs=4") == 0  # other parameters, the same pipeline
+    assert (len(server.pipelines), len(server.versions), len(server.experiments), len(server.runs)) == (1, 1, 1, 2)
+    assert server.experiments[0].display_name == "digits-resnet20"
+    assert server.runs[1].pipeline_version_reference == first.pipeline_version_reference
+    values = yaml.safe_load(profile.read_text())
+    profile.write_text(yaml.safe_dump(values | {"parallelism": 3}))
+    assert run(profile) == 0
+    assert len(server.versions) == 2
+
+
+def test_without_the_cache_every_step_runs_those_in_the_loop_too(server, profile) -> None:
+    assert run(profile, "--no-cache") == 0
+    assert run(profile) == 0
+    without, with_cache = (server.specs[version.pipeline_version_id][0] for version in server.versions)
+
+    def cached(spec: dict) -> set[str]:
+        dags = [spec["root"]["dag"], *(c["dag"] for c in spec["components"].values() if "dag" in c)]
+        tasks = {name: task for dag in dags for name, task in dag["tasks"].items()}
+        return {name for name, task in tasks.items() if task.get("cachingOptions", {}).get("enableCache")}
+
+    assert {"train-dense", "finetune", "compare"} <= cached(with_cache)
+    assert cached(without) <= {"for-loop-1"}
+
+
+def test_a_configuration_that_cannot_be_kept_costs_no_run(server, profile, bucket, capsys) -> None:
+    values = yaml.safe_load(profile.read_text()) | {"pipeline_root": f"{bucket}-gone/root"}
+    profile.write_text(yaml.safe_dump(values))
+    assert run(profile) == 0
+    assert "the configuration could not be put there: bucket" in capsys.readouterr().out
+    assert len(server.runs) == 1
+
+
+def test_doctor_looks_at_the_cluster_too(server, profile, bucket, capsys) -> None:
+    server.token = "of-the-user"
+    assert main(["doctor", "--cluster", str(profile)]) == 1
+    lines = {line[9:19].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert lines["KFP"].startswith("MISSING")
+    assert "set KF_PIPELINES_TOKEN" in lines["KFP"]
+    assert f"{bucket}/root/checkpoints: put, got, listed and deleted a probe" in lines["S3"]
+    server.token = None
+    assert main(["doctor", "--cluster", str(profile)]) == 0
+    assert f"{server.address} answers, and lets these credentials list experiments" in capsys.readouterr().out
+
+
+def test_a_recurring_run(server, profile, capsys) -> None:
+    assert run(profile, "--recurring", "0 0 3 * * *", "--name", "nightly") == 0
+    (recurring,) = server.recurring
+    assert recurring.trigger.cron_schedule.cron == "0 0 3 * * *"
+    assert f"#/recurringrun/details/{recurring.recurring_run_id}" in capsys.readouterr().out
+    assert run(profile, "--recurring", "0 0 3 * * *", "--wait") == 2
+
+
+def task(name: str, state: str, parent: str | None = None, **more: object) -> api.V2beta1PipelineTaskDetail:
+    identity = f"{parent}/{name}" if parent else name
+    return api.V2beta1PipelineTaskDetail(
+        task_id=identity, display_name=name, state=state, parent_task_id=parent, **more
+    )
+
+
+def test_waiting_tells_each_task_and_state_once_and_the_outcome(server, profile, capsys) -> None:
+    # What KFP lists besides: the root, and a driver and an executor for each step.
+    around = [task("root", "RUNNING"), task("executor", "RUNNING"), task("iteration(0:0)", "RUNNING")]
+    loop = [*around, task("for-loop-1", "RUNNING"), task("for-loop-1-iteration-1", "RUNNING", "for-loop-1")]
+    inside = "for-loop-1/for-loop-1-iteration-1"
+    server.progress = [
+        ("PENDING", []),
+        ("RUNNING", [task("train-dense-driver", "SUCCEEDED"), task("train-dense", "RUNNING")]),
+        ("RUNNING", [task("train-dense", "RUNNING")]),
+        ("RUNNING", [task("train-dense", "SUCCEEDED"), *loop, task("finetune", "RUNNING", inside)]),
+        ("SUCCEEDED", [task("train-dense", "SUCCEEDED"), *loop, task("finetune", "SUCCEEDED", inside)]),
+    ]
+    # A server that stumbles now and then is borne.
+    stumbles = iter([None, 503, None, None, 500])
+    server.plan = lambda method, path: next(stumbles, None) if "/runs/" in path else None
+    assert run(profile, "--wait", "--name", "it") == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "train-dense: running",
+        "train-dense: succeeded",
+        "variant 1 finetune: running",
+        "variant 1 finetune: succeeded",
+        "the run succeeded",
+    ]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
+def test_a_run_that_does_not_succeed_is_exit_code_1_with_the_failing_task(server, profile, capsys, state) -> None:
+    error = api.GoogleRpcStatus(code=1, message="exit code 3: no GPU")
+    failing = [task("train-dense", "FAILED", error=error, pod_name="scop-x-1")] if state == "FAILED" else []
+    server.progress = [(state, failing)]
+    assert run(profile, "--wait") == 1
+    said = capsys.readouterr().err
+    wanted = "step train-dense failed (pod scop-x-1): exit code 3: no GPU" if failing else "the run ended as CANCELED"
+    assert said == f"scop: {wanted}\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "message"),
+    [
+        (401, "/pipelines", "refuses the credentials (401"),
+        (403, "/experiments", "refuses to use experiment 'digits-resnet20' (403"),
+        (404, "/pipelines", "is this address KFP's API, version 2?"),
+        (500, "/runs", "fails to start a run (500"),
+    ],
+)
+def test_refusals_are_one_line_with_the_address_and_the_remedy(
+    server, profile, capsys, status: int, path: str, message: str
+) -> None:
+    server.plan = lambda method, seen: status if seen.endswith(path) else None
+    assert run(profile) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+    assert server.address in said
+    assert server.runs == []
+
+
+def test_a_version_that_another_one_has_just_uploaded_is_taken(server, profile) -> None:
+    uploads = 0
+
+    def plan(method: str, path: str) -> int | None:
+        nonlocal uploads
+        if not path.endswith("upload_version"):
+            return None
+        uploads += 1
+        version = api.V2beta1PipelineVersion(
+            pipeline_id=server.pipelines[0].pipeline_id, pipeline_version_id="theirs", display_name=expected[0]
+        )
+        server.versions.append(version)
+        server.specs["theirs"] = next(iter(specs.values()))
+        return 409
+
+    assert run(profile) == 0
+    expected, specs = [server.versions[0].display_name], dict(server.specs)
+    server.versions.clear()
+    server.plan = plan
+    assert run(profile) == 0
+    assert uploads == 1
+    assert server.runs[1].pipeline_version_reference.pipeline_version_id == "theirs"
+
+
+def test_an_experiment_that_another_one_has_just_made_is_taken(server, profile) -> None:
+    def plan(method: str, path: str) -> int | None:
+        if (method, path.rpartition("/")[2]) != ("POST", "experiments") or server.experiments:
+            return None
+        theirs = api.V2beta1Experiment(experiment_id="theirs", display_name="digits-resnet20")
+        server.experiments.append(theirs)
+        return 409
+
+    server.plan = plan
+    assert run(profile) == 0
+    assert server.runs[0].experiment_id == "theirs"
+
+
+def watch(profile: Path, run_id: str) -> int:
+    return main(["watch", run_id, "--cluster", str(profile), "--every", "0.01"])
+
+
+def test_a_run_that_nobody_waited_for_is_told_and_closed_in_mlflow_later(
+    server, profile, capsys, monkeypatch, tmp_path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert run(profile, "--set", "run.experiment=of-mine") == 0
+    identity = server.runs[0].run_id
+    client = MlflowClient()
+    experiment = client.create_experiment("of-mine")
+    parent = client.create_run(experiment, tags={"kfp.run_id": identity}).info.run_id
+    step = client.create_run(experiment, tags={"mlflow.parentRunId": parent}).info.run_id  # its pod was killed
+    error = api.GoogleRpcStatus(code=1, message="OOMKilled")
+    server.progress = [("FAILED", [task("finetune", "FAILED", error=error)])]
+    capsys.readouterr()
+    assert watch(profile, identity) == 1
+    said = capsys.readouterr()
+    assert said.out == "finetune: failed\n"
+    assert said.err == "scop: step finetune failed: OOMKilled\n"
+    assert [client.get_run(one).info.status for one in (parent, step)] == ["FAILED", "KILLED"]
+    assert "OOMKilled" in client.get_run(parent).data.tags["scop.error"]
+
+
+def test_a_run_that_the_server_does_not_know(server, profile, capsys) -> None:
+    server.plan = lambda method, path: 404 if "/runs/" in path else None
+    assert watch(profile, "none") == 2
+    said = capsys.readouterr().err
+    assert "cannot find run none: not found (404" in said
+    assert said.count("\n") == 1
+
+
+def test_a_page_to_log_in_is_not_taken_for_kfp(server, profile, capsys) -> None:
+    server.plan = lambda method, path: "page"
+    assert run(profile) == 2
+    assert "answers, but not as KFP does (with a page to log in?)" in capsys.readouterr().err
+
+
+def test_a_pipeline_of_ones_own_namespace_is_found_again(server, profile, monkeypatch) -> None:
+    monkeypatch.setenv("KF_PIPELINES_NAMESPACE", "team")
+    assert run(profile) == 0
+    assert run(profile) == 0
+    assert [pipeline.namespace for pipeline in server.pipelines] == ["team"]
+    assert len(server.runs) == 2
+
+
+def test_a_token_is_handed_on(server, profile, monkeypatch, capsys) -> None:
+    server.token = "of-the-user"
+    assert run(profile) == 2
+    assert "set KF_PIPELINES_TOKEN" in capsys.readouterr().err
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "of-the-user")
+    assert run(profile) == 0
+
+
+def test_a_server_that_does_not_answer(server, profile, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("pipelines.cluster.server._SECONDS", (0.2, 0.2))
+    server.plan = lambda method, path: "hang"
+    assert run(profile) == 2
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_no_server_at_all(profile, monkeypatch, capsys, tmp_path) -> None:
+    values = yaml.safe_load(profile.read_text())
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    profile.write_text(yaml.safe_dump(values | {"host": nowhere}))
+    assert run(profile) == 2
+    said = capsys.readouterr().err
+    assert f"KFP at {nowhere} cannot be reached" in said
+    assert "check `host` in the cluster profile or KF_PIPELINES_ENDPOINT" in said
+    del values["host"]
+    profile.write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert run(profile) == 2
+    assert "there is no KFP server to submit to" in capsys.readouterr().err
+
+
+def test_places_carry_a_hash_of_what_they_hold(bucket: str, tmp_path: Path) -> None:
+    archive = f"{bucket}/images.tar"
+    storage.write(archive, b"old")
+    config = Config(data=DataSection(source="cifar10", path=archive))
+    pinned = submit.pin_places(config).data.path
+    assert pinned is not None
+    assert pinned.startswith(f"{archive}#content=")
+    assert submit.pin_places(submit.pin_places(config)).data.path == pinned
+    assert storage.local(pinned).read_bytes() == b"old"
+    storage.write(archive, b"new!")
+    assert submit.pin_places(config).data.path != pinned
+    with pytest.raises(UserError, match="has changed since the run was submitted"):
+        storage.local(pinned)
+    with pytest.raises(UserError, match="is a path of this machine; put it into S3"):
+        submit.pin_places(Config(data=DataSection(source="cifar10", path=os.devnull)))

@@ -1,0 +1,186 @@
+"""`scop compare`: the page of a sweep, from the artifacts that its steps left in S3, also where a variant failed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.cli.main import main
+from pipelines.compare.comparison import compare
+from pipelines.runs import find_record
+from pipelines.select import dense_of_run
+from scop import UserError
+from scop.runtime.execution import run_step
+from scop.storage import files as storage
+
+DENSE = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64, "lr": 0.05}
+FINETUNE = {"epochs": 1, "batch_size": 64, "recalibration_batches": 0}
+ROOT_PIPELINE = "scop"
+NOT_BEGUN = "this run has no record of it: it was not begun, or an earlier run's result was taken, which then name too"
+
+
+class Run:
+    """A run as KFP lays it out: ROOT/PIPELINE/RUN_ID/TASK/POD/NAME."""
+
+    def __init__(self, root: str, name: str, dataset: Path) -> None:
+        self.place = storage.join(root, ROOT_PIPELINE, name)
+        self.dataset = str(dataset)
+
+    def at(self, task: str, variant: str, output: str) -> str:
+        return storage.join(self.place, task.replace("_", "-"), f"pod-of-{variant}", output)
+
+    def step(
+        self, task: str, config: dict[str, Any], inputs: dict[str, Any], output: str, variant: str = "all"
+    ) -> None:
+        run_step(task, config, inputs, {output: self.at(task, variant, output)})
+
+    def prune(self, variant: dict[str, Any], dense: str, scores: str, batch_size: int = 64) -> None:
+        name = variant["name"]
+        self.step("select_channels", {"variant": variant}, {"dense": dense, "scores": scores}, "plan", name)
+        config = {"finetune": FINETUNE | {"batch_size": batch_size}, "variant": variant}
+        inputs = {"dataset": self.dataset, "dense": dense, "plan": self.at("select_channels", name, "plan")}
+        self.step("finetune", config, inputs, "model", name)
+        inputs = {"dataset": self.dataset, "dense": dense, "pruned": self.at("finetune", name, "model")}
+        config = {"evaluate": {"batch_sizes": [1], "repeats": 2}, "variant": variant}
+        self.step("evaluate", config, inputs, "evaluation", name)
+        inputs = {"dataset": self.dataset, "pruned": inputs["pruned"]}
+        inputs["evaluation"] = self.at("evaluate", name, "evaluation")
+        self.step("export", {"export": {}, "variant": variant}, inputs, "exported", name)
+
+
+def test_a_sweep_with_a_failed_variant_and_its_resubmission(
+    digits_folder: Path, bucket: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    first = Run(bucket, "first", digits_folder)
+    first.step("train_dense", {"dense": DENSE}, {"dataset": first.dataset}, "model")
+    dense = first.at("train_dense", "all", "model")
+    knockoff = {"epochs": 1, "batch_size": 64}
+    first.step("train_knockoff", {"knockoff": knockoff}, {"dataset": first.dataset, "dense": dense}, "scores")
+    scores = first.at("train_knockoff", "all", "scores")
+    half, failing = ({"name": name, "prune_rate": 0.5} for name in ("half", "failing"))
+    first.prune(half, dense, scores)
+    with pytest.raises(UserError):
+        first.prune(failing, dense, scores, batch_size=100_000)
+
+    assert main(["compare", first.place, "--html", str(tmp_path / "page.html")]) == 1
+    said = capsys.readouterr()
+    assert "half" in said.out
+    why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
+    assert said.err == f"missing: failing: {why}\n"
+    page = (tmp_path / "page.html").read_text()
+    assert f"<b>failing</b>: {why}" in page
+    assert "Score histograms" in page
+
+    # What the run was to have is told by its configuration, which scop submit leaves there.
+    never = {"variants": [half, failing, {"name": "never"}]}
+    storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump(never).encode())
+    assert compare([first.place], "runs").missing == {"failing": why, "never": NOT_BEGUN}
+
+    # A step of it at the desk, by the run's place.
+    assert find_record(f"{first.place}/failing/finetune", "runs").error == why.removeprefix("finetune failed: ")
+
+    # Submitted again, KFP's cache gives the rest: only what was missing has run, and has records.
+    second = Run(bucket, "second", digits_folder)
+    second.prune(failing, dense, scores)
+    alone = compare([second.place], "runs")
+    assert ([result.name for result in alone.results], alone.missing) == (["failing"], {})
+    both = compare([first.place, second.place], "runs")
+    assert [result.name for result in both.results] == ["half", "failing"]
+    assert both.missing == {"never": NOT_BEGUN}
+    assert both.title == "first, second"
+
+    # Its last step had all of them as inputs.
+    inputs = {"scores": scores, "evaluations": [], "exports": []}
+    for run, name in ((first, "half"), (second, "failing")):
+        inputs["evaluations"].append(run.at("evaluate", name, "evaluation"))
+        inputs["exports"].append(run.at("export", name, "exported"))
+    second.step("compare", {}, inputs, "report")
+    assert main(["compare", second.place, "--json", str(tmp_path / "summary.json")]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [variant["name"] for variant in summary["variants"]] == ["half", "failing"]
+
+    # Another seed does not make good what failed by the first one.
+    for run, seed in ((first, 0), (second, 1)):
+        config = {"variants": [half, failing], "finetune": FINETUNE | {"seed": seed}}
+        storage.write(storage.join(run.place, "config.yaml"), yaml.safe_dump(config).encode())
+    assert compare([first.place, second.place], "runs").missing["failing of first"] == why
+    storage.write(storage.join(second.place, "config.yaml"), yaml.safe_dump({"variants": [failing]}).encode())
+    storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump({"variants": [half, failing]}).encode())
+    assert compare([first.place, second.place], "runs").missing == {}
+
+
+@pytest.fixture(scope="module")
+def grown(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose last step saw one variant; another one has been made since, and a third one has failed."""
+    run = Run(str(tmp_path_factory.mktemp("grown")), "run", digits_folder)
+    run.step("train_dense", {"dense": DENSE}, {"dataset": run.dataset}, "model")
+    dense, scores = run.at("train_dense", "all", "model"), run.at("train_knockoff", "all", "scores")
+    inputs = {"dataset": run.dataset, "dense": dense}
+    run.step("train_knockoff", {"knockoff": {"epochs": 1, "batch_size": 64}}, inputs, "scores")
+    run.prune({"name": "early", "prune_rate": 0.5}, dense, scores)
+    inputs = {"scores": scores, "evaluations": [run.at("evaluate", "early", "evaluation")]}
+    run.step("compare", {}, inputs | {"exports": [run.at("export", "early", "exported")]}, "report")
+    run.prune({"name": "late", "prune_rate": 0.5}, dense, scores)
+    with pytest.raises(UserError):
+        run.prune({"name": "failed", "prune_rate": 0.5}, dense, scores, batch_size=100_000)
+    return run
+
+
+def configured(run: str, *names: str) -> None:
+    (Path(run) / "config.yaml").write_text(yaml.safe_dump({"variants": [{"name": name} for name in names]}))
+
+
+def test_what_was_made_after_the_last_step_counts_and_what_is_not_wanted_any_more_does_not(grown: Run) -> None:
+    configured(grown.place, "early", "late", "failed")
+    found = compare([grown.place], "runs")
+    assert [result.name for result in found.results] == ["early", "late"]
+    assert list(found.missing) == ["failed"]
+    configured(grown.place, "early", "late")
+    assert compare([grown.place], "runs").missing == {}
+    configured(grown.place, "late")
+    assert [result.name for result in compare([grown.place], "runs").results] == ["late"]
+
+
+def test_what_failed_in_several_runs_by_several_seeds_is_told_of_each(grown: Run, tmp_path: Path) -> None:
+    runs = [shutil.copytree(grown.place, tmp_path / name) for name in ("one", "two", "three")]
+    for run, seed in zip(runs, (0, 1, 1), strict=True):
+        config = {"variants": [{"name": "early"}, {"name": "failed"}], "finetune": {"seed": seed}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
+    assert compare([str(runs[0])], "runs").missing == {"failed": why}
+    assert compare([*map(str, runs)], "runs").missing == {f"failed of {run.name}": why for run in runs}
+
+
+def test_what_is_damaged_is_missing_for_that_reason(grown: Run, tmp_path: Path) -> None:
+    copy = shutil.copytree(grown.place, tmp_path / "copy")
+    configured(str(copy), "early", "late")
+    (copy / "evaluate" / "pod-of-late" / "evaluation" / "evaluation.json").write_text("{}")
+    found = compare([str(copy)], "runs")
+    assert [result.name for result in found.results] == ["early"]
+    assert "evaluation.json does not match manifest.json" in found.missing["late"]
+
+
+def test_a_run_that_was_copied_or_moved_is_read_where_it_is_now(grown: Run, tmp_path: Path) -> None:
+    configured(grown.place, "early", "late")
+    copy = str(shutil.copytree(grown.place, tmp_path / "archive" / "other name"))
+    both = compare([grown.place, copy], "runs")
+    assert [result.place.startswith(copy) for result in both.results] == [False, False, True, True]
+    moved = str(shutil.move(copy, tmp_path / "moved"))
+    assert [result.name for result in compare([moved], "runs").results] == ["early", "late"]
+    record = find_record(f"{moved}/late/evaluate", "runs")
+    assert record.inputs["pruned"].uri == f"{moved}/finetune/pod-of-late/model"
+    assert record.inputs["dataset"].uri == grown.dataset
+    assert dense_of_run(moved).scores is not None
+
+
+def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:
+    assert main(["compare", f"{bucket}/scop/none"]) == 2
+    assert "there is no run" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("variants: [{name: half}]")
+    assert main(["compare", str(tmp_path / "run")]) == 2
+    assert f"no variant of run is whole, so there is nothing to compare (half: {NOT_BEGUN})" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""Results side by side: order, groups over seeds, baselines; data sets and devices stay apart."""
+
+import csv
+import io
+from statistics import fmean, stdev
+
+import pytest
+
+from pipelines.compare.table import as_csv, as_json, print_table, tables
+from scop import UserError
+from tests.fakes.results import result
+
+
+def test_the_best_comes_first_and_what_tells_rows_apart_has_a_column() -> None:
+    (table,) = tables([result("random"), result("scop", 0.3), result("scop", 0.5)])
+    assert [row.labels["name"] for row in table.rows] == ["scop-0.3", "scop-0.5", "random-0.5"]
+    assert table.labels == ["name", "method", "prune_rate"]  # seeds are the same
+    assert table.figures[:2] == ["pruned_top1", "top1_drop"]
+    assert table.figures[-2:] == ["pruned_latency_ms_batch1_p50", "speedup_batch1"]
+    assert table.best("pruned_top1") == pytest.approx(0.94 - 0.015)
+    assert table.best("pruned_macs") == pytest.approx(10e6)
+    assert table.notes == ["times on a CPU", "dense: top-1 95.00%, MACs 40 M, parameters 270 k"]
+    (by_macs,) = tables([result("random"), result("scop", 0.3)], ["pruned_macs"])
+    assert [row.labels["name"] for row in by_macs.rows] == ["random-0.5", "scop-0.3"]
+
+
+def test_of_equally_accurate_ones_the_smaller_is_the_better() -> None:
+    large, small = result("scop", 0.3), result("l1", 0.5, metrics=result("l1", 0.5).metrics | {"pruned_top1": 0.925})
+    small.metrics["top1_drop"] = large.metrics["top1_drop"]
+    (table,) = tables([large, small])
+    assert [row.labels["name"] for row in table.rows] == ["l1-0.5", "scop-0.3"]
+    (other,) = tables([large, result("l1", metrics=small.metrics | {"dense_top1": 0.9})])
+    assert other.notes == ["times on a CPU", "dense: MACs 40 M, parameters 270 k"]  # they come from two networks
+
+
+def test_groups_have_mean_deviation_and_n_over_seeds() -> None:
+    results = [result("scop", 0.5, seed) for seed in range(3)] + [result("l1", 0.5, 7)]
+    (table,) = tables(results, ["pruned_top1"], ["method", "prune_rate"])
+    scop, l1 = table.rows
+    values = [r.metrics["pruned_top1"] for r in results[:3]]
+    assert scop.labels == {"method": "scop", "prune_rate": 0.5, "network": "resnet20"}
+    figure = scop.figures["pruned_top1"]
+    assert (figure.mean, figure.deviation, figure.n) == (fmean(values), stdev(values), 3)
+    assert scop.runs == [r.run for r in results[:3]]
+    assert (l1.figures["pruned_top1"].deviation, l1.figures["pruned_top1"].n) == (None, 1)
+
+
+def test_data_sets_are_tables_of_their_own() -> None:
+    found = tables([result(), result(dataset="e1" * 32)])
+    assert [table.content[:2] for table in found] == ["d0", "e1"]
+    assert [len(table.rows) for table in found] == [1, 1]
+
+
+def test_networks_are_never_one_group() -> None:
+    other = result(params=result().params | {"network": "resnet56"})
+    (table,) = tables([result(), other], ["pruned_top1"], ["method"])
+    assert [row.labels["network"] for row in table.rows] == ["resnet20", "resnet56"]
+
+
+def test_times_of_two_devices_are_two_columns_and_accuracy_is_one(capsys) -> None:
+    results = [result(), result("l1", device="a GPU")]
+    (table,) = tables(results, ["pruned_top1", "pruned_latency_ms_batch1_p50"])
+    assert table.figures == [
+        "pruned_top1",
+        "pruned_latency_ms_batch1_p50 on a CPU",
+        "pruned_latency_ms_batch1_p50 on a GPU",
+    ]
+    scop, l1 = table.rows
+    assert set(scop.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a CPU"}
+    assert set(l1.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a GPU"}
+    print_table(table)
+    said = capsys.readouterr().out
+    assert "times are told apart by device" in said
+    assert "latency, batch 1 on a GPU" in said
+    assert said.splitlines()[2].split()[-1] == "-"  # missing is shown as missing
+
+
+def test_changes_are_told_against_the_dense_network_or_a_variant(capsys) -> None:
+    results = [result("scop", 0.5), result("l1", 0.5), result("l1", 0.5, 2)]
+    (table,) = tables(results, ["pruned_top1", "pruned_macs"], baseline="dense")
+    scop = table.rows[0].figures
+    assert scop["pruned_top1"].change == pytest.approx(results[0].metrics["pruned_top1"] - 0.95)
+    assert scop["pruned_macs"].change == pytest.approx(0.25)
+    (table,) = tables(results, ["pruned_top1"], baseline="l1-0.5")
+    assert table.rows[0].figures["pruned_top1"].change == pytest.approx(0.011)  # the mean over seeds
+    print_table(table)
+    assert "91.50% (+1.10)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"metrics": ["pruned_top_1"]},
+            "--metric 'pruned_top_1' is nothing that these results have .did you mean 'pru",
+        ),
+        ({"group_by": ["methd"]}, r"--group-by 'methd' is nothing that these results have \(did you mean 'method'\?\)"),
+        ({"baseline": "l1"}, r"--baseline 'l1' is nothing that these results have \(known: dense, scop-0.5\)"),
+    ],
+)
+def test_what_no_result_has_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tables([result()], **changes)
+
+
+def test_a_group_that_mixes_more_than_seeds_says_so() -> None:
+    long = result(seed=1, params=result().params | {"finetune_epochs": 100, "recipe": "long"})
+    (table,) = tables([result(), long, result("l1")], ["pruned_top1"], ["method"])
+    assert table.notes[-1] == "rows hold results that differ in finetune_epochs (-, 100)"
+    other = result(seed=1, params=result().params | {"recipe": "other"})
+    assert tables([result(), other], ["pruned_top1"], ["method"])[0].notes[-1] == "rows hold results of several recipes"
+    assert "rows hold" not in tables([result(), result(seed=1)], group_by=["method"])[0].notes[-1]
+
+
+def test_a_figure_of_fewer_results_than_its_row_says_of_how_many(capsys) -> None:
+    poor = result(seed=2)
+    del poor.metrics["pruned_top1"]
+    (table,) = tables([result(), result(seed=1), poor], ["pruned_macs", "pruned_top1"], ["method"])
+    print_table(table)
+    assert capsys.readouterr().out.splitlines()[2].endswith("3  10 M ± 0  91.45% ± 0.07, n 2")
+
+
+def test_a_baseline_is_of_the_same_network() -> None:
+    small = result("l1", params=result("l1").params | {"network": "resnet56"})
+    small.metrics["pruned_top1"] = 0.6
+    (table,) = tables([result("l1"), small], ["pruned_top1"], baseline="l1-0.5")
+    assert [row.figures["pruned_top1"].change for row in table.rows] == [0, 0]
+    _, without = tables([result("l1"), result(dataset="e1" * 32)], ["pruned_top1"], baseline="l1-0.5")
+    assert without.notes[-1] == "nothing here to compare with: no l1-0.5 on these data"
+
+
+def test_results_that_nothing_tells_apart_have_their_run() -> None:
+    (table,) = tables([result(), result(run="another-run")])
+    assert [row.labels["run"] for row in table.rows] == ["run-scop", "another-"]
+
+
+def test_deviations_have_units_and_no_figure_is_cut_in_a_narrow_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    files = [result(seed=seed) for seed in (0, 1)]
+    for size, row in zip((3.4e6, 3.42e6), files, strict=True):
+        row.metrics["pruned_bytes"] = size
+    print_table(*tables(files, ["pruned_bytes", "pruned_top1", "pruned_latency_ms_batch1_p50"], ["method"]))
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.endswith("3.41 MB ± 14.1 kB  91.45% ± 0.07  1.25 ms ± 0.00 ms")
+
+
+def test_of_a_metric_that_is_not_known_none_is_the_best() -> None:
+    rows = [result(), result("l1")]
+    for row in rows:
+        row.metrics["pruned_f1"] = row.metrics["pruned_top1"]
+    assert tables(rows, ["pruned_f1"])[0].best("pruned_f1") is None
+
+
+def test_files_have_raw_values() -> None:
+    found = tables([result(), result("l1", dataset="e1" * 32)], ["pruned_top1", "top1_drop"])
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert [row["dataset_content"][:2] for row in rows] == ["d0", "e1"]
+    assert float(rows[0]["pruned_top1"]) == found[0].rows[0].figures["pruned_top1"].mean
+    assert rows[0]["runs"] == "run-scop-0.5-0"
+    assert as_json(found)[1]["rows"][0]["figures"]["top1_drop"]["n"] == 1

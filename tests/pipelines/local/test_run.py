@@ -1,0 +1,449 @@
+"""The compiled pipeline, and the whole of it through kfp.local."""
+
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from pipelines.cli.main import main
+from pipelines.compare.experiments import Mlflow
+from pipelines.local.console import Console
+from pipelines.local.run import run_locally
+from pipelines.local.workspace import workspace
+from pipelines.pipeline import compile_pipeline
+from scop import UserError, load_model, make_model
+from scop.config import Config
+from scop.data.dataset import load_dataset
+from scop.report.correctness import unpacked
+from scop.steps import STEPS
+from tests.fakes import services
+from tests.fakes.browser import opened
+from tests.helpers import ROOT
+
+GOLDEN = ROOT / "tests" / "golden" / "pipeline.yaml"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    compile_pipeline(str(path))
+    return re.sub(r"sdkVersion: kfp-[\d.]+", "sdkVersion: kfp-X", path.read_text())
+
+
+def test_the_compiled_pipeline_is_the_golden_file(compiled: str) -> None:
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(compiled)
+    assert compiled == GOLDEN.read_text(), (
+        "if the change is meant: UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/local/test_run.py"
+    )
+
+
+def test_every_step_is_a_component_and_every_section_a_parameter(compiled: str) -> None:
+    spec = yaml.safe_load(compiled)
+    names = {name.removeprefix("exec-").replace("-", "_") for name in spec["deploymentSpec"]["executors"]}
+    assert names == set(STEPS)
+    assert set(spec["root"]["inputDefinitions"]["parameters"]) == set(Config.model_fields) - {"run"}
+
+
+def test_a_section_reaches_only_the_steps_that_depend_on_it(compiled: str) -> None:
+    components = yaml.safe_load(compiled)["components"]
+    parameters = {
+        name.removeprefix("comp-"): set(component.get("inputDefinitions", {}).get("parameters", {}))
+        for name, component in components.items()
+    }
+    assert parameters["prepare-data"] == {"data"}
+    assert parameters["train-dense"] == {"dense"}
+    assert parameters["train-knockoff"] == {"knockoff"}
+    assert parameters["select-channels"] == {"variant"}
+    assert parameters["finetune"] == {"finetune", "variant"}
+    assert parameters["compare"] == set()
+
+
+def test_the_docker_sdk_is_not_shadowed_by_our_folder() -> None:
+    import docker
+
+    assert docker.DockerClient
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of the default preset, shortened, with two variants: its output folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs")
+    variants = "[{name: scop, prune_rate: 0.45}, {method: none, finetune: {epochs: 1}}]"
+    settings = {
+        "dense.epochs": 8,
+        "knockoff.epochs": 2,
+        "finetune.epochs": 4,
+        "variants": variants,
+        "evaluate.repeats": 5,
+    }
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(out)]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    result = run(command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (path.parent for path in out.glob("*/summary.json"))
+    return folder, result.stdout
+
+
+def test_the_summary_tells_dense_against_pruned(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["run_id"] == folder.name
+    assert summary["seconds"] > 0
+    scop, none = summary["variants"]
+    assert (scop["name"], scop["method"], scop["prune_rate"]) == ("scop", "scop", 0.45)
+    assert (none["name"], none["method"], none["prune_rate"]) == ("none", "none", 0)
+    assert scop["pruned"]["params"] / scop["dense"]["params"] == pytest.approx(1 - 0.563, abs=2e-3)
+    assert none["pruned"]["params"] == none["dense"]["params"]
+    assert scop["dense"]["top1"] == none["dense"]["top1"] > 0.8
+    assert scop["pruned"]["top1"] > 0.8
+    for variant in (scop, none):
+        assert max(variant["exactness"].values()) <= 1e-4
+        assert set(variant["pruned"]["latency_ms"]) == {"1", "64"}
+        assert Path(variant["model"]) == folder / variant["name"] / "export" / "exported"
+        assert load_model(variant["model"]) is not None
+        assert Path(variant["onnx"]).stat().st_size > 0
+
+
+def test_the_exported_network_is_used_as_the_readme_says(finished: tuple[Path, str], capsys) -> None:
+    folder, _ = finished
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = (block for block in blocks if "onnxruntime" in block)
+    dataset = load_dataset(folder / "prepare_data" / "dataset")
+    pixels, labels = dataset["test"].images, dataset["test"].labels
+    exec(code.replace("runs/RUN/VARIANT", str(folder / "scop")), {"pixels": pixels})
+    answers = ast.literal_eval(capsys.readouterr().out)
+    right = [answer == dataset.info.classes[label] for answer, label in zip(answers, labels, strict=True)]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sum(right) / len(right) == pytest.approx(summary["variants"][0]["pruned"]["top1"], abs=0.003)
+
+
+def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    for name in STEPS:
+        assert f"\n{name}\n" in printed
+    assert "KFP Executor" not in printed
+    assert "executor_input" in (folder / "log.txt").read_text()
+    assert re.search(r"dense +\d+\.\d\d% +272 k", printed)
+    assert f"mlflow server --backend-store-uri sqlite:///{folder.parent / 'mlflow.db'}" in printed
+    mlflow = Path(re.search(r"MLflow: +(\S+) server", printed)[1])
+    assert not mlflow.is_absolute() or mlflow.exists()
+
+
+def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    records = [json.loads(path.read_text()) for path in folder.rglob("step.json")]
+    assert sorted(record["step"] for record in records) == sorted([*STEPS, *list(STEPS)[3:7]])
+    assert {record["status"] for record in records} == {"done"}
+    assert {record["run"] for record in records} == {folder.name}
+    metrics = [p for p in folder.rglob("executor_output.json") if "evaluate" in str(p)]
+    assert len(metrics) == 2
+    confusion = json.loads(metrics[0].read_text())["artifacts"]["confusion"]["artifacts"][0]["metadata"]
+    assert len(confusion["confusionMatrix"]["rows"]) == 10
+
+
+def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits-resnet20")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.tags["scop.step"] for run in children) == sorted([*STEPS, *list(STEPS)[3:7]])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    evaluate = next(run for run in children if run.info.run_name == "scop evaluate")
+    # The row that people compare.
+    params, metrics = evaluate.data.params, evaluate.data.metrics
+    assert (params["network"], params["method"], params["prune_rate"]) == ("resnet20", "scop", "0.45")
+    assert (params["dense_epochs"], params["knockoff_epochs"], params["finetune_epochs"]) == ("8", "2", "4")
+    assert metrics["top1_drop"] == pytest.approx(metrics["dense_top1"] - metrics["pruned_top1"])
+    sides = ("top1", "top5", "params", "macs", "bytes", "train_seconds")
+    assert all(metrics[f"{network}_{what}"] > 0 for network in ("dense", "pruned") for what in sides)
+    timed = [f"{network}_latency_ms_batch1_{p}" for network in ("dense", "pruned") for p in ("p50", "p95")]
+    assert all(metrics[key] > 0 for key in timed)
+    threads = torch.get_num_threads()
+    assert evaluate.data.tags["scop.measured_on"] == f"{evaluate.data.tags['scop.device']} ({threads} threads)"
+    assert unpacked(evaluate.data.tags["scop.right"]).mean() == pytest.approx(metrics["pruned_top1"])
+    assert {f.path for f in client.list_artifacts(evaluate.info.run_id)} >= {"evaluation.json", "confusion.png"}
+    assert evaluate.data.tags["scop.model"] == "models:/digits-resnet20-scop/1"
+    assert len(evaluate.outputs.model_outputs) == 1
+    layers = json.loads(Path(client.download_artifacts(evaluate.info.run_id, "layers.json")).read_text())
+    assert (layers["columns"], len(layers["data"])) == (["layer", "channels", "kept"], 18)
+    assert metrics["macs_removed"] == pytest.approx(0.56, abs=0.01)
+    finetune = next(run for run in children if run.info.run_name == "scop finetune")
+    assert [m.step for m in client.get_metric_history(finetune.info.run_id, "loss")] == [1, 2, 3, 4]
+    plan = next(run for run in children if run.info.run_name == "scop select_channels")
+    assert {f.path for f in client.list_artifacts(plan.info.run_id)} == {"plan.json", "plan.png"}
+    spent = sum(run.data.metrics["device_seconds"] for run in children)
+    assert parent.data.metrics["total_device_seconds"] == pytest.approx(spent)
+    assert parent.data.tags["scop.dataset"] == evaluate.data.tags["scop.dataset"]
+    assert {"scop.device", "scop.machine", "scop.torch", "mlflow.source.git.commit"} <= parent.data.tags.keys()
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"report.html", "summary.json", "config.yaml"}
+
+
+def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
+    finished: tuple[Path, str], digits, monkeypatch
+) -> None:
+    import mlflow
+    import numpy as np
+    import torch
+
+    folder, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent / 'mlflow.db'}")
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    MlflowClient(uri).set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "1")
+    assert main(["promote", "digits-resnet20-scop@candidate"]) == 0
+    registered = mlflow.pyfunc.load_model("models:/digits-resnet20-scop@champion")
+    summary = json.loads((folder / "summary.json").read_text())
+    images = torch.randn(5, *digits.info.shape)
+    with torch.no_grad():
+        expected = load_model(summary["variants"][0]["model"])(images).numpy()
+    assert float(np.abs(registered.predict(images.numpy())["logits"] - expected).max()) < 1e-4
+    signature = registered.metadata.signature
+    assert [tuple(entry.shape) for entry in signature.inputs] == [(-1, *digits.info.shape)]
+    assert signature.outputs.input_names() == ["logits"]
+    assert registered.input_example[signature.inputs.input_names()[0]].shape == (2, *digits.info.shape)
+    tags, scop = MlflowClient(uri).get_model_version("digits-resnet20-scop", "1").tags, summary["variants"][0]
+    assert (tags["prune_rate"], tags["method"]) == ("0.45", "scop")
+    assert float(tags["top1_drop"]) == pytest.approx(scop["dense"]["top1"] - scop["pruned"]["top1"], abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Path, str], width: int) -> None:
+    folder, _ = finished
+    with opened(folder / "report.html", width) as page:
+        assert page.locator(".plot .main-svg").count() >= 5
+        assert sorted(page.locator("#results tbody th").all_inner_texts()) == ["none", "scop"]
+        steps = page.locator("section", has_text="What it cost").locator("tbody th").all_inner_texts()
+        assert {"train_dense", "scop/finetune", "none/export", "compare", "all steps, last tries"} <= set(steps)
+        assert page.locator("#pareto .point").count() == 3  # with the dense one
+        record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
+        name = page.locator("th", has_text=re.compile("^scop$"))
+        row = page.locator("tbody tr").filter(has=name).inner_text()
+        assert record["tracking_run"] in row
+        assert f"scop rerun {folder}/scop/evaluate/evaluation" in row
+
+
+def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The database of the run behind a real server."""
+    folder, _ = finished
+    shutil.copy(folder.parent / "mlflow.db", tmp_path / "server.db")
+    with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        page = ["--html", str(tmp_path / "page.html"), "--png", str(tmp_path / "png")]
+        assert main(["compare", "digits-resnet20", *page, "--baseline", "dense"]) == 0
+        said = capsys.readouterr().out
+        assert "scikit-learn digits" in said
+        assert re.search(r"cost:    \d+ s on .+, energy not told, 1 run\n", said)
+        assert said.count("cost:") == 1  # however many threads a step used, it is one device
+        assert {"accuracy-macs.png", "kept-channels.png", "confusion-scop.png"} <= {
+            path.name for path in (tmp_path / "png").iterdir()
+        }
+        with opened(tmp_path / "page.html", 1440) as view:
+            assert view.locator("#learning-curves .scatterlayer .trace").count() == 3
+
+        assert main(["promote", "digits-resnet20-none/1", "--set", "export.tolerance=1e-12"]) == 1
+        refused = capsys.readouterr()
+        assert "FAILS: exported logits differ by" in refused.out
+        assert "models:/digits-resnet20-none@champion stays none" in refused.err
+        client = MlflowClient(address)
+        # By default what was allowed when it was exported counts.
+        client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "-1")
+        assert main(["promote", "digits-resnet20-scop/1"]) == 1
+        assert main(["promote", "digits-resnet20-scop/1", "--set", "export.tolerance=1"]) == 1  # not a preset's
+        client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "0.9")
+        assert main(["promote", "digits-resnet20-scop@candidate"]) == 0
+        assert "models:/digits-resnet20-scop@champion is version 1 now" in capsys.readouterr().out
+        assert main(["promote", "digits-resnet20-no/1"]) == 2
+        assert "it has: digits-resnet20-none, digits-resnet20-scop" in capsys.readouterr().err
+        client.delete_model_version_tag("digits-resnet20-scop", "1", "difference")
+        assert main(["promote", "digits-resnet20-scop/1"]) == 2
+        assert "does not say what was measured of it (tag 'difference')" in capsys.readouterr().err
+        assert client.get_model_version_by_alias("digits-resnet20-scop", "champion").version == "1"
+
+
+@pytest.mark.slow
+def test_a_few_grey_images_of_ones_own_and_a_network_for_other_classes(tmp_path: Path) -> None:
+    images = load_digits()
+    for label in (3, 8):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True)
+        for number, image in enumerate(images.images[images.target == label]):
+            Image.fromarray((image * 15).astype("uint8")).save(tmp_path / "photos" / str(label) / f"{number}.png")
+    torch.manual_seed(0)
+    torch.save(make_model("torchvision:resnet18", num_classes=1000).state_dict(), tmp_path / "resnet18.pth")
+    settings = [f"data.path={tmp_path}/photos", f"dense.pretrained={tmp_path}/resnet18.pth", "data.image_size=32"]
+    settings += ["dense.epochs=10", "finetune.epochs=5", "evaluate.repeats=3"]
+    command = [sys.executable, "-m", "pipelines.cli", "run", "-f", "own-images", "--out", str(tmp_path / "runs")]
+    result = run([*command, *(f"--set={setting}" for setting in settings)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resnet18.pth, but for fc, which had other classes" in result.stdout
+    (summary,) = (tmp_path / "runs").glob("*/summary.json")
+    variants = {variant["name"]: variant for variant in json.loads(summary.read_text())["variants"]}
+    assert variants.keys() == {"pruned", "none"}
+    assert variants["pruned"]["dense"]["top1"] > 0.9
+    assert variants["pruned"]["pruned"]["top1"] > 0.9
+    assert variants["none"]["pruned"]["top1"] > 0.9
+    assert variants["pruned"]["pruned"]["macs"] <= 0.5 * variants["pruned"]["dense"]["macs"]
+
+
+def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.batch_size=5000"]
+    result = run(command)
+    assert result.returncode == 2
+    error, remedy = result.stderr.splitlines()
+    assert error.startswith("scop: error: train_dense: 1295 training images are fewer than a batch")
+    assert remedy.startswith(f"scop: go on with: scop run --resume {tmp_path}/digits-resnet20-")
+    assert "Traceback" not in result.stdout + result.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert parent.info.status == "FAILED"
+    assert "fewer than a batch" in parent.data.tags["scop.error"]
+
+
+def test_a_run_that_cannot_go_on_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    place = tmp_path / "run"
+    place.mkdir()
+    for name in ("summary.json", "report.html", "config.yaml"):
+        (place / name).write_text("as it was")
+    with pytest.raises(UserError, match="MLflow"):
+        run_locally(Config(), str(tmp_path), "run", resume=str(place))
+    assert {path.read_text() for path in place.iterdir() if path.is_file()} == {"as it was"}
+    assert len([path for path in place.iterdir() if path.is_file()]) == 3
+
+
+def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("gs://bucket/runs", "--out gs://bucket/runs is neither a folder nor an s3:// URI"),
+        (str(tmp_path / "50%20off"), "% and [?] mean something else in its address"),
+        (str(tmp_path / "file"), "file.*cannot be made"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_locally(Config(), out, "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with (
+        workspace(str(place), exists=False),
+        pytest.raises(UserError, match=f"run run is still going, by process {os.getpid()}; wait for it"),
+    ):
+        run_locally(Config(), str(tmp_path), "run", resume=str(place))
+    with workspace(str(place), exists=True):
+        pass
+
+
+@pytest.mark.slow
+def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path, monkeypatch, capsys) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while not list(tmp_path.glob("checkpoints/train_dense-*/*.json")):
+            assert run.poll() is None
+        for step in psutil.Process(run.pid).children(recursive=True):
+            step.kill()
+        said = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 1
+    assert "step train_dense failed" in said
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(database)
+    runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
+    status = {run.info.run_name: run.info.status for run in runs}
+    assert (status.pop("train_dense"), status.pop("prepare_data")) == ("KILLED", "FINISHED")
+    assert list(status.values()) == ["FAILED"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    (failure,) = Mlflow("none").read(["digits-resnet20"]).failures
+    assert failure.name == "train_dense"
+    assert failure.error.startswith("step train_dense failed; all that it said is in ")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while not list(tmp_path.glob("checkpoints/train_dense-*/*.json")):
+            assert run.poll() is None
+        steps = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 143
+    assert re.search(rf"scop: stopped; go on with: scop run --resume {tmp_path}/digits-resnet20-\S+$", said.strip())
+    alive = [step for step in steps if step.is_running() and step.status() != psutil.STATUS_ZOMBIE]
+    assert steps and not alive
+    (record,) = tmp_path.glob("*/train_dense/model/step.json")
+    assert json.loads(record.read_text())["status"] == "stopped"
+    assert list(tmp_path.glob("checkpoints/train_dense-*/*.json"))
+
+
+def test_the_console_shows_steps_and_logs_everything() -> None:
+    log, terminal = io.StringIO(), io.StringIO()
+    console = Console(log, terminal)
+    console.write("12:00:00.000 - INFO - Executing task \x1b[96m'train-dense'\x1b[0m\n")
+    console.write("    [KFP Executor 2026-01-01 12:00:00,000 INFO]: Got executor_input:\n    {\n")
+    console.write('        "inputs": {}\n    }\n    dense: epoch 1/2')
+    console.write(", loss 1\n    scop: error: train_dense: no such thing\n")
+    console.write(
+        "12:00:01.000 - INFO - Task \x1b[96m'train-dense'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m\n"
+    )
+    shown = terminal.getvalue().splitlines()
+    assert shown[:2] == ["train_dense", "  dense: epoch 1/2, loss 1"]
+    assert shown[2].startswith("  FAILED in ")
+    assert console.error == "train_dense: no such thing"
+    assert '"inputs": {}' in log.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_told_to_stop_begins_no_further_variant(
+    tmp_path: Path, sign: signal.Signals, code: int
+) -> None:
+    """The signal reaches the command alone, as from a scheduler; KFP by itself would go on with the next variant."""
+    small = {"dense.epochs": 1, "knockoff.epochs": 1, "finetune.epochs": 500}
+    variants = "variants=[{name: a}, {name: b, method: l1}, {name: c, method: none}]"
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--set", variants]
+    command += [f"--set={key}={value}" for key, value in small.items()]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_"))}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as run:
+        while not list(tmp_path.glob("runs/checkpoints/finetune-*/*.json")):
+            assert run.poll() is None
+        run.send_signal(sign)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == code
+    (place,) = (path.parent for path in tmp_path.glob("runs/*/config.yaml"))
+    assert said.splitlines()[-1] == f"scop: stopped; go on with: scop run --resume {place}"
+    records = [json.loads(path.read_text()) for path in place.glob("*/*/*/step.json")]
+    assert {(r["config"]["variant"]["name"], r["step"], r["status"]) for r in records} == {
+        ("a", "select_channels", "done"),
+        ("a", "finetune", "stopped"),
+    }

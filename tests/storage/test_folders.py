@@ -1,0 +1,350 @@
+"""Artifact folders in S3: against a real server, and against one that fails."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scop import UserError
+from scop.storage import files as storage
+from scop.storage import folders as remote
+from scop.storage import s3
+from scop.storage.checkpoints import Checkpoints
+from scop.storage.manifest import MANIFEST, Manifest, read_folder, write_manifest
+from tests.fakes import services
+
+
+def artifact(folder: Path, **files: bytes) -> Path:
+    """A folder with some files, one of them deep and one large enough for several parts."""
+    contents = {"small.bin": b"small", "large.bin": os.urandom(40 * 2**20), "deep/er.bin": b"deep"} | {
+        f"{name}.bin": content for name, content in files.items()
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    write_manifest(folder, "model")
+    return folder
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in read_folder(folder).files}
+
+
+def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    remote.send_folder(folder, f"{bucket}/runs/model")
+    fetched = remote.fetch_folder(f"{bucket}/runs/model/", "model")
+    assert bytes_of(fetched) == bytes_of(folder)
+    assert read_folder(fetched) == read_folder(folder)
+    with pytest.raises(UserError, match="holds a model, but a dataset is needed"):
+        remote.fetch_folder(f"{bucket}/runs/model", "dataset")
+
+
+def test_what_is_in_the_cache_is_not_fetched_again_unless_it_was_changed(bucket: str, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    remote.send_folder(folder, f"{bucket}/a")
+    remote.send_folder(folder, f"{bucket}/b")
+    first = remote.fetch_folder(f"{bucket}/a")
+    storage.delete(f"{bucket}/b", ["large.bin"])  # whatever has the same content need not be there
+    assert remote.fetch_folder(f"{bucket}/b") == first
+    (first / "small.bin").write_bytes(b"SMALL")
+    assert bytes_of(remote.fetch_folder(f"{bucket}/a"))["small.bin"] == b"small"
+
+
+def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: Path) -> None:
+    old, new = artifact(tmp_path / "old", more=b"1"), artifact(tmp_path / "new", more=b"22")
+    uri = f"{bucket}/model"
+    remote.send_folder(old, uri)
+    remote.send_folder(new, uri)
+    assert bytes_of(remote.fetch_folder(uri)) == bytes_of(new)
+    # What the old one alone had is gone, what both have was not sent again.
+    listed = storage.names(uri)
+    assert sum(name.startswith("large.bin") for name in listed) == 1
+    assert sum(name.startswith("small.bin") for name in listed) == 1
+    # All by their own names, as others fetch them.
+    assert {*listed} == {MANIFEST, *read_folder(new).files}
+    assert storage.read(f"{uri}/large.bin") == (new / "large.bin").read_bytes()
+    assert remote.stands(uri)
+
+
+def test_a_reader_gets_over_a_replacement_meanwhile(bucket: str, tmp_path: Path, monkeypatch) -> None:
+    uri, new = f"{bucket}/model", artifact(tmp_path / "new")
+    remote.send_folder(artifact(tmp_path / "old"), uri)
+    download = remote.download
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(remote, "download", download)
+        remote.send_folder(new, uri)
+        return download(*arguments)
+
+    monkeypatch.setattr(remote, "download", meanwhile)
+    assert bytes_of(remote.fetch_folder(uri)) == bytes_of(new)
+
+
+def test_what_lies_deeper_is_another_artifacts(bucket: str, tmp_path: Path) -> None:
+    outer, inner = f"{bucket}/exp", f"{bucket}/exp/plan/large.bin~0123456789ab"
+    storage.write(inner, b"of the inner one")
+    for number in (b"1", b"2"):
+        remote.send_folder(artifact(tmp_path / number.decode(), more=number), outer)
+    assert storage.read(inner) == b"of the inner one"
+
+
+def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch) -> None:
+    folder = artifact(tmp_path / "model")
+    remote.send_folder(folder, f"{bucket}/model")
+
+    def failure(call, *arguments) -> str:
+        with pytest.raises(UserError) as caught:
+            call(*arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert re.match(r"bucket 'nowhere' does not exist at http://127", failure(remote.fetch_folder, "s3://nowhere/x"))
+    assert "bucket 'nowhere' does not exist" in failure(remote.send_folder, folder, "s3://nowhere/x")
+    assert f"{bucket}/none holds no whole artifact" in failure(remote.fetch_folder, f"{bucket}/none")
+    assert f"{bucket}/none does not exist" in failure(storage.fetch_file, f"{bucket}/none")
+    assert f"{bucket}/none does not exist" in failure(storage.fetch_tree, f"{bucket}/none")
+    assert "not of the form s3://BUCKET/PREFIX" in failure(remote.fetch_folder, "s3://")
+    assert "leads out of its folder" in failure(storage.fetch_tree, f"{bucket}/model/..")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3.forget_client()
+    assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(remote.fetch_folder, f"{bucket}/model")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    s3.forget_client()
+    assert "there are no credentials for" in failure(remote.fetch_folder, f"{bucket}/model")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    s3.forget_client()
+    assert "S3 cannot be used: The config profile (nobody)" in failure(remote.fetch_folder, f"{bucket}/model")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{services.free_port()}")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "some-key-that-is-long")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    s3.forget_client()
+    assert re.match(r"S3 at http://127\S+ cannot be reached", failure(remote.fetch_folder, f"{bucket}/model"))
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "C:evil", "a\\b", ""])
+def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path) -> None:
+    entry = {"size": 4, "sha256": "0" * 64}
+    manifest = {"format": 1, "kind": "model", "files": {name: entry}}
+    storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="leads out of its folder; refused"):
+        remote.fetch_folder(f"{bucket}/evil")
+    manifest["files"] = {"fine": entry | {"stored_as": name or "../x"}}
+    storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="leads out of its folder; refused"):
+        remote.fetch_folder(f"{bucket}/evil")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / MANIFEST).write_text(json.dumps({"format": 1, "kind": "model", "files": {"../x": entry}}))
+    with pytest.raises(UserError, match="leads out of its folder; refused"):
+        read_folder(tmp_path / "here")
+
+
+def test_a_manifest_that_is_no_text_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        read_folder(tmp_path)
+
+
+def test_a_change_in_place_is_seen_by_a_listing(bucket: str, tmp_path: Path) -> None:
+    remote.send_folder(artifact(tmp_path / "model"), f"{bucket}/model")
+    assert remote.stands(f"{bucket}/model")
+    storage.write(f"{bucket}/model/small.bin", b"smalL")  # of the same size
+    assert not remote.stands(f"{bucket}/model")
+
+
+# -- a server that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faults() -> Iterator[services.Faults]:
+    with services.faulty_s3() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def shaky(faults: services.Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[services.Faults]:
+    for key, value in services.environment(faults.address).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    monkeypatch.setenv("SCOP_CACHE", str(tmp_path / "cache"))
+    s3.forget_client()
+    faults.plan = lambda method, path: None
+    s3.client().create_bucket(Bucket="bucket")
+    for name in storage.names("s3://bucket"):
+        storage.delete("s3://bucket", [name])
+    faults.seen.clear()
+    yield faults
+    faults.plan = lambda method, path: None
+    s3.forget_client()
+
+
+def first(count: int, fault: str, method: str, part: str):
+    """A plan that commits a fault the first so many times that a request fits."""
+    left = [count]
+
+    def plan(seen_method: str, path: str) -> str | None:
+        if seen_method == method and part in path and left[0]:
+            left[0] -= 1
+            return fault
+        return None
+
+    return plan
+
+
+ALWAYS = 10**9
+URI = "s3://bucket/model"
+
+
+def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    shaky.plan = first(2, "503", "PUT", "small.bin")
+    remote.send_folder(folder, URI)
+    shaky.plan = first(2, "503", "GET", "small.bin")
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
+    assert sum(method == "GET" and "small.bin" in path for method, path in shaky.seen) == 3
+
+
+def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path: Path) -> None:
+    shaky.plan = first(ALWAYS, "503", "PUT", "small.bin")
+    with pytest.raises(UserError, match="fails, after several tries, with SlowDown on"):
+        remote.send_folder(artifact(tmp_path / "model"), URI)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("drop", "cannot be reached|failed"),
+        ("503", "fails, after several tries, with SlowDown"),
+        ("expired", "refuses the credentials \\(ExpiredToken"),
+        ("denied", "access to .* is denied"),
+    ],
+)
+def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
+    fault: str, message: str, shaky: services.Faults, tmp_path: Path
+) -> None:
+    # The credentials may expire between the first object and the last.
+    shaky.plan = first(ALWAYS, fault, "PUT", "large.bin")
+    with pytest.raises(UserError, match=message):
+        remote.send_folder(artifact(tmp_path / "model"), URI)
+    with pytest.raises(UserError, match="holds no whole artifact"):
+        remote.fetch_folder(URI)
+
+
+@pytest.mark.parametrize("part", ["large.bin", MANIFEST])
+def test_what_was_whole_stays_whole_when_its_replacement_breaks_off(
+    part: str, shaky: services.Faults, tmp_path: Path
+) -> None:
+    old, new = artifact(tmp_path / "old"), artifact(tmp_path / "new")
+    remote.send_folder(old, URI)
+    shaky.plan = first(ALWAYS, "drop", "PUT", part)
+    with pytest.raises(UserError, match="cannot be reached|failed"):
+        remote.send_folder(new, URI)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(old)
+    shaky.plan = lambda method, path: None
+    remote.send_folder(new, URI)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(new)
+
+
+@pytest.mark.parametrize("fault", ["truncate", "flip"])
+def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    remote.send_folder(folder, URI)
+    shaky.plan = first(1, fault, "GET", "small.bin")
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
+    remote.send_folder(artifact(tmp_path / "other"), f"{URI}2")
+    shaky.plan = first(ALWAYS, fault, "GET", "small.bin")
+    with pytest.raises(UserError, match="wrong checksum|broke off again and again"):
+        remote.fetch_folder(f"{URI}2")
+    assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
+
+
+def test_what_broken_tries_left_is_removed_in_the_end(shaky: services.Faults, tmp_path: Path) -> None:
+    remote.send_folder(artifact(tmp_path / "old"), URI)
+    new = artifact(tmp_path / "new")
+    for _ in range(2):
+        shaky.plan = first(ALWAYS, "denied", "PUT", MANIFEST)
+        with pytest.raises(UserError):
+            remote.send_folder(new, URI)
+    shaky.plan = lambda method, path: None
+    remote.send_folder(new, URI)
+    manifest = Manifest.parse(storage.read(f"{URI}/{MANIFEST}"), URI)
+    assert set(storage.names(URI)) == {MANIFEST} | {entry.key(name) for name, entry in manifest.files.items()}
+
+
+def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path) -> None:
+    remote.send_folder(artifact(tmp_path / "model"), URI)
+    manifest = json.loads(storage.read(f"{URI}/{MANIFEST}")) | {"format": 99}
+    storage.write(f"{URI}/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="has format 99, this version of scop reads 1"):
+        remote.fetch_folder(URI)
+
+
+def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path) -> None:
+    remote.send_folder(artifact(tmp_path / "model"), URI)
+    for damaged in (b"smalL", b"small and more"):
+        storage.write(f"{URI}/small.bin", damaged)
+        with pytest.raises(UserError, match="small.bin does not match its manifest \\(wrong checksum\\)"):
+            remote.fetch_folder(URI)
+
+
+def test_sending_again_mends_what_was_damaged_at_its_place(shaky: services.Faults, tmp_path: Path) -> None:
+    folder = artifact(tmp_path / "model")
+    remote.send_folder(folder, URI)
+    storage.write(f"{URI}/small.bin", b"smalL")
+    storage.delete(URI, ["deep/er.bin"])
+    assert not remote.stands(URI)
+    remote.send_folder(folder, URI)
+    assert remote.stands(URI)
+    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate"])
+def test_a_checkpoint_that_s3_finds_damaged_is_passed_over(
+    fault: str, shaky: services.Faults, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints("s3://bucket/checkpoints", "abc")
+    for epoch in (1, 2):
+        checkpoints.save({"epoch": epoch}, epoch)
+    shaky.plan = first(1, fault, "GET", "00002-00000000.pt")
+    assert checkpoints.load() == {"epoch": 2}  # got over
+    shaky.plan = first(ALWAYS, fault, "GET", "00002-00000000.pt")
+    assert checkpoints.load() == {"epoch": 1}
+    assert "00002-00000000.pt is passed over" in capsys.readouterr().out
+
+
+def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path) -> None:
+    remote.send_folder(artifact(tmp_path / "model"), URI)
+    manifest = storage.read(f"{URI}/{MANIFEST}")
+    storage.delete(URI, [MANIFEST])
+    with pytest.raises(UserError, match=f"holds no whole artifact \\(there is no {MANIFEST}\\)"):
+        remote.fetch_folder(URI)
+    storage.write(f"{URI}/{MANIFEST}", manifest[: len(manifest) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        remote.fetch_folder(URI)
+    assert Manifest.model_validate_json(manifest).kind == "model"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("expired", r"S3 refuses the credentials \(ExpiredToken: .*renew AWS_ACCESS_KEY_ID"),
+        (
+            "denied",
+            r"access to s3://bucket/model/manifest.json is denied \(GetObject\); give these credentials the right",
+        ),
+        ("elsewhere", r"bucket 'bucket' is not in region 'us-east-1' \(Auth.*\); set AWS_REGION=eu-west-1"),
+    ],
+)
+def test_refusals_say_what_to_mend(fault: str, message: str, shaky: services.Faults, tmp_path: Path) -> None:
+    remote.send_folder(artifact(tmp_path / "model"), URI)
+    shaky.plan = first(ALWAYS, fault, "GET", "")
+    with pytest.raises(UserError, match=message):
+        remote.fetch_folder(URI)

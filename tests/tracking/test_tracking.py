@@ -1,0 +1,306 @@
+"""Tracking against a real MLflow server, while it lives and after it died."""
+
+import contextlib
+import http.server
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from scop import UserError, load_model
+from scop.runtime.execution import run_step
+from scop.runtime.record import flat
+from scop.tracking.mlflow import KFP_RUN_VARIABLE, PARENT_VARIABLE, UNSENT, MlflowTracker
+from scop.tracking.pipeline_run import KFP_TAG, PARENT_TAG, close_parent, end_parent, start_parent
+from scop.tracking.server import find_experiment
+from tests.fakes import services
+
+TINY = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+@pytest.fixture
+def server(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A real MLflow server's address; MLFLOW_TRACKING_URI names it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_address)
+    return mlflow_address
+
+
+def test_a_step_is_a_child_run_on_the_server(server: str, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    parent = start_parent("experiment", "run", {"scop.run": "run"})
+    monkeypatch.setenv(PARENT_VARIABLE, parent)
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
+    end_parent(parent, True, {"seconds": 1.0}, [])
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
+    (child,) = (run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent)
+    assert child.info.status == "FINISHED"
+    assert child.data.params["dense.batch_size"] == "64"
+    assert len(client.get_metric_history(child.info.run_id, "validation_top1")) >= 2
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+@pytest.fixture
+def on_a_cluster(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of a KFP run, by which the steps find each other, and the name of its experiment."""
+    name: str = request.node.name
+    monkeypatch.setenv(KFP_RUN_VARIABLE, name)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+    return name
+
+
+def runs_of(experiment: str) -> tuple[list, list]:
+    """Parents and children."""
+    client = MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    parents = [run for run in found if PARENT_TAG not in run.data.tags]
+    return parents, [run for run in found if PARENT_TAG in run.data.tags]
+
+
+def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path: Path) -> None:
+    find_experiment(MlflowClient(), on_a_cluster)
+    together = threading.Barrier(4)
+
+    def step(number: int) -> None:
+        together.wait()
+        tracker = MlflowTracker(f"step {number}", {"scop.version": "1"}, tmp_path / f"{number}-{UNSENT}")
+        together.wait()
+        tracker.close(succeeded=True)
+
+    threads = [threading.Thread(target=step, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (parent,), children = runs_of(on_a_cluster)
+    assert parent.data.tags[KFP_TAG] == on_a_cluster
+    assert {run.data.tags[PARENT_TAG] for run in children} == {parent.info.run_id}
+    assert len(children) == 4
+    assert parent.info.status == "RUNNING"
+
+
+def test_the_run_knows_image_machine_device_and_versions(
+    on_a_cluster: str, digits_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    image = f"registry.example.com/scop@sha256:{64 * '0'}"
+    monkeypatch.setenv("SCOP_IMAGE", image)
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
+    (parent,), (child,) = runs_of(on_a_cluster)
+    tags = parent.data.tags
+    assert (tags["scop.image"], tags["scop.device"]) == (image, child.data.tags["scop.device"])
+    assert {"scop.version", "scop.torch", "scop.python", "scop.machine", "mlflow.source.git.commit"} <= tags.keys()
+    configuration = MlflowClient().list_artifacts(parent.info.run_id, "configuration")
+    assert [entry.path for entry in configuration] == ["configuration/train_dense.yaml"]
+
+
+def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
+    """The worst order: each looks before the other has created."""
+    from scop.tracking import pipeline_run as parents
+
+    with monkeypatch.context() as blind:
+        look, looks = parents._parents, iter([True, False, True, False])
+        blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
+        first = MlflowTracker("first", {}, tmp_path / "first")
+        blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
+        second = MlflowTracker("second", {}, tmp_path / "second")
+    assert len(runs_of(on_a_cluster)[0]) == 2
+    first.close(succeeded=True)
+    second.close(succeeded=True)
+    (parent,), children = runs_of(on_a_cluster)
+    assert [run.data.tags[PARENT_TAG] for run in children] == [parent.info.run_id] * 2
+
+
+def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_cluster: str, tmp_path: Path) -> None:
+    MlflowTracker("finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
+    (parent,), _ = runs_of(on_a_cluster)
+    assert (parent.info.status, parent.data.tags["scop.error"]) == ("FAILED", "finetune: out of memory")
+    retry = MlflowTracker("finetune", {}, tmp_path / "b")
+    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
+    retry.close(succeeded=True)
+    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
+    MlflowTracker("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
+    (parent,), _ = runs_of(on_a_cluster)
+    assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"scop/top1": 0.9})
+    assert "scop.error" not in parent.data.tags
+
+
+def test_a_run_of_which_one_variant_failed_stays_failed_while_the_others_go_on(
+    on_a_cluster: str, tmp_path: Path
+) -> None:
+    MlflowTracker("a finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
+    for name in ("b finetune", "b evaluate"):
+        MlflowTracker(name, {}, tmp_path / name).close(succeeded=True)
+    assert runs_of(on_a_cluster)[0][0].info.status == "FAILED"
+    MlflowTracker("a finetune", {}, tmp_path / "retry").close(succeeded=True)
+    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
+
+
+def test_the_command_line_closes_what_a_killed_pod_left_open(on_a_cluster: str, tmp_path: Path) -> None:
+    MlflowTracker("finetune", {}, tmp_path / "a")  # and is never heard of again
+    close_parent(on_a_cluster, on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
+    (parent,), (child,) = runs_of(on_a_cluster)
+    assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
+    assert parent.data.tags["scop.error"] == "step finetune failed: OOMKilled"
+    assert close_parent(on_a_cluster, "another", succeeded=True) is None
+
+
+def test_a_run_that_kfp_opened_is_the_steps(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
+    client = MlflowClient()
+    experiment = find_experiment(client, on_a_cluster)
+    above = client.create_run(experiment).info.run_id
+    given = client.create_run(experiment, tags={PARENT_TAG: above}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    tracker = MlflowTracker("finetune", {"scop.step": "finetune"}, tmp_path / "a")
+    assert tracker.run_id == given
+    tracker.close(succeeded=True)
+    (parent,), (child,) = runs_of(on_a_cluster)
+    assert (parent.info.run_id, child.info.run_id) == (above, given)
+    assert child.data.tags["scop.step"] == "finetune"
+
+
+def test_a_server_that_dies_costs_no_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+        tracker.log_metrics({"loss": 1.0}, step=1)
+        assert not (tmp_path / UNSENT).exists()
+    tracker.log_metrics({"loss": 0.5}, step=2)
+    tracker.log_metrics({"loss": 0.25}, step=3)
+    tracker.close(succeeded=True)
+    assert capsys.readouterr().out.count("tracking: MLflow failed") == 1
+    unsent = [json.loads(line) for line in (tmp_path / UNSENT).read_text().splitlines()]
+    assert [entry["what"] for entry in unsent] == ["metrics", "metrics", "close"]
+    assert unsent[1]["content"] == {"step": 3, "loss": 0.25}
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_server_that_fails_or_refuses_midway_costs_no_training(
+    server: str, digits_folder: Path, tmp_path: Path, monkeypatch, capsys, status: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    with services.faulty(int(server.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
+        parent = start_parent("midway", str(status), {"scop.run": str(status)})
+        monkeypatch.setenv(PARENT_VARIABLE, parent)
+        logged = [("POST", "/api/2.0/mlflow/runs/log-batch")] * 3  # of an epoch too
+
+        def plan(method: str, path: str) -> str | None:
+            return str(status) if proxy.seen.count(logged[0]) >= len(logged) else None
+
+        proxy.plan = plan
+        output = tmp_path / "model"
+        run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
+    assert load_model(output) is not None
+    said = capsys.readouterr().out
+    assert said.count("tracking: MLflow failed") == 1
+    assert str(status) in said.partition("tracking: MLflow failed")[2].splitlines()[0]
+    unsent = [json.loads(line)["what"] for line in (output / UNSENT).read_text().splitlines()]
+    assert unsent[-1] == "close"
+    assert "metrics" in unsent
+
+
+def test_what_a_server_does_not_take_does_not_stop_what_comes_after_it(server: str, tmp_path: Path, capsys) -> None:
+    tracker = MlflowTracker("select_channels", {}, tmp_path / UNSENT)
+    tracker.log_params({"layer3.*": 0.3})
+    tracker.log_params({"prune_rate": 0.5})
+    tracker.close(succeeded=True)
+    assert "tracking: MLflow refused params" in capsys.readouterr().out
+    (unsent,) = (json.loads(line) for line in (tmp_path / UNSENT).read_text().splitlines())
+    assert unsent == {"what": "params", "content": {"layer3.*": "0.3"}}
+    run = MlflowClient().get_run(tracker.run_id)
+    assert (run.data.params, run.info.status) == ({"prune_rate": "0.5"}, "FINISHED")
+
+
+def test_rates_by_pattern_are_one_parameter() -> None:
+    values = {"variant": {"rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "seed": 0}}
+    assert flat(values) == {"variant.rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "variant.seed": 0}
+
+
+def test_what_the_machine_does_is_recorded_while_a_step_works(server: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+    tracker.watch_system()
+    client, deadline = MlflowClient(), time.monotonic() + 60
+    while not (found := client.get_run(tracker.run_id).data.metrics):
+        assert time.monotonic() < deadline
+    tracker.close(succeeded=True)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= found.keys()
+
+
+def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    output = tmp_path / "model"
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
+    assert load_model(output) is not None
+    assert "the step goes on" in capsys.readouterr().out
+    assert (output / UNSENT).exists()
+
+
+def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI and its credentials"):
+        start_parent("experiment", "run", {})
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers with a status, or, where that is 0, not before the client has given up."""
+
+    status = 401
+
+    def do_GET(self) -> None:
+        if not self.status:
+            self.connection.settimeout(20)
+            with contextlib.suppress(OSError):
+                self.rfile.read()  # until the client hangs up
+            return
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(monkeypatch) -> Iterator[None]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_credentials_are_a_clear_error_at_the_start(tmp_path: Path, monkeypatch, refusing, status: int) -> None:
+    monkeypatch.setattr(Refusing, "status", status)
+    with pytest.raises(UserError, match="refuses access .*MLFLOW_TRACKING_USERNAME"):
+        MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+
+
+@pytest.mark.parametrize("status", [500, 0])
+def test_a_step_goes_on_without_a_server_that_fails_or_does_not_answer(
+    digits_folder: Path, tmp_path: Path, monkeypatch, refusing, capsys, status: int
+) -> None:
+    monkeypatch.setattr(Refusing, "status", status)
+    output = tmp_path / "model"
+    run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
+    assert load_model(output) is not None
+    assert "the step goes on" in capsys.readouterr().out

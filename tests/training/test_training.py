@@ -1,0 +1,378 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import scop
+from scop import UserError, make_model, prune, select_channels
+from scop.config import DenseSection, DistillationSection, FinetuneSection
+from scop.data.batches import Augmentation, Batches
+from scop.data.dataset import Dataset
+from scop.models.evaluation import measure_accuracy
+from scop.storage.checkpoints import Checkpoints
+from scop.training.distillation import Distillation, attention, find_stages
+from scop.training.learning_rate import lr_factor
+from scop.training.loop import EpochRecord, fit
+from scop.training.supervised import Supervised, make_optimizer, recalibrate
+from tests.networks import small_convnext
+
+CPU = torch.device("cpu")
+
+
+def train(
+    digits: Dataset,
+    epochs: int = 2,
+    checkpoints: Checkpoints | None = None,
+    stop_after: int | None = None,
+    stopping=lambda: False,
+    **keys,
+):
+    """Train a fresh network for some epochs; with `stop_after`, as if the process died behind that epoch."""
+    torch.manual_seed(0)
+    model = make_model("tests.networks:Plain")
+    section = DenseSection.model_validate({"epochs": epochs, "batch_size": 64, "lr": 0.05, "crop_padding": 1} | keys)
+    batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation(crop_padding=1), seed=section.seed)
+    validation = Batches(digits["validation"], digits.info, 500, CPU)
+
+    def validate() -> tuple[float, float]:
+        accuracy = measure_accuracy(objective.result, validation, CPU)
+        return accuracy.loss, accuracy.top1
+
+    objective = Supervised(model, CPU, section)
+
+    class Killed(Exception):
+        pass
+
+    def on_epoch(record) -> None:
+        if stop_after is not None and record.epoch == stop_after + 1:
+            raise Killed
+
+    try:
+        history = fit(
+            objective,
+            batches,
+            make_optimizer(model, section),
+            epochs=epochs,
+            label="test",
+            schedule=section.schedule,
+            warmup_epochs=section.warmup_epochs,
+            keep=section.keep,
+            validate=validate,
+            checkpoints=checkpoints,
+            stopping=stopping,
+            on_epoch=on_epoch,
+        )
+    except Killed:
+        history = []
+    objective.finish()
+    return model, history
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+
+
+def test_training_learns(digits: Dataset) -> None:
+    _, history = train(digits, epochs=6)
+    assert history[-1].validation_top1 > 0.85
+    assert history[-1].loss < history[0].loss
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_seeds_reproduce_bit_for_bit(digits: Dataset, optimizer: str) -> None:
+    lr = 0.05 if optimizer == "sgd" else 0.002
+    first, again = (train(digits, optimizer=optimizer, lr=lr)[0] for _ in range(2))
+    other, _ = train(digits, optimizer=optimizer, lr=lr, seed=1)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_best_keeps_the_epoch_that_was_best_on_the_validation_split(digits: Dataset) -> None:
+    # A rate that climbs until it wrecks the network: the last epoch is not the best one.
+    model, history = train(digits, epochs=6, schedule="one_cycle", warmup_epochs=5.9, lr=20.0, keep="best")
+    best = max(record.validation_top1 for record in history)
+    assert best > history[-1].validation_top1
+    validation = Batches(digits["validation"], digits.info, 500, CPU)
+    assert measure_accuracy(model, validation, CPU).top1 == pytest.approx(best)
+
+
+def test_best_without_a_validation_split_is_refused(batches: Batches) -> None:
+    model, section = make_model("tests.networks:Plain"), DenseSection()
+    with pytest.raises(UserError, match="keep: best needs a validation split"):
+        fit(
+            Supervised(model, CPU, section),
+            batches,
+            make_optimizer(model, section),
+            epochs=1,
+            label="test",
+            keep="best",
+        )
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rate(digits: Dataset) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, learning rate [\d.]+e\+\d+"):
+        train(digits, lr=1e30)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0.0: 1, 0.5: 1, 1.0: 1}),
+        ("cosine", {0.0: 1, 0.5: 0.5, 1.0: 0}),
+        ("poly", {0.0: 1, 0.5: 0.5**0.9, 1.0: 0}),
+        ("step", {0.0: 1, 0.49: 1, 0.5: 0.1, 0.75: 0.01}),
+        ("one_cycle", {0.0: 1 / 25, 0.3: 1, 1.0: 1e-4}),
+    ],
+)
+def test_schedules(schedule: str, expected: dict[float, float]) -> None:
+    for done, factor in expected.items():
+        assert lr_factor(schedule, done, warmup=0.0) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "poly", "step", "one_cycle"])
+def test_warm_up_climbs_to_the_peak(schedule: str) -> None:
+    rates = [lr_factor(schedule, done / 100, warmup=0.2) for done in range(21)]
+    assert rates == sorted(rates)
+    assert rates[0] < 0.05
+    assert rates[-1] == pytest.approx(1)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = make_model("tests.networks:Plain")
+    decaying, others = make_optimizer(model, DenseSection(weight_decay=0.1)).param_groups
+    assert decaying["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0
+    assert all(p.dim() > 1 for p in decaying["params"])
+    assert all(p.dim() == 1 for p in others["params"])
+
+
+def test_label_smoothing_and_distillation_are_the_losses_they_claim(batches: Batches, model: nn.Module) -> None:
+    images, labels = next(iter(batches))
+    student, teacher = copy.deepcopy(model).eval(), make_model("tests.networks:Plain").eval()
+    logits, target = student(images), teacher(images)
+    section = FinetuneSection(label_smoothing=0.1, precision="fp32")
+    objective = Supervised(student, CPU, section, teacher, DistillationSection(weight=0.25, temperature=2))
+    loss = objective.loss(images, labels)[0].detach()
+
+    hard = torch.full_like(logits, 0.1 / 10).scatter(1, labels[:, None], 0.9 + 0.1 / 10)
+    cross_entropy = -(hard * logits.log_softmax(1)).sum(1).mean()
+    soft, log_soft = (target / 2).softmax(1), (target / 2).log_softmax(1)
+    divergence = (soft * (log_soft - (logits / 2).log_softmax(1))).sum(1).mean()
+    assert float(loss) == pytest.approx((0.75 * cross_entropy + 0.25 * 4 * divergence).item(), rel=1e-4)
+
+
+def test_a_mirroring_teacher_answers_by_the_mean_of_both_views(batches: Batches, model: nn.Module) -> None:
+    images, labels = next(iter(batches))
+    student, teacher = copy.deepcopy(model).eval(), make_model("tests.networks:Plain").eval()
+    section = FinetuneSection(flip=True, precision="fp32", distillation=DistillationSection(weight=1, mirror=True))
+    objective = Supervised(student, CPU, section, teacher, section.distillation)
+    loss = objective.loss(images, labels)[0].detach()
+
+    mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
+    soft = ((teacher(images) + teacher(mirrored)) / 2 / 4).softmax(1)
+    divergence = (soft * (soft.log() - (student(images) / 4).log_softmax(1))).sum(1).mean()
+    assert float(loss) == pytest.approx(16 * divergence.item(), rel=1e-4)
+    assert not torch.allclose(teacher(images), teacher(mirrored), atol=1e-3)
+
+
+def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batches, model: nn.Module) -> None:
+    images, labels = next(iter(batches))
+    teacher = copy.deepcopy(model).eval()
+    plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
+    student = scop.prune(model, plan).eval()
+    section = FinetuneSection(precision="fp32")
+    objective = Supervised(student, CPU, section, teacher, DistillationSection(attention=3.0))
+    loss = objective.loss(images, labels)[0]
+
+    # Kept as they are, so behind the activation, which works in place.
+    seen: dict[str, list[torch.Tensor]] = {"first_norm": [], "second_norm": [], "third_norm": []}
+    for network in (student, teacher):
+        for name, kept in seen.items():
+            network.get_submodule(name).register_forward_hook(lambda _, __, out, kept=kept: kept.append(out))
+    logits = student(images)
+    teacher(images)
+    distances = []
+    for own, target in seen.values():
+        maps = [(part**2).mean(1).flatten(1) for part in (own, target)]
+        first, second = (part / part.norm(dim=1, keepdim=True) for part in maps)
+        distances.append(((first - second) ** 2).sum(1).mean())
+    expected = F.cross_entropy(logits, labels) + 3 * sum(distances) / 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    assert student.first.weight.grad.abs().sum() > 0
+    objective.finish()
+    assert not student.third_norm._forward_hooks or len(student.third_norm._forward_hooks) == 1  # this test's own
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_attention_has_the_gradient_of_its_formula(memory: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    own = torch.randn(2, 5, 4, 3).to(memory_format=memory).requires_grad_()
+    target = torch.randn(2, 7, 4, 3)
+    maps = [F.normalize(part.square().sum(1).flatten(1)) for part in (own, target)]
+    (expected,) = torch.autograd.grad((maps[0] - maps[1]).square().sum(1).mean(), own)
+    (gradient,) = torch.autograd.grad(attention(own, target), own)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert gradient.stride() == own.stride()
+
+
+def test_the_teacher_is_folded_where_it_can_be_and_stays_as_it_was(model: nn.Module) -> None:
+    images = torch.randn(4, 1, 8, 8)
+    teacher = copy.deepcopy(model).eval()
+    before = copy.deepcopy(teacher.state_dict())
+    expected = teacher(images)
+    distillation = Distillation(teacher, model, DistillationSection(), torch.float32, images)
+    batch_norms = [m for m in distillation.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not batch_norms
+    assert torch.allclose(distillation.teacher(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+    class Unfollowed(nn.Module):  # refuses what the graph tries it on
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = teacher
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) != len(images):
+                raise ValueError("another batch")
+            return self.network(x)
+
+    unfollowed = Distillation(Unfollowed(), model, DistillationSection(), torch.float32, images)
+    assert torch.equal(unfollowed.teacher(images)[0], expected)
+
+
+def test_stages_end_where_the_resolution_does() -> None:
+    model = make_model("resnet20")
+    for size in ((32, 32), (33, 32), (60, 45), (28, 100), (135, 240)):
+        assert find_stages(model, model, torch.zeros(2, 3, *size)) == ["layer1", "layer2", "layer3"]
+
+
+@pytest.mark.parametrize(
+    ("network", "stages"),
+    [
+        ("resnet50", ["relu", "layer1", "layer2", "layer3", "layer4"]),
+        ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features"]),
+    ],
+)
+def test_blocks_that_shrink_in_their_middle_do_not_end_a_stage_there(network: str, stages: list[str]) -> None:
+    model = make_model(f"torchvision:{network}", num_classes=10)
+    assert find_stages(model, model, torch.zeros(2, 3, 64, 64)) == stages
+
+
+def test_maps_that_have_no_place_for_both_are_no_stages() -> None:
+    """Channels last, which pruning may change, and branches that wait to be scattered."""
+    dense = small_convnext().eval()
+    shape = (3, 64, 64)
+    pruned = prune(dense, select_channels(dense, method="l1", prune_rate=0.5, input_shape=shape))
+    images = torch.randn(2, *shape)
+    stages = find_stages(dense, pruned, images)
+    assert stages[-1] == "features"
+    assert not [stage for stage in stages if ".block." in stage]
+    section = FinetuneSection.model_validate({"distillation": {"attention": 1.0}, "precision": "fp32"})
+    objective = Supervised(pruned, CPU, section, dense.requires_grad_(False), section.distillation)
+    objective.start_epoch(0)
+    loss, _ = objective.loss(images, torch.arange(2))
+    assert math.isfinite(loss.item())
+    objective.finish()
+
+    flat = make_model("resnet20")
+    modes = [module.training for module in flat.modules()]
+    narrow = prune(flat, select_channels(flat, method="l1", prune_rate=0.5, input_shape=(3, 32, 32)))
+    narrow.train()
+    before = narrow.bn1.running_mean.clone()
+    assert find_stages(flat, narrow, torch.randn(2, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
+    assert [module.training for module in flat.modules()] == modes
+    assert narrow.training
+    assert torch.equal(narrow.bn1.running_mean, before)
+
+
+def test_the_average_is_what_is_kept(digits: Dataset) -> None:
+    """Weights and batch norm statistics of the result are w <- d w + (1 - d) w' after each step, from the first one."""
+    torch.manual_seed(0)
+    model = make_model("tests.networks:Plain")
+    batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation())
+    section = DenseSection(epochs=1, batch_size=64, lr=0.05, ema=0.9, precision="fp32")
+    objective = Supervised(model, CPU, section)
+    expected: dict[str, torch.Tensor] = {}
+
+    class Watched:
+        state, start_epoch, loss = objective.state, objective.start_epoch, objective.loss
+
+        def after_step(self) -> None:
+            objective.after_step()
+            for name, value in model.state_dict().items():
+                known = expected.get(name)
+                if not value.is_floating_point():
+                    continue
+                expected[name] = value.clone() if known is None else 0.9 * known + 0.1 * value
+
+    fit(Watched(), batches, make_optimizer(model, section), epochs=1, label="average")
+    last = copy.deepcopy(model.state_dict())
+    objective.finish()
+    for name, value in last.items():  # what is counted is not averaged
+        torch.testing.assert_close(model.state_dict()[name], expected.get(name, value), rtol=0, atol=1e-5)
+    assert last["first_norm.num_batches_tracked"] == len(batches)
+    assert not torch.allclose(model.state_dict()["first.weight"], last["first.weight"], atol=1e-4)
+
+
+def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, model: nn.Module) -> None:
+    batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation(), seed=5)
+    inputs: list[torch.Tensor] = []
+    hook = model.first_norm.register_forward_hook(lambda module, args, out: inputs.append(args[0].detach().clone()))
+    recalibrate(model, batches, 4, CPU, torch.float32)
+    hook.remove()
+    expected = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    assert len(inputs) == 4
+    assert torch.allclose(model.first_norm.running_mean, expected, atol=1e-5)
+    assert model.first_norm.momentum == 0.1
+
+
+def test_attention_is_learned_for_the_first_part_of_the_epochs(digits: Dataset, model: nn.Module) -> None:
+    plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
+    student, teacher = scop.prune(model, plan), copy.deepcopy(model).eval().requires_grad_(False)
+    section = FinetuneSection.model_validate(
+        {"epochs": 5, "lr": 0.01, "precision": "fp32", "distillation": {"attention": 10.0, "attention_until": 0.4}}
+    )
+    objective = Supervised(student, CPU, section, teacher, section.distillation)
+    batches = Batches(digits["train"], digits.info, 64, CPU, seed=0)
+    images, labels = next(iter(batches))
+    attended: list[bool] = []
+
+    def look(record: EpochRecord) -> None:
+        loss, logits = objective.loss(images, labels)
+        attended.append(loss.item() - F.cross_entropy(logits, labels).item() > 1e-3)
+
+    fit(objective, batches, make_optimizer(student, section), epochs=5, label="attention", on_epoch=look)
+    assert attended == [True, True, False, False, False]
+
+
+def test_attention_without_maps_is_refused(digits: Dataset) -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    section = FinetuneSection.model_validate({"distillation": {"attention": 1.0}})
+    objective = Supervised(flat, CPU, section, copy.deepcopy(flat).eval(), section.distillation)
+    batches = Batches(digits["train"], digits.info, 64, CPU)
+    with pytest.raises(UserError, match=r"distillation\.attention: .* set it to 0"):
+        fit(objective, batches, make_optimizer(flat, section), epochs=1, label="flat")
+
+
+def test_compiled_training_ends_like_eager_training(digits: Dataset, model: nn.Module) -> None:
+    """With attention too, which looks into the network that is compiled."""
+    import shutil
+
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
+    distillation = DistillationSection(weight=0.5, attention=3.0)
+    losses = []
+    for flag in (False, True):
+        student, teacher = scop.prune(model, plan), copy.deepcopy(model).eval().requires_grad_(False)
+        section = FinetuneSection(compile=flag, precision="fp32", lr=0.05)
+        objective = Supervised(student, CPU, section, teacher, distillation)
+        batches = Batches(digits["train"], digits.info, 64, CPU, seed=0)
+        (record,) = fit(objective, batches, make_optimizer(student, section), epochs=1, label="compiled")
+        losses.append(record.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert math.isfinite(losses[1])
