@@ -51,10 +51,11 @@ stack: $(READY)  ## start an S3 and an MLflow server here, and print the variabl
 stack-down:  ## stop them
 	@docker/stack.sh down
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and the layers of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)  ## let ruff format and mend
 	$(BIN)/ruff check --fix .

@@ -23,9 +23,10 @@ from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import spec_of
 from scop.report.formatting import human
 from scop.runtime.record import StepRecord
-from scop.selection.budget import Sizes, describe_latency
-from scop.selection.candidates import select_channels
+from scop.selection.latency import describe_latency
 from scop.selection.scores import Scores
+from scop.selection.select import select_channels
+from scop.selection.sizes import Sizes
 from scop.storage import files as storage
 from scop.storage import folders as remote
 from scop.storage.files import local

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from scop.models.factories import make_model as make_model
     from scop.pruning.plan import ChannelPlan as ChannelPlan
     from scop.pruning.surgery import prune as prune
-    from scop.selection.candidates import select_channels as select_channels
     from scop.selection.scores import Scores as Scores
+    from scop.selection.select import select_channels as select_channels
 
 # Imported when first used: `scop --help` should not wait for torch.
 _HOMES = {
@@ -33,7 +33,7 @@ _HOMES = {
     "make_model": "scop.models.factories",
     "prune": "scop.pruning.surgery",
     "save_model": "scop.models.artifacts",
-    "select_channels": "scop.selection.candidates",
+    "select_channels": "scop.selection.select",
     "train_knockoffs": "scop.knockoffs.phase",
 }
 __all__ = [*_HOMES, "__version__"]

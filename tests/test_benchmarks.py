@@ -79,7 +79,7 @@ def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monke
     )
     for file in (source, page, figures):
         file.parent.mkdir(parents=True)
-        file.write_text((ROOT / "scop" / "revision.py").read_text())
+        file.write_text((ROOT / "scop" / "system" / "revision.py").read_text())
     for command in ("init", "add .", "-c user.name=test -c user.email=test@example.com commit -m first"):
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True, capture_output=True)
     found = importlib.util.spec_from_file_location("revision", source)
@@ -192,7 +192,7 @@ import numpy as np
 from pathlib import Path
 from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection
-from scop.data import Split, make_dataset
+from scop.data.dataset import Split, make_dataset
 from tests.benchmarks.accuracy import plans
 from tests.benchmarks.sittings import work_through
 from tests.benchmarks.work import Plan

@@ -5,7 +5,8 @@ import shlex
 
 import pytest
 
-from pipelines.cli.options import DEFAULT_CONFIG, make_parser
+from pipelines.cli.main import make_parser
+from pipelines.cli.options import DEFAULT_CONFIG
 from pipelines.cluster.submit import pin_places
 from pipelines.presets import find_config, preset_names
 from scop.config import load_config

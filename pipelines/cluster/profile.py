@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from scop.config import PositiveInt
 from scop.config.parsing import Section, override, parse, read_yaml
-from scop.steps import STEPS, TRAINING_STEPS
+from scop.runtime.registry import STEPS, TRAINING_STEPS
 
 FOLDER = Path(__file__).parent / "clusters"
 

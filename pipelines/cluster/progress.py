@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.cluster.server import Server, UnavailableError
-from scop.steps import STEPS
+from scop.runtime.registry import STEPS
 
 ENDED = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED"}
 _FAILURES_BORNE = 8

@@ -15,8 +15,7 @@ import kfp_server_api
 import urllib3
 
 from pipelines.cluster.profile import ClusterProfile
-from scop.errors import UserError
-from scop.tracking.server import first_line
+from scop.errors import UserError, first_line
 
 HOST_VARIABLE, TOKEN_VARIABLE = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN"
 NAMESPACE_VARIABLE = "KF_PIPELINES_NAMESPACE"

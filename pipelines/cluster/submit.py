@@ -24,11 +24,10 @@ from pipelines.pipeline import NAME
 from pipelines.runs import CONFIG, records_of
 from scop.config import Config, RunSection
 from scop.config.parsing import parse
-from scop.errors import UserError
+from scop.errors import UserError, first_line
 from scop.runtime.record import EXTERNAL_FILES
 from scop.storage import files as storage
 from scop.tracking.pipeline_run import close_parent
-from scop.tracking.server import first_line
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop.errors import UserError
+from scop.errors import UserError, first_line, shown
 from scop.report.results import Result, Value
 from scop.system.cost import Spent, total
-from scop.tracking.pipeline_run import (
+from scop.tracking.server import configure_mlflow
+from scop.tracking.tags import (
     COST_TAG,
     DATASET_TAG,
     DEVICE_TAG,
@@ -30,7 +31,6 @@ from scop.tracking.pipeline_run import (
     PARENT_TAG,
     RIGHT_TAG,
 )
-from scop.tracking.server import configure_mlflow, first_line, shown
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
 _PAGE = 1000  # runs; memory is bounded by it, for of each only a row is kept

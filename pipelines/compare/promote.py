@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.compare.experiments import Mlflow
-from scop.errors import UserError
-from scop.tracking.server import first_line
+from scop.errors import UserError, first_line
 
 CHAMPION = "champion"
 LIMITS = ("max_top1_drop", "tolerance")

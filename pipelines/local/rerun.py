@@ -29,8 +29,8 @@ from scop.config.parsing import override, parse
 from scop.errors import UserError
 from scop.runtime.execution import PLACES_VARIABLE
 from scop.runtime.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord
+from scop.runtime.registry import STEPS
 from scop.runtime.resume import CHECKPOINTS_VARIABLE
-from scop.steps import STEPS
 from scop.storage import cache
 from scop.storage import files as storage
 from scop.storage import folders as remote

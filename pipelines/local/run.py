@@ -35,7 +35,7 @@ from pipelines.local.containers import (
 from pipelines.local.workspace import KFP_FOLDER, environment, for_mlflow, for_steps, terminal, workspace
 from scop.config import CIFAR_RESNETS, Config
 from scop.config.parsing import parse
-from scop.errors import Stopped, UserError
+from scop.errors import Stopped, UserError, shown
 from scop.runtime.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, STOPPED, VARIANTS_VARIABLE, absolute, meant
 from scop.runtime.record import (
     ATTEMPT_VARIABLE,
@@ -46,17 +46,17 @@ from scop.runtime.record import (
     StepRecord,
     surroundings,
 )
+from scop.runtime.registry import STEPS
 from scop.runtime.resume import CHECKPOINTS_VARIABLE, RESUME_VARIABLE
-from scop.steps import STEPS
 from scop.steps.compare import headline
 from scop.storage import cache
 from scop.storage import files as storage
 from scop.storage import folders as remote
-from scop.storage.checkpoints import handled
 from scop.storage.manifest import RECORD, write_atomically
+from scop.system.signals import handled
 from scop.tracking.mlflow import PARENT_VARIABLE
 from scop.tracking.pipeline_run import end_parent, start_parent
-from scop.tracking.server import ARTIFACTS_VARIABLE, shown
+from scop.tracking.server import ARTIFACTS_VARIABLE
 
 
 class StepError(Exception):

@@ -7,7 +7,6 @@ single process everything is as if this module were not there.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from scop.training.loop import CheckpointStore
+    pass
 
 Share = tuple[int, int]
 """Which part of each batch is this process's, counted from 0, and of how many."""
@@ -136,48 +135,3 @@ def agreed(told: Callable[[], bool]) -> Callable[[], bool]:
         return bool(before)
 
     return stopping
-
-
-class SharedCheckpoints:
-    """A store of checkpoints that the first process writes and reads, for all."""
-
-    def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
-
-    @property
-    def place(self) -> str:
-        """Where they are."""
-        return self._store.place
-
-    def part(self, name: str) -> SharedCheckpoints:
-        """See `scop.storage.checkpoints.Checkpoints.part`."""
-        return SharedCheckpoints(self._store.part(name))
-
-    def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
-        """See `scop.storage.checkpoints.Checkpoints.save`; raises in the first process alone.
-
-        All wait for it: one that went on to end would have the launcher end the one that writes.
-        """
-        try:
-            if rank() == 0:
-                self._store.save(state, epochs, steps)
-        finally:
-            dist.all_reduce(torch.zeros(1))
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest whole state, the same in all processes; others need not see the place that it comes from."""
-        content = b""
-        if rank() == 0 and (state := self._store.load()) is not None:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            content = buffer.getvalue()
-        size = torch.tensor(len(content))
-        dist.broadcast(size, 0)
-        if not size:
-            return None
-        packed = torch.empty(int(size), dtype=torch.uint8)
-        if content:
-            packed = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        dist.broadcast(packed, 0)
-        loaded: dict[str, Any] = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
-        return loaded

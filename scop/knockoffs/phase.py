@@ -48,10 +48,10 @@ from scop.errors import UserError
 from scop.knockoffs.gates import Gates, HeldGates, TrainedGates
 from scop.knockoffs.sources import KnockoffSource, make_source
 from scop.knockoffs.two_streams import TwoStreams, frozen_copy
-from scop.pruning.graph import ChannelGraph, out_channels
-from scop.selection.controls import gamma
+from scop.models.history import EpochRecord
+from scop.pruning.graph import ChannelGraph, gamma, out_channels
 from scop.selection.scores import Scores
-from scop.training.loop import CheckpointStore, EpochRecord, TrainingBatches, fit
+from scop.training.loop import CheckpointStore, TrainingBatches, fit
 
 IMAGES_FOR_FISHER = 10_240
 """So many give scores that differ by less than those of two seeds do, see docs/knockoffs.md."""

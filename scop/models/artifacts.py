@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scop.compute.device import describe_device
 from scop.errors import UserError
 from scop.models.factories import find_factory, make_model
+from scop.models.history import HISTORY, EpochRecord, save_history
+from scop.pruning.cuts import apply_cuts
 from scop.pruning.spec import ModelSpec, attach_spec, spec_of
-from scop.pruning.surgery import apply_cuts
 from scop.storage.manifest import MANIFEST, TIMINGS, read_folder, write_manifest
-from scop.training.loop import EpochRecord
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
-HISTORY = "history.json"
 SURGERY = "surgery.json"
 SETTINGS = "settings.json"
 
@@ -200,31 +197,6 @@ def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
                 "classes can be trained on: dense.pretrained)"
             )
     model.load_state_dict(state, strict=False)
-
-
-def save_history(history: list[EpochRecord], folder: Path, device: torch.device | None = None) -> None:
-    """Write the epochs of a training: history.json; and what no rerun reproduces, seconds and device: timings.json."""
-    records = [{key: value for key, value in asdict(record).items() if key != "seconds"} for record in history]
-    (folder / HISTORY).write_text(json.dumps(records, indent=1) + "\n")
-    timings = {"epoch_seconds": [record.seconds for record in history]}
-    described = {} if device is None else {"device": describe_device(device)}
-    (folder / TIMINGS).write_text(json.dumps(timings | described) + "\n")
-
-
-def load_history(folder: Path) -> list[EpochRecord]:
-    """The epochs of a training; empty where none were recorded."""
-    if not (folder / HISTORY).exists():
-        return []
-    seconds = json.loads((folder / TIMINGS).read_text())["epoch_seconds"]
-    records = json.loads((folder / HISTORY).read_text())
-    return [EpochRecord(**record, seconds=spent) for record, spent in zip(records, seconds, strict=True)]
-
-
-def trained_on(folder: Path) -> str | None:
-    """The device of a training; None where it was not recorded, or there was none."""
-    path = folder / TIMINGS
-    device = json.loads(path.read_text()).get("device") if path.exists() else None
-    return None if device is None else str(device)
 
 
 def load_surgery(folder: Path) -> dict[str, float]:

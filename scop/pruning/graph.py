@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from scop.config import ResidualRule
@@ -394,3 +394,10 @@ def _takes_flat(node: Any) -> bool:
     return node.type in (_OP.LINEAR, _OP.OUTPUT) or (
         node.type in (_OP.ELEMENTWISE, _OP.BN) and all(_takes_flat(out) for out in node.outputs)
     )
+
+
+def gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
+    """|gamma| (channels,), on the CPU, or None where the layer has no batch norm or that no weight."""
+    norm = graph.batch_norm(conv)
+    weight = None if norm is None else model.get_submodule(norm).weight
+    return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator]

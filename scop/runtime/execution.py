@@ -39,17 +39,19 @@ from scop.runtime.places import (
     refuse_overlap_in_s3,
 )
 from scop.runtime.processes import Job, Processes, wanted, work_together
-from scop.runtime.record import RecordedInput, RecordFile, StepRecord, StepResult, flat
+from scop.runtime.record import RecordedInput, RecordFile, StepRecord, flat
+from scop.runtime.registry import STEPS, TRAINING_STEPS
+from scop.runtime.result import StepResult
 from scop.runtime.resume import RESUME_VARIABLE, checkpoints_of, kept
 from scop.runtime.step import Context, StepModule, find_step
-from scop.steps import STEPS, TRAINING_STEPS
 from scop.storage import files as storage
 from scop.storage import folders as remote
 from scop.storage.checkpoints import Checkpoints
 from scop.storage.manifest import RECORD, read_folder
 from scop.system.cost import Cost, Meter
-from scop.tracking.mlflow import UNSENT, MlflowTracker, NoTracker, Tracker
-from scop.tracking.pipeline_run import DEVICE_TAG
+from scop.tracking.mlflow import UNSENT, MlflowTracker
+from scop.tracking.tags import DEVICE_TAG
+from scop.tracking.tracker import NoTracker, Tracker
 
 PLACES_VARIABLE = "SCOP_PLACES"
 """Set by `scop rerun`: the recorded places of the inputs, in JSON, which a summary names."""

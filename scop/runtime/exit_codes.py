@@ -8,9 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from scop.errors import Stopped, UserError
-from scop.storage.checkpoints import handled
-from scop.tracking.server import first_line
+from scop.errors import Stopped, UserError, first_line
+from scop.system.signals import handled
 
 TERMINATED = 128 + signal.SIGTERM
 

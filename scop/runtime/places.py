@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from scop.errors import UserError
-from scop.steps import STEPS
+from scop.runtime.registry import STEPS
 from scop.storage import files as storage
 from scop.storage import folders as remote
 from scop.storage.manifest import CHECKPOINTS, LEFTOVERS, MANIFEST, RECORD, Manifest, read_folder

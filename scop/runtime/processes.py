@@ -25,15 +25,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from scop.errors import Stopped, UserError
+from scop.errors import Stopped, UserError, first_line
 from scop.runtime.exit_codes import code_of
 from scop.runtime.places import each
-from scop.runtime.record import StepResult
+from scop.runtime.registry import TRAINING_STEPS
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context, find_step
-from scop.steps import TRAINING_STEPS
 from scop.storage.checkpoints import Checkpoints
-from scop.tracking.mlflow import MlflowTracker, NoTracker, Tracker
-from scop.tracking.server import first_line
+from scop.tracking.mlflow import MlflowTracker
+from scop.tracking.tracker import NoTracker, Tracker
 
 PROCESSES_VARIABLE = "SCOP_PROCESSES"
 """So many processes train; on a cluster, the number of GPUs that a pod has."""
@@ -212,11 +212,12 @@ def _end_with_parent(parent: int) -> None:
 def _work(job: Job, folder: Path, rank: int) -> StepResult:
     from scop.compute import distributed
     from scop.config.parsing import parse
+    from scop.training.shared_checkpoints import SharedCheckpoints
 
     step = find_step(job.step)
     sources = each(job.sources, lambda _, path: Path(path))
     place, fingerprint, keep = job.checkpoints
-    checkpoints = distributed.SharedCheckpoints(Checkpoints(place, fingerprint, keep))
+    checkpoints = SharedCheckpoints(Checkpoints(place, fingerprint, keep))
     tracker: Tracker = NoTracker()
     targets = job.targets
     with ExitStack() as stack:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +25,7 @@ from scop.config import VariantSection
 from scop.config.parsing import parse
 from scop.errors import UserError
 from scop.runtime.places import absolute, each, exchanged
+from scop.runtime.result import StepResult
 from scop.storage import files as storage
 from scop.storage import folders as remote
 from scop.storage.manifest import RECORD, Manifest, read_folder
@@ -41,30 +40,6 @@ ATTEMPT_VARIABLE = "SCOP_ATTEMPT"
 
 # Entries of the configuration that name files or folders; what they hold is recorded with the step.
 EXTERNAL_FILES = (("data", "path"), ("dense", "weights"), ("dense", "pretrained"))
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step tells its caller beside its output folders.
-
-    Attributes:
-        metrics: headline figures by name.
-        classes, confusion: class names, and counts with true labels in rows, where the step measured accuracy.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    classes: list[str] = field(default_factory=list)
-    confusion: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        # JSON has no NaN, and a record that nobody can read is worse than a figure that is missing.
-        finite = {key: value for key, value in self.metrics.items() if math.isfinite(value)}
-        object.__setattr__(self, "metrics", finite)
-
-    def save(self, path: str) -> None:
-        """Write it as JSON: what has no file, KFP's local cache takes for lost, and its launcher warns of."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
 
 
 class RecordedInput(BaseModel):

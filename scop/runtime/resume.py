@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scop.errors import UserError
-from scop.runtime.record import RecordFile, StepRecord, StepResult, earlier_record, reason_to_run
+from scop.runtime.record import RecordFile, StepRecord, earlier_record, reason_to_run
+from scop.runtime.result import StepResult
 from scop.storage import files as storage
 from scop.storage.checkpoints import Checkpoints
 from scop.storage.manifest import CHECKPOINTS

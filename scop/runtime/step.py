@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from scop.config.parsing import Section
 from scop.errors import UserError
 from scop.runtime.places import Places
-from scop.runtime.record import StepResult
-from scop.steps import STEPS
-from scop.tracking.mlflow import Tracker
+from scop.runtime.registry import STEPS
+from scop.runtime.result import StepResult
+from scop.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     import torch
 
-    from scop.training.loop import CheckpointStore, EpochRecord
+    from scop.models.history import EpochRecord
+    from scop.training.loop import CheckpointStore
 
 
 @dataclass(frozen=True)

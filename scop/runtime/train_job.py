@@ -21,14 +21,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from scop.config.parsing import Section
-from scop.errors import UserError
+from scop.errors import UserError, first_line
 from scop.runtime.places import Places, each, exchanged
-from scop.runtime.record import StepResult, earlier_record
+from scop.runtime.record import earlier_record
+from scop.runtime.result import StepResult
 from scop.storage import files as storage
 from scop.storage import folders as remote
 from scop.storage.manifest import RECORD
 from scop.tracking.mlflow import KFP_RUN_VARIABLE
-from scop.tracking.server import first_line
 
 if TYPE_CHECKING:
     from kubeflow.trainer import TrainerClient

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scop.config import VariantSection
 from scop.errors import UserError
-from scop.pruning.graph import ChannelGraph, out_channels
+from scop.pruning.graph import ChannelGraph, gamma, out_channels
 from scop.selection.scores import Scores
 
 LayerScore = Callable[[str], Tensor | None]
@@ -57,13 +57,6 @@ def score_of(
     if variant.method == "bn_gamma":
         return lambda conv: gamma(model, graph, conv)
     return lambda conv: torch.zeros(out_channels(model.get_submodule(conv)))  # scratch, none
-
-
-def gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
-    """|gamma| (channels,), on the CPU, or None where the layer has no batch norm or that no weight."""
-    norm = graph.batch_norm(conv)
-    weight = None if norm is None else model.get_submodule(norm).weight
-    return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator]
 
 
 def _distances(filters: Tensor) -> Tensor:

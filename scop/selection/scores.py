@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scop.config import ScoreKind
 from scop.errors import UserError
-from scop.training.loop import EpochRecord
+from scop.models.history import EpochRecord
 
 _FORMAT = "2"
 _PARTS = ("score", "error", "signed", "gate")

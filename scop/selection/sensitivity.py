@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from scop.compute.device import autocast_dtype
 from scop.config import VariantSection
 from scop.models.evaluation import measure_accuracy
+from scop.pruning.cuts import cuts_of
+from scop.pruning.exactness import masked_twin
 from scop.pruning.graph import ChannelGraph
-from scop.pruning.surgery import cuts_of, masked_twin
 from scop.selection.candidates import Selection
 from scop.system.progress import progress
 

@@ -12,9 +12,10 @@ from scop.config import FinetuneSection, KnockoffSection, TrainingSection
 from scop.data.batches import Augmentation, Batches
 from scop.data.dataset import Dataset, SplitName
 from scop.models.evaluation import Accuracy, measure_accuracy
+from scop.models.history import EpochRecord
 from scop.runtime.step import Context
-from scop.storage.checkpoints import termination
-from scop.training.loop import EpochRecord, fit
+from scop.system.signals import termination
+from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer
 
 _EVALUATION_BATCH = 500

@@ -14,7 +14,8 @@ from scop.errors import UserError
 from scop.report.page import Page
 from scop.report.results import VariantResult, with_timings
 from scop.runtime.places import exchanged
-from scop.runtime.record import RUN_VARIABLE, StepResult
+from scop.runtime.record import RUN_VARIABLE
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.storage.files import join
 from scop.storage.manifest import TIMINGS, write_manifest

@@ -14,19 +14,20 @@ from scop.compute.device import describe_device
 from scop.config import EvaluateSection, VariantSection
 from scop.config.parsing import Section
 from scop.data.dataset import load_dataset
-from scop.models.artifacts import WEIGHTS, load_history, load_model, load_settings, load_surgery, trained_on
+from scop.models.artifacts import WEIGHTS, load_model, load_settings, load_surgery
 from scop.models.evaluation import Accuracy, count_macs, count_parameters, measure_accuracy, measure_latency
+from scop.models.history import load_history, trained_on
 from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import spec_of
 from scop.report.correctness import packed
 from scop.report.formatting import human
 from scop.report.plots import confusion_matrix
 from scop.report.results import Result, with_timings
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
 from scop.storage.manifest import TIMINGS, write_manifest
-from scop.tracking.pipeline_run import DATASET_TAG, LONGEST_TAG, MEASURED_TAG, RIGHT_TAG
+from scop.tracking.tags import DATASET_TAG, LONGEST_TAG, MEASURED_TAG, RIGHT_TAG
 
 
 class Config(Section):

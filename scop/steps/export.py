@@ -15,7 +15,7 @@ from scop.data.dataset import load_dataset
 from scop.errors import UserError
 from scop.models.artifacts import DESCRIPTION, WEIGHTS, load_model, load_surgery
 from scop.models.export import export_onnx, export_pt2
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
 from scop.storage.manifest import TIMINGS, write_manifest

@@ -25,17 +25,18 @@ from scop.models.artifacts import SETTINGS, SURGERY, load_model, load_settings, 
 from scop.models.evaluation import count_macs, count_parameters
 from scop.models.export import logit_difference
 from scop.models.factories import make_model
+from scop.models.history import EpochRecord
+from scop.pruning.cuts import regrow
 from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import attach_spec, spec_of
-from scop.pruning.surgery import prune_exactly, regrow
+from scop.pruning.surgery import prune_exactly
 from scop.report.formatting import human
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
-from scop.selection.candidates import select_channels
 from scop.selection.scores import Scores
+from scop.selection.select import select_channels
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
-from scop.storage.checkpoints import termination
-from scop.training.loop import EpochRecord
+from scop.system.signals import termination
 from scop.training.supervised import recalibrate
 
 

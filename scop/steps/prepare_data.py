@@ -9,7 +9,7 @@ from scop.config import DataSection
 from scop.config.parsing import Section
 from scop.data.dataset import save_dataset
 from scop.data.sources import load_source
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.storage.files import local
 

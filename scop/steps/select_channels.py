@@ -11,11 +11,11 @@ from scop.models.artifacts import load_model, save_settings
 from scop.pruning.graph import ChannelGraph
 from scop.pruning.spec import spec_of
 from scop.report.plots import kept_channels
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
-from scop.selection.budget import describe_latency
-from scop.selection.candidates import select_channels
+from scop.selection.latency import describe_latency
 from scop.selection.scores import Scores
+from scop.selection.select import select_channels
 from scop.storage.manifest import write_manifest
 
 

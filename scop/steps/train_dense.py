@@ -21,9 +21,9 @@ from scop.pruning.graph import ChannelGraph
 from scop.pruning.spec import attach_spec, spec_of
 from scop.pruning.surgery import prune
 from scop.report.formatting import human
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
-from scop.selection.candidates import select_channels
+from scop.selection.select import select_channels
 from scop.steps.common import train_supervised, validation_accuracy
 from scop.storage.files import local
 from scop.storage.manifest import sha256_of

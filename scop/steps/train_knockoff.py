@@ -19,15 +19,16 @@ from scop.data.dataset import Dataset, Split, SplitName, load_dataset
 from scop.knockoffs.phase import train_knockoffs
 from scop.knockoffs.quality import measure_quality
 from scop.knockoffs.sources import make_source
-from scop.models.artifacts import load_model, save_history, save_settings
+from scop.models.artifacts import load_model, save_settings
+from scop.models.history import save_history
 from scop.report.plots import knockoff_images, score_histograms, sensitivity_curves
-from scop.runtime.record import StepResult
+from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.selection.scores import Scores
 from scop.selection.sensitivity import measure_sensitivity
 from scop.steps.common import training_batches
-from scop.storage.checkpoints import termination
 from scop.storage.manifest import write_manifest
+from scop.system.signals import termination
 
 
 class Config(Section):

@@ -13,103 +13,19 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from scop.errors import UserError
-from scop.tracking.pipeline_run import ERROR_TAG, PARENT_TAG, end_parent, join_parent, log_cost, rejoin_parent
-from scop.tracking.server import (
-    EXPERIMENT_VARIABLE,
-    artifact_root,
-    configure_mlflow,
-    find_experiment,
-    first_line,
-    shown,
-)
+from scop.errors import UserError, first_line, shown
+from scop.tracking.pipeline_run import end_parent, join_parent, log_cost, rejoin_parent
+from scop.tracking.server import EXPERIMENT_VARIABLE, artifact_root, configure_mlflow, find_experiment
+from scop.tracking.tags import CANDIDATE, ERROR_TAG, MODEL_TAG, NOT_OF_THE_RUN, PARENT_TAG, STEP_TAGS
 
 PARENT_VARIABLE = "SCOP_PARENT_RUN_ID"
 KFP_RUN_VARIABLE = "KFP_RUN_ID"
 """Set on a cluster, by the downward API: the run under which steps are tracked is found by it."""
-CANDIDATE = "candidate"
-MODEL_TAG = "scop.model"
-"""Of the run that measured a network: ``models:/NAME/VERSION``."""
-_OF_STEPS = {"scop.step", "scop.variant", "scop.place", "scop.run", "mlflow.source.name", "mlflow.source.git.commit"}
-_NOT_OF_THE_RUN = {"scop.step", "scop.variant", "scop.place", "mlflow.source.name"}
 _PARAMS_AT_ONCE = 100  # MLflow's limit
 UNSENT = "tracking-unsent.jsonl"
 T = TypeVar("T")
-
-
-class Tracker(Protocol):
-    """Where a step's figures go while it works.
-
-    Attributes:
-        run_id: MLflow's id of the step's run, or None where there is none.
-    """
-
-    run_id: str | None
-
-    def log_params(self, params: Mapping[str, Any]) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
-
-    def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
-        """Tag the step and, with `of_the_run`, the pipeline's run above it."""
-        ...
-
-    def log_file(self, path: Path, folder: str | None = None) -> None: ...
-
-    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None: ...
-
-    def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
-        """Keep a step's configuration with the pipeline's run, where nobody else does: on a cluster."""
-        ...
-
-    def watch_system(self) -> None:
-        """Log what processors, memory and GPUs do, from now on until the step ends."""
-        ...
-
-    def register_onnx(
-        self, path: Path, variant: str, tags: Mapping[str, str], example: Any = None, measured_by: str | None = None
-    ) -> str | None: ...
-
-    def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
-        """End; `last`, the headline figures of the whole run, comes from the step that ends it."""
-        ...
-
-
-class NoTracker:
-    """Tracks nothing: a step that runs by itself keeps its figures in its outputs alone."""
-
-    run_id: str | None = None
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        pass
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        pass
-
-    def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
-        pass
-
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        pass
-
-    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        pass
-
-    def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
-        pass
-
-    def watch_system(self) -> None:
-        pass
-
-    def register_onnx(
-        self, path: Path, variant: str, tags: Mapping[str, str], example: Any = None, measured_by: str | None = None
-    ) -> str | None:
-        return None
-
-    def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
-        pass
 
 
 class MlflowTracker:
@@ -354,9 +270,9 @@ def _is_refusal(error: Exception) -> bool:
 
 def _of_the_run(tags: Mapping[str, str]) -> dict[str, str]:
     """Those of a step's tags that hold for the whole run."""
-    return {key: value for key, value in tags.items() if key not in _NOT_OF_THE_RUN}
+    return {key: value for key, value in tags.items() if key not in NOT_OF_THE_RUN}
 
 
 def _of_the_step(tags: Mapping[str, str]) -> dict[str, str]:
     """Those that are not said of the run above it already: versions, image, machine."""
-    return {key: value for key, value in tags.items() if key in _OF_STEPS}
+    return {key: value for key, value in tags.items() if key in STEP_TAGS}

@@ -16,24 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from scop.errors import UserError
+from scop.errors import UserError, first_line, shown
 from scop.system.cost import Spent, total
-from scop.tracking.server import artifact_root, configure_mlflow, find_experiment, first_line, shown
+from scop.tracking.server import artifact_root, configure_mlflow, find_experiment
+from scop.tracking.tags import COST_TAG, DEVICE_TAG, ENERGY, ERROR_TAG, KFP_TAG, PARENT_TAG, SECONDS
 
-PARENT_TAG = "mlflow.parentRunId"
-KFP_TAG = "kfp.run_id"
-DEVICE_TAG, DATASET_TAG = "scop.device", "scop.dataset"
-MEASURED_TAG = "scop.measured_on"
-"""Of step evaluate's run: what its latencies were measured on, such as ``AMD EPYC (2 threads)``."""
-RIGHT_TAG = "scop.right"
-"""Of step evaluate's run: on which test images the pruned network is right, as `scop.report.correctness` packs it."""
-LONGEST_TAG = 8000
-"""Characters that MLflow keeps of a tag: enough for the answers to 50,000 images."""
-ERROR_TAG = "scop.error"
-COST_TAG = "scop.cost"
-"""Tag of a pipeline run: the cost of all its steps by device, failed ones included, as JSON of `scop.system.cost.Spent`."""
-SECONDS, ENERGY = "total_device_seconds", "total_energy_joules"
-"""Metrics of a pipeline's run: the sums over devices."""
 _PAGE = 1000
 _OLDEST_FIRST = ["attributes.start_time ASC"]
 

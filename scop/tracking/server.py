@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +45,3 @@ def find_experiment(client: Any, name: str, artifact_location: str | None = None
             if found is None:
                 raise
     return str(found.experiment_id)
-
-
-_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
-
-def shown(text: str) -> str:
-    """A tracking URI, or a message that has it, as it may be printed: without user and password."""
-    return re.sub(r"(?<=://)[^/?#\s]+@", "", text)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; no user and password in it.
-
-    What the HTTP client says of a connection that failed is cut down to its cause.
-    """
-    lines = _ESCAPE.sub("", shown(str(error))).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    if "Max retries exceeded" in lines[0]:
-        if found := re.search(r"\[Errno -?\d+\] ([^'\")]+)", lines[0]):
-            return found[1].lower()
-        if "timed out" in lines[0]:
-            return "no answer in time"
-    return lines[0][:300]

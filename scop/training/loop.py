@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scop.compute import distributed
 from scop.errors import Stopped, UserError
+from scop.models.history import EpochRecord
 from scop.system.progress import progress
 from scop.training.learning_rate import LearningRate
 
@@ -50,32 +51,6 @@ class TrainingBatches(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch: means over its batches, and the validation split's figures where there is one.
-
-    Attributes:
-        epoch: counted from 1.
-        lr: at the epoch's end.
-        loss, top1: on the training batches as they were trained on; top1 in [0, 1], None where nothing is classified.
-        validation_loss, validation_top1: after the epoch.
-        seconds: for training, validation left out.
-    """
-
-    epoch: int
-    lr: float
-    loss: float
-    top1: float | None
-    seconds: float
-    validation_loss: float | None = None
-    validation_top1: float | None = None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """All figures that there are, by name, without the epoch's number."""
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "epoch"}
 
 
 class CheckpointStore(Protocol):

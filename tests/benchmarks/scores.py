@@ -38,9 +38,10 @@ from scop.knockoffs.sources import make_source
 from scop.models.artifacts import load_weights
 from scop.models.evaluation import measure_accuracy
 from scop.models.folding import folded_copy
+from scop.models.history import EpochRecord
 from scop.pruning.graph import ChannelGraph
 from scop.selection.candidates import Selection
-from scop.training.loop import EpochRecord, fit
+from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.benchmarks import remedies
 from tests.benchmarks.accuracy import RESNET56

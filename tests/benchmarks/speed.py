@@ -30,8 +30,8 @@ from scop.models.factories import make_model
 from scop.pruning.graph import ChannelGraph
 from scop.pruning.surgery import prune
 from scop.runtime.execution import run_step
-from scop.selection.budget import Stopwatch
-from scop.selection.candidates import select_channels
+from scop.selection.latency import Stopwatch
+from scop.selection.select import select_channels
 from scop.storage import cache
 from scop.storage import folders as remote
 from scop.storage.manifest import write_manifest

@@ -20,7 +20,7 @@ from scop.compute.device import pick_device
 from scop.config import BudgetSection, DenseSection, FinetuneSection, VariantSection
 from scop.data.dataset import Dataset, Split
 from scop.pruning.graph import RESIDUAL_RULES, ChannelGraph
-from scop.selection.budget import Stopwatch
+from scop.selection.latency import Stopwatch
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
 from tests.benchmarks.sittings import Deadline, images, work_through
 from tests.benchmarks.work import LATENCY_BATCH, Plan

@@ -16,11 +16,12 @@ from scop.knockoffs.phase import Competition, gated_layers
 from scop.knockoffs.sources import shuffle
 from scop.models.evaluation import measure_accuracy
 from scop.models.folding import folded_copy
+from scop.models.history import EpochRecord
 from scop.pruning.graph import ChannelGraph
 from scop.selection.candidates import knockoff_threshold
 from scop.selection.scores import Scores
 from scop.selection.sensitivity import measure_sensitivity
-from scop.training.loop import EpochRecord, fit
+from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer
 from tests.helpers import randomise_batch_norms
 

@@ -45,7 +45,7 @@ def test_grey_images() -> None:
         ("torchvision:resnet5O", "did you mean 'torchvision:resnet50'"),
         ("no.such.package:make", "cannot import 'no.such.package'"),
         ("tests.networks:Nothing", "has no 'Nothing'"),
-        ("tests.networks:SHARED", "does not accept"),
+        ("tests.helpers:SHARED", "does not accept"),
     ],
 )
 def test_unknown_factories_are_refused_with_a_hint(name: str, message: str) -> None:

@@ -69,8 +69,8 @@ def test_a_runs_scores_are_selected_from_under_other_settings(scored: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say where the plan goes, --output FILE, or look only, --dry-run"),
-        (["--output", "plan.json"], "--output writes a plan by a run's scores: name the RUN"),
+        ([], "give --output FILE for the plan, or --dry-run"),
+        (["--output", "plan.json"], "--output writes a plan made from a run's scores: name the RUN"),
         (["nowhere", "--dry-run"], "there is no run 'nowhere'"),
         (["--dry-run", "--variant", "l2"], "--variant 'l2' is not in the configuration (known: scop-0.45)"),
         (["--dry-run", "--set", "variants.0.selection=global"], "selection global of method scop needs scores"),

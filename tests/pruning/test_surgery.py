@@ -8,8 +8,9 @@ from torch import nn
 from scop import ChannelPlan, UserError, load_model, make_model, prune, save_model, select_channels
 from scop.models.evaluation import count_macs, count_parameters
 from scop.models.export import export_onnx, export_pt2
+from scop.pruning.cuts import cuts_of
+from scop.pruning.exactness import exactness, masked_twin
 from scop.pruning.graph import RESIDUAL_RULES, ChannelGraph
-from scop.pruning.surgery import cuts_of, exactness, masked_twin
 from tests.helpers import randomise_batch_norms
 from tests.networks import GroupsAndBias, Offset
 

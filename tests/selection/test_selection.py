@@ -11,9 +11,10 @@ from scop.knockoffs.phase import gated_layers
 from scop.models.evaluation import Latency, count_macs, count_parameters
 from scop.pruning.graph import ChannelGraph, Prunable
 from scop.pruning.plan import ChannelPlan
-from scop.selection.budget import Sizes, Stopwatch, describe_latency, solve_measured
 from scop.selection.candidates import Candidate, Selection, kept_count, knockoff_threshold
+from scop.selection.latency import Stopwatch, describe_latency, solve_measured
 from scop.selection.scores import Scores
+from scop.selection.sizes import Sizes
 from tests.networks import GroupsAndBias
 
 
@@ -353,7 +354,7 @@ def test_a_machine_that_slows_down_does_not_change_a_latency(monkeypatch: pytest
         by = next(slowness)
         return {name: Latency(by * count_macs(own, SHAPE), 0) for name, own in models.items()}
 
-    monkeypatch.setattr("scop.selection.budget.measure_latency", busy)
+    monkeypatch.setattr("scop.selection.latency.measure_latency", busy)
     stopwatch = Stopwatch(model, graph, BudgetSection(latency_ms=1), cpu)
     target = 0.6 * sizes.count("macs")
     plan = solve_measured(selection, target, stopwatch)
@@ -369,7 +370,7 @@ def test_a_selection_keeps_to_a_budget_of_latency(selection: str, monkeypatch: p
     def measure(models: dict[str, nn.Module], *_: object) -> dict[str, Latency]:
         return {name: Latency(count_macs(own, SHAPE), 0) for name, own in models.items()}
 
-    monkeypatch.setattr("scop.selection.budget.measure_latency", measure)
+    monkeypatch.setattr("scop.selection.latency.measure_latency", measure)
     model = make_model("resnet20").eval()
     target = 0.6 * count_macs(model, SHAPE)
     settings = {"method": "l1", "selection": selection, "input_shape": SHAPE}

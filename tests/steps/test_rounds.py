@@ -14,10 +14,10 @@ from torch import nn
 from scop import load_model, make_model, prune, select_channels, train_knockoffs
 from scop.config import VariantSection
 from scop.knockoffs.phase import gated_layers
+from scop.pruning.cuts import regrow
 from scop.pruning.graph import RESIDUAL_RULES, ChannelGraph
 from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import spec_of
-from scop.pruning.surgery import regrow
 from scop.runtime.execution import run_step
 from scop.selection.scores import Scores
 from tests.helpers import ROOT, randomise_batch_norms

@@ -17,10 +17,11 @@ from scop import UserError, load_model
 from scop.models.artifacts import WEIGHTS, load_settings
 from scop.report.plots import confusion_matrix
 from scop.runtime.execution import run_step
-from scop.runtime.record import StepRecord, StepResult
+from scop.runtime.record import StepRecord
+from scop.runtime.registry import STEPS
+from scop.runtime.result import StepResult
 from scop.runtime.step import find_step
 from scop.selection.scores import Scores
-from scop.steps import STEPS
 from scop.storage.manifest import MANIFEST, read_folder
 from tests.helpers import ROOT
 
@@ -208,7 +209,7 @@ def test_a_second_signal_does_not_cut_off_what_the_first_one_ends(tmp_path: Path
     """Ctrl-C reaches a step twice: from the terminal, and handed on by `scop run`."""
     code = """
 import os, signal
-from scop.steps.endings import Terminated, ending_when_told
+from scop.runtime.exit_codes import Terminated, ending_when_told
 with ending_when_told():
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -223,7 +224,7 @@ with ending_when_told():
 def test_a_closed_terminal_ends_a_step_unless_nohup_ran_it(by_nohup: bool, said: str) -> None:
     code = f"""
 import os, signal
-from scop.steps.endings import Terminated, ending_when_told
+from scop.runtime.exit_codes import Terminated, ending_when_told
 signal.signal(signal.SIGHUP, signal.{"SIG_IGN" if by_nohup else "SIG_DFL"})
 try:
     with ending_when_told():

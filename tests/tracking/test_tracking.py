@@ -16,8 +16,9 @@ from scop import UserError, load_model
 from scop.runtime.execution import run_step
 from scop.runtime.record import flat
 from scop.tracking.mlflow import KFP_RUN_VARIABLE, PARENT_VARIABLE, UNSENT, MlflowTracker
-from scop.tracking.pipeline_run import KFP_TAG, PARENT_TAG, close_parent, end_parent, start_parent
+from scop.tracking.pipeline_run import close_parent, end_parent, start_parent
 from scop.tracking.server import find_experiment
+from scop.tracking.tags import KFP_TAG, PARENT_TAG
 from tests.fakes import services
 
 TINY = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64}
@@ -105,7 +106,7 @@ def test_the_run_knows_image_machine_device_and_versions(
 
 def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
     """The worst order: each looks before the other has created."""
-    from scop.tracking import pipeline_run as parents
+    from scop.tracking.mlflow import pipeline_run as parents
 
     with monkeypatch.context() as blind:
         look, looks = parents._parents, iter([True, False, True, False])

@@ -12,10 +12,11 @@ from scop.config import DenseSection, DistillationSection, FinetuneSection
 from scop.data.batches import Augmentation, Batches
 from scop.data.dataset import Dataset
 from scop.models.evaluation import measure_accuracy
+from scop.models.history import EpochRecord
 from scop.storage.checkpoints import Checkpoints
 from scop.training.distillation import Distillation, attention, find_stages
 from scop.training.learning_rate import lr_factor
-from scop.training.loop import EpochRecord, fit
+from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.networks import small_convnext
 

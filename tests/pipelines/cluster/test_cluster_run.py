@@ -15,7 +15,7 @@ from pipelines.compare.comparison import compare
 from pipelines.presets import find_config
 from pipelines.runs import records_of
 from scop.config import load_config
-from scop.steps import STEPS
+from scop.runtime.registry import STEPS
 from scop.storage import s3
 from tests.fakes import services
 from tests.helpers import ROOT

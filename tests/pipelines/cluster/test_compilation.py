@@ -17,7 +17,7 @@ from pipelines.cluster.compilation import compile_for
 from pipelines.cluster.profile import load_profile
 from scop import UserError
 from scop.config import RunSection
-from scop.steps import STEPS, TRAINING_STEPS
+from scop.runtime.registry import STEPS, TRAINING_STEPS
 from tests.helpers import ROOT
 
 EXAMPLE = ROOT / "pipelines" / "clusters" / "example.yaml"
@@ -223,7 +223,7 @@ def test_a_tag_is_warned_about(tmp_path: Path, capsys) -> None:
     values = yaml.safe_load(EXAMPLE.read_text()) | {"image": "registry.example.com/scop:1", "require_digest": False}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values))
     assert main(["compile", "--cluster", str(tmp_path / "cluster.yaml"), "-o", str(tmp_path / "p.yaml")]) == 0
-    assert "named by a tag; if it moves, KFP's cache does not notice" in capsys.readouterr().err
+    assert "KFP's cache does not notice when a tag moves" in capsys.readouterr().err
 
 
 def test_a_step_that_was_promised_a_gpu_and_sees_none_ends_with_code_3(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.local.containers import DEFAULT_IMAGE, Sandbox
 from scop import load_model
-from scop.steps import STEPS
+from scop.runtime.registry import STEPS
 from scop.storage.manifest import read_folder
 from tests.fakes import services
 from tests.helpers import ROOT

@@ -129,7 +129,7 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
             "step 'train_dense' has no section 'finetune' (it has: dense)",
         ),
         (["{run}/train_dense", "--set", "dense.epoch=1"], "did you mean 'epochs'?"),
-        (["{run}/train_dense", "--shell"], "--shell is for containers; add --docker"),
+        (["{run}/train_dense", "--shell"], "--shell applies to containers; add --docker"),
     ],
 )
 def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, surroundings, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_summary_of_a_rerun_names_the_recorded_places(run: str, surroundings
 def test_a_reruns_results_are_not_uploaded(run: str, surroundings, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/compare", "--out", "s3://pipeline/reruns", cwd=tmp_path, env=surroundings)
     assert result.returncode == 2
-    assert "is no folder; nothing of a rerun is uploaded" in result.stderr
+    assert "is not a folder; a rerun uploads nothing" in result.stderr
 
 
 def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:

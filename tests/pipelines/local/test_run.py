@@ -29,7 +29,7 @@ from scop import UserError, load_model, make_model
 from scop.config import Config
 from scop.data.dataset import load_dataset
 from scop.report.correctness import unpacked
-from scop.steps import STEPS
+from scop.runtime.registry import STEPS
 from tests.fakes import services
 from tests.fakes.browser import opened
 from tests.helpers import ROOT
@@ -276,7 +276,7 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         assert main(["promote", "digits-resnet20-scop/1", "--set", "export.tolerance=1"]) == 1  # not a preset's
         client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "0.9")
         assert main(["promote", "digits-resnet20-scop@candidate"]) == 0
-        assert "models:/digits-resnet20-scop@champion is version 1 now" in capsys.readouterr().out
+        assert "models:/digits-resnet20-scop@champion is now version 1" in capsys.readouterr().out
         assert main(["promote", "digits-resnet20-no/1"]) == 2
         assert "it has: digits-resnet20-none, digits-resnet20-scop" in capsys.readouterr().err
         client.delete_model_version_tag("digits-resnet20-scop", "1", "difference")

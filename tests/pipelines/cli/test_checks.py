@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli.doctor import _kfp
+from pipelines.cli.checks import _kfp
 from pipelines.local.run import mlflow_command
 from scop import UserError
-from scop.tracking.server import shown
+from scop.errors import shown
 from tests.fakes import services
 from tests.helpers import ROOT
 

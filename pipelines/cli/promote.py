@@ -1,0 +1,48 @@
+"""`scop promote`: make a registered model the champion."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from pipelines.cli.options import Commands, add_config, add_runs
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "promote",
+        help="make a registered model the champion",
+        description="Give a version of a registered model the alias `champion` if its accuracy drop and its exactness "
+        "are within the limits of section `export`. If they are not, the exit code is 1.",
+        epilog="example: scop promote digits-resnet20-scop@candidate; then mlflow.pyfunc.load_model("
+        "'models:/digits-resnet20-scop@champion')",
+    )
+    parser.set_defaults(action=run)
+    parser.add_argument("version", metavar="VERSION", help="NAME/NUMBER or NAME@ALIAS, with or without models:/")
+    add_config(parser, "a YAML file or preset whose section export has the limits (default: those at export)")
+    add_runs(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Promote the model, or say why not."""
+    from pipelines.compare.promote import CHAMPION, LIMITS, promote
+    from pipelines.presets import find_config
+    from scop.config import load_config
+
+    # Without a file, limits that --set does not give are those at export, not a preset's.
+    export = load_config(find_config(options.config) if options.config else None, options.set).export
+    limits = export.model_dump(include=set(LIMITS), exclude_unset=not options.config)
+    outcome = promote(options.version, options.runs, limits)
+    for gate in outcome.gates:
+        print(f"{'holds' if gate.holds else 'FAILS'}: {gate.text}")
+    champion = f"models:/{outcome.name}@{CHAMPION}"
+    before = f"version {outcome.before}" if outcome.before else "none"
+    if not outcome.promoted:
+        print(f"scop: version {outcome.number} is not promoted; {champion} stays {before}", file=sys.stderr)
+        return 1
+    print(f"{champion} is now version {outcome.number} (before: {before})")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        print(f"to load it: mlflow.set_tracking_uri({outcome.tracking_uri!r}); mlflow.pyfunc.load_model({champion!r})")
+    return 0

@@ -1,0 +1,1 @@
+"""The environment variables that scop reads and sets."""
