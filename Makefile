@@ -1,102 +1,105 @@
-# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+# Targets run in .venv, which is created on first use. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-UV_VERSION := 0.13.9
 ARGS ?=
-# Test files run side by side; WORKERS=0 runs them in one process, where a debugger works.
+# Number of processes that run test files in parallel. WORKERS=0 uses one process, for debugging.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants bench-recovery docs results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants bench-recovery docs docs-site results lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
-setup: $(READY)  ## make .venv with the pinned packages (the other targets do it by themselves)
+setup: $(READY)  ## create .venv with the pinned packages (other targets do this when needed)
 
-# Bytecode is compiled here, once: uv does not by itself, and every step would pay for it at its start.
-$(READY): requirements.txt pyproject.toml
+# Without .ready the environment is missing or incomplete, so it is made anew. pip installs uv by hash; uv does the rest.
+# Bytecode is compiled here once, because uv does not do it; otherwise every step would pay for it at its start.
+$(READY): requirements.txt docker/tools.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	  { echo "Python 3.11 or newer is required: make PYTHON=python3.12 ..."; exit 2; }
+	test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing the packages, about 6 GB"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r docker/tools.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	$(BIN)/python -m compileall -q scop components pipelines
 	@touch $@
 
-run: $(READY)  ## run the default pipeline (digits, ResNet-20); ARGS="--set finetune.epochs=5" changes it
+run: $(READY)  ## run the default pipeline (digits, ResNet-20); set options with ARGS="--set finetune.epochs=5"
 	$(BIN)/scop run $(ARGS)
 
-test: $(READY)  ## the fast tests, under 10 minutes on two cores
+test: $(READY)  ## run the fast tests (less than 5 minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not docker" $(ARGS)
 
-test-slow: $(READY)  ## the tests that take longer
+test-slow: $(READY)  ## run the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
-test-docker: $(READY)  ## the tests in containers; they need a docker engine, and build the image
+test-docker: $(READY)  ## build the image and run the container tests; needs a Docker engine
 	$(BIN)/python -m pytest -m docker $(ARGS)
 
-image:  ## build the docker image from BASE (default: debian:bookworm-slim)
+image:  ## build the Docker image from BASE (default: debian:bookworm-slim)
 	docker/build.sh $(BASE)
 
-base-image:  ## make BASE=scop-base:bookworm by debootstrap, where no registry is reachable (root)
+base-image:  ## build the base image scop-base:bookworm with debootstrap, without a registry; needs root
 	docker/base.sh
 
-stack: $(READY)  ## start an S3 and an MLflow server here, and print the variables to set
+stack: $(READY)  ## start a local S3 and MLflow server and print the variables to set
 	@docker/stack.sh up
 
-stack-down:  ## stop them
+stack-down:  ## stop the servers of `make stack`
 	@docker/stack.sh down
 
-lint: $(READY)  ## ruff, mypy and the layers of the packages
+lint: $(READY)  ## run ruff, mypy and the check of import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: $(READY)  ## let ruff format and mend
+format: $(READY)  ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## measure speed; JSON goes to tests/benchmarks/results
+bench: $(READY)  ## run the speed benchmarks; writes JSON to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench-scores: $(READY)  ## judge scores on ResNet-20, a VGG and ResNet-56 without fine-tuning; hours on two cores
+bench-scores: $(READY)  ## compare scores on ResNet-20, a VGG and ResNet-56 without fine-tuning; hours on two cores
 	$(BIN)/python -m tests.benchmarks.scores $(ARGS)
 
-bench-quality: $(READY)  ## how good each source's knockoffs are
+bench-quality: $(READY)  ## measure the quality of each knockoff source
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
 
-bench-accuracy: $(READY)  ## what ResNet-20 loses, three seeds; a night on two cores, in parts: call it again
+bench-accuracy: $(READY)  ## measure ResNet-20's accuracy after pruning, three seeds; a night on two cores; repeat to resume
 	$(BIN)/python -m tests.benchmarks.accuracy resnet20 --seeds 3 --minutes 60 $(ARGS)
 
-bench-gpu: $(READY)  ## ResNet-56 and ResNet-50 on a GPU, in parts: call it again until it says that all is done
+bench-gpu: $(READY)  ## the same for ResNet-56 and ResNet-50 on a GPU; repeat until it reports completion
 	$(BIN)/python -m tests.benchmarks.accuracy resnet56 resnet50 --train $(ARGS)
 
-bench-variants: $(READY)  ## residual rules, and SCOP against its controls, shortly fine-tuned; an hour and more
+bench-variants: $(READY)  ## compare residual rules, and SCOP with its controls, after short fine-tuning; over an hour
 	$(BIN)/python -m tests.benchmarks.variants $(ARGS)
 
-bench-recovery: $(READY)  ## what fine-tuning owes to distillation, averages, rounds and the selection; two hours
+bench-recovery: $(READY)  ## measure the effect of distillation, weight averaging, rounds and selection; two hours
 	$(BIN)/scop run -f tests/benchmarks/recovery.yaml --out runs/benchmarks $(ARGS)
 	$(BIN)/python -m tests.benchmarks.tables add recovery-resnet20 "$$(ls -td runs/benchmarks/recovery-*/ | head -1)" \
 	  "make bench-recovery" "CIFAR-10 (JPEG q75)"
 
-docs: $(READY)  ## make docs/configuration.md from the docstrings
+docs: $(READY)  ## generate docs/configuration.md from the docstrings
 	$(BIN)/python -m pipelines.reference
 
-results: $(READY)  ## make docs/results.md from the measured figures
+docs-site: $(READY)  ## build the documentation with the API reference into site/
+	$(BIN)/mkdocs build --strict
+
+results: $(READY)  ## insert the measured results into docs/results.md and docs/experiments.md
 	$(BIN)/python -m tests.benchmarks.tables
 
-lock: $(READY)  ## pin the newest versions that pyproject.toml allows, with hashes
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+lock: $(READY)  ## pin the newest versions allowed by pyproject.toml, with hashes
+	$(BIN)/uv pip compile pyproject.toml --extra all --group dev --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate --no-emit-index-url --upgrade --quiet -o requirements.txt
-	$(BIN)/uv pip compile pyproject.toml --constraint requirements.txt --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra all --constraint requirements.txt --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-index-url --quiet -o docker/requirements.txt
 	$(BIN)/uv pip compile docker/tools.in --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade --quiet -o docker/tools.txt
 
-clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove .venv and caches; keep runs/
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache

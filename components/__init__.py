@@ -1,1 +1,1 @@
-"""The pipeline's KFP components, a folder each: typed artifacts, an import, one call."""
+"""The pipeline's KFP components, one folder each. A component only declares its artifacts and calls its step."""

@@ -1,8 +1,5 @@
-"""The container image of all components, named in one place."""
-
-import os
+"""The default container image of all components; `pipelines.pipeline.make_pipeline` accepts another one."""
 
 import scop
 
-# By digest in a cluster profile; the default is the project's own name and version.
-IMAGE = os.environ.get("SCOP_IMAGE", f"scop-python:{scop.__version__}")
+IMAGE = f"scop-python:{scop.__version__}"

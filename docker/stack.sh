@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# An S3 server (rclone) and an MLflow server over it on this machine, to try things out.
+# Start or stop a local S3 server (rclone) and an MLflow server that stores its artifacts there, for experiments.
 #
 #     docker/stack.sh up|down
 #
-# Everything is in .stack/ (or STACK): the objects below s3/BUCKET, MLflow's database, logs, process ids, and `env`.
+# All files are in .stack/ (or $STACK): objects in s3/BUCKET, MLflow's database, logs, process IDs, variables in `env`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=${STACK:-$PWD/.stack}
 bin=${BIN:-$PWD/.venv/bin}
 
-# By its command line too: after a restart of the machine the number may be another process's.
+# Also checks the command line: after a reboot the process ID may belong to another process.
 running() {
   test -f "$stack/$1.pid" && [[ "$(ps -o args= -p "$(cat "$stack/$1.pid")" 2>/dev/null)" == *"$bin/"* ]]
 }
 
 free_port() { "$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# start NAME PORT COMMAND...: in the background, until it listens
+# start NAME PORT COMMAND...: start COMMAND in the background and wait until it listens on PORT
 start() {
   local name=$1 port=$2
   shift 2
@@ -43,7 +43,7 @@ down() {
 }
 
 show() {
-  echo "The stack runs. Set its variables, and stop it by 'make stack-down':"
+  echo "The stack is running with these variables. Stop it with 'make stack-down'."
   echo
   sed 's/^/    /' "$stack/env"
   echo
@@ -69,7 +69,7 @@ export AWS_REGION=us-east-1
 export MLFLOW_TRACKING_URI=http://127.0.0.1:$mlflow
 EOF
   source "$stack/env"
-  # For MLflow's server, which asks boto3 under the older name.
+  # MLflow's server uses boto3, which reads AWS_DEFAULT_REGION.
   export AWS_DEFAULT_REGION=us-east-1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
   start s3 "$s3" "$bin/rclone" serve s3 --config /dev/null --addr "127.0.0.1:$s3" \
     --auth-key "$AWS_ACCESS_KEY_ID,$AWS_SECRET_ACCESS_KEY" "$stack/s3"

@@ -3,8 +3,8 @@
     prepare_data -> train_dense -> train_knockoff -> for each variant: select_channels -> finetune -> evaluate -> export
                                                      then compare
 
-Every section of the configuration is a parameter of its own, handed to nothing but the steps that depend on it, so that
-a cached step is run again exactly when its section or an input changed.
+Each section of the configuration is a parameter of its own and goes only to the steps that depend on it, so that KFP
+runs a cached step again exactly when its section or an input has changed.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from components.compare.component import compare
 from components.evaluate.component import evaluate as evaluate_step
 from components.export.component import export as export_step
 from components.finetune.component import finetune as finetune_step
+from components.image import IMAGE
 from components.prepare_data.component import prepare_data
 from components.select_channels.component import select_channels
 from components.train_dense.component import train_dense
@@ -28,17 +29,19 @@ NAME = "scop"
 
 
 def make_pipeline(
-    place: Callable[[PipelineTask], object] = lambda task: None,
+    image: str = IMAGE,
+    configure: Callable[[PipelineTask], object] = lambda task: None,
     parallelism: int = 1,
     defaults: Mapping[str, Any] | None = None,
 ) -> GraphComponent:
-    """The pipeline.
+    """Return the pipeline.
 
     Args:
-        place: called with each task, to say where it runs; see `pipelines.cluster.compilation`.
-        defaults: of the parameters, by name; without, each must be given.
-        parallelism: so many variants run at once. One by default: variants that ran side by side on one machine would
-            spoil each other's latency figures.
+        image: the container image of all steps.
+        configure: called with each task, to set resources and the like; see `pipelines.cluster.compilation`.
+        parallelism: number of variants that run at once. One by default: variants that share a machine would distort
+            each other's latency.
+        defaults: of the parameters, by name; without a default, a parameter must be given.
     """
 
     def scop_pipeline(
@@ -50,16 +53,16 @@ def make_pipeline(
         evaluate: Dict[str, Any],
         export: Dict[str, Any],
     ) -> dsl.Artifact:
-        """Train, compare with knockoffs, prune, fine-tune, measure, export.
+        """Train, score channels with knockoffs, prune, fine-tune, evaluate, export.
 
         Args:
             data: where the images come from.
-            dense: the network, and how it is trained.
+            dense: the dense network and its training.
             knockoff: the knockoff phase.
-            variants: the ways of pruning to carry out.
+            variants: the ways of pruning.
             finetune: training of the pruned networks.
-            evaluate: measuring.
-            export: the deliverables.
+            evaluate: how networks are measured.
+            export: how networks are exported.
         """
         prepared = prepare_data(data=data)
         dataset = prepared.outputs["dataset"]
@@ -94,15 +97,21 @@ def make_pipeline(
             exports=dsl.Collected(exported.outputs["exported"]),
         )
         for task in (prepared, trained, scored, selected, tuned, measured, exported, compared):
-            place(task)
+            task.set_container_image(image)
+            configure(task)
         return compared.outputs["report"]
 
     if defaults is not None:
         scop_pipeline.__defaults__ = tuple(defaults[name] for name in inspect.signature(scop_pipeline).parameters)
-    decorate = dsl.pipeline(name=NAME, description="Prune a convolutional network by scientific control (SCOP).")
+    decorate = dsl.pipeline(name=NAME, description="Prune a convolutional network with scientific control (SCOP).")
     return decorate(scop_pipeline)
 
 
 def compile_pipeline(path: str, pipeline: GraphComponent | None = None) -> None:
-    """Write a pipeline, the plain one by default, as YAML; the same source always gives the same file."""
+    """Write a pipeline as YAML; the same source always gives the same file.
+
+    Args:
+        path: of the file.
+        pipeline: the pipeline; that of `make_pipeline` without arguments by default.
+    """
     compiler.Compiler().compile(pipeline or make_pipeline(), path)

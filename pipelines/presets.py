@@ -1,38 +1,46 @@
-"""Configurations that come with the project."""
+"""Presets: configurations included in the project."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scop.errors import UserError
+
+if TYPE_CHECKING:
+    from scop.storage.cache import Cache
 
 FOLDER = Path(__file__).parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """The names of the presets."""
+    """Return the names of the presets."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def run_name_of(path: Path) -> str:
-    """What runs of a configuration are called that does not say so itself: as its file, where a name may be so."""
-    from scop.config.values import LONGEST_NAME  # late, as below
+    """Return the default run name for a configuration: its file name, with invalid characters replaced by "-"."""
+    from scop.config.values import LONGEST_NAME  # imported here to keep `--help` fast
 
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:LONGEST_NAME] or "run"
 
 
-def find_config(name: str) -> Path:
-    """The file of a configuration: a path, an ``s3://`` URI, or the name of a preset.
+def find_config(name: str, cache: Cache) -> Path:
+    """Return the path of a configuration file.
+
+    Args:
+        name: a path, an ``s3://`` URI, or the name of a preset.
+        cache: local cache for files downloaded from S3.
 
     Raises:
-        UserError: it is none of these.
+        UserError: `name` is none of these.
     """
     if name.startswith("s3://"):
-        from scop.storage import files as storage  # late: the command line's help must not wait for it
+        from scop.storage.fetch import fetch_file
 
-        return storage.fetch_file(name)
+        return fetch_file(name, cache)
     path = Path(name).expanduser()
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""`make docs`: docs/configuration.md, made from the sections' own docstrings and defaults."""
+"""`make docs`: generate docs/configuration.md from the configuration sections and the environment variables."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ from typing import get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from scop import environment
 from scop.config import Config, TrainingSection
 
 PATH = Path(__file__).parents[1] / "docs" / "configuration.md"
 _INTRODUCTION = """# Configuration
 
-A YAML file with these sections; what it leaves out has the default given here. `scop run -f FILE`, and
-`--set section.key=value` changes an entry. Presets lie in [pipelines/configs](../pipelines/configs).
+A configuration is a YAML file with the sections below. Keys that are not set have the default listed here.
+`scop run -f FILE` runs a configuration; `--set section.key=value` overrides a value. Presets are in
+[pipelines/configs](../pipelines/configs).
 
-This page is made by `make docs` from the docstrings in [scop/config](../scop/config).
+`make docs` generates this page from the docstrings in [scop/config](../scop/config) and
+[scop/environment.py](../scop/environment.py).
+"""
+_VARIABLES = """
+## Environment variables
+
+[scop/environment.py](../scop/environment.py) defines every variable that the project reads. Users set those of the
+first and the last table; the launcher of a step sets the others. MLflow, boto3 and the Kubernetes client read variables
+of their own, such as `MLFLOW_TRACKING_USERNAME`, `AWS_ACCESS_KEY_ID` and `KUBECONFIG`.
 """
 
 
 def render() -> str:
-    """The page, as Markdown."""
-    return _INTRODUCTION + "".join(_render_section(name, kind) for name, kind in sections())
+    """Return the page as Markdown."""
+    described = "".join(_render_section(name, kind) for name, kind in sections())
+    return _INTRODUCTION + described + _VARIABLES + "".join(map(_render_variables, environment.ALL))
 
 
 def sections(kind: type[BaseModel] = Config, within: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Names and kinds of all sections, each followed by those within it."""
+    """Yield the name and the class of each section, followed by those of its nested sections."""
     for key, field in kind.model_fields.items():
         for own in (field.annotation, *get_args(field.annotation)):
             if inspect.isclass(own) and issubclass(own, BaseModel):
@@ -46,6 +57,15 @@ def _render_section(name: str, kind: type[BaseModel]) -> str:
     return f"\n## {name}\n\n{summary}\n\n| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
 
 
+def _render_variables(kind: type[BaseModel]) -> str:
+    summary, meanings = (inspect.getdoc(kind) or "").split("\n\n")[0].rstrip("."), _meanings(kind)
+    own = [key for key in kind.model_fields if key in kind.__annotations__]  # without the inherited ones
+    rows = [
+        f"| `{environment.name_of(kind, key)}` | {_default(kind.model_fields[key])} | {meanings[key]} |" for key in own
+    ]
+    return f"\n{summary}:\n\n| variable | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+
+
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
@@ -54,7 +74,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meanings(kind: type[BaseModel]) -> dict[str, str]:
-    """Attribute -> its description, from the docstring's list of attributes; one entry may name several."""
+    """Return attribute -> description from the docstring's "Attributes"; an entry may list several attributes."""
     _, _, block = (inspect.getdoc(kind) or "").partition("Attributes:\n")
     meanings: dict[str, str] = {}
     names: list[str] = []
@@ -69,11 +89,13 @@ def _meanings(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def undocumented() -> list[str]:
-    """Settings that no docstring describes; there should be none."""
+    """Return the settings that no docstring describes. A test requires that there are none."""
     missing = []
     for name, kind in sections():
         known = _meanings(kind) | (_meanings(TrainingSection) if issubclass(kind, TrainingSection) else {})
         missing += [f"{name}.{key}" for key in kind.model_fields if key not in known]
+    for kind in environment.ALL:
+        missing += [environment.name_of(kind, key) for key in kind.__annotations__ if key not in _meanings(kind)]
     return missing
 
 

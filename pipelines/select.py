@@ -22,25 +22,26 @@ from scop.pruning.graph import ChannelGraph
 from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import spec_of
 from scop.report.formatting import human
-from scop.runtime.record import StepRecord
+from scop.runtime.exit_codes import Status
 from scop.selection.latency import describe_latency
 from scop.selection.scores import Scores
 from scop.selection.select import select_channels
 from scop.selection.sizes import Sizes
-from scop.storage import files as storage
-from scop.storage import folders as remote
-from scop.storage.files import local
+from scop.storage.cache import Cache
+from scop.storage.fetch import local_path
+from scop.storage.files import join_uri, read_if_exists
+from scop.storage.folders import local_folder
 from scop.storage.manifest import write_atomically
 
 
 @dataclass(frozen=True)
 class Dense:
-    """What there is to select from.
+    """A dense network to select from.
 
     Attributes:
-        model: the dense network.
+        model: the network.
         shape: (C, H, W) of an image.
-        scores: of its channels, where a knockoff phase has been.
+        scores: of its channels, if the knockoff phase has run.
     """
 
     model: nn.Module
@@ -48,82 +49,77 @@ class Dense:
     scores: Scores | None
 
 
-def dense_of(config: Config) -> Dense:
-    """The network of a configuration, as it is before any step has run: its weights as given, or random.
+def dense_of(config: Config, cache: Cache) -> Dense:
+    """Return the network of a configuration before any step has run, with the given weights or random ones.
 
     Raises:
-        UserError: there are no images to tell their shape, or no such network.
+        UserError: there are no images, whose shape is needed, or there is no such network.
     """
     data = config.data
     if data.path is not None:
-        data = data.model_copy(update={"path": str(local(data.path))})
+        data = data.model_copy(update={"path": str(local_path(data.path, cache))})
     shape, classes = peek(data)
     torch.manual_seed(config.dense.seed)
     model = network_for(config.dense, shape, classes)
     if config.dense.weights is not None:
-        load_weights(model, local(config.dense.weights))
+        load_weights(model, local_path(config.dense.weights, cache))
     elif config.dense.pretrained is not None:
-        load_pretrained(model, local(config.dense.pretrained), classes)
+        load_pretrained(model, local_path(config.dense.pretrained, cache), classes)
     return Dense(model, shape, None)
 
 
-def dense_of_run(place: str) -> Dense:
-    """The network and the scores of a run.
+def dense_of_run(uri: str, cache: Cache) -> Dense:
+    """Return the network and the scores of a run.
 
     Raises:
-        UserError: its dense training or its knockoff phase has not ended.
+        UserError: its dense training or its knockoff phase has not finished.
     """
-    records = {record.step: record for record in records_of(place) if record.status == "done"}
+    records = {record.step: record for record in records_of(uri) if record.status is Status.DONE}
     folders: list[Path] = []
     for step, output in (("train_dense", "model"), ("train_knockoff", "scores")):
         if step not in records:
-            raise UserError(f"run {place} has no step {step} that is done")
-        folders.append(remote.local_folder(_place(records[step], output), output))
+            raise UserError(f"run {uri} has no finished step {step}")
+        folders.append(local_folder(records[step].outputs[output].uri, cache, output))
     model = load_model(folders[0])
     spec = spec_of(model)
     assert spec is not None and spec.input_shape is not None
     return Dense(model, spec.input_shape, Scores.load(folders[1] / "scores.safetensors"))
 
 
-def _place(record: StepRecord, output: str) -> str:
-    return str(record.outputs[output].uri)
-
-
-def config_of(given: str | None, run: str | None, changes: Sequence[str]) -> Config:
-    """The configuration that is named, or that of the run, or the default, with changes put in."""
-    if given is None and run is not None and (content := storage.read(storage.join(run, CONFIG), must_exist=False)):
+def config_of(given: str | None, run: str | None, changes: Sequence[str], cache: Cache) -> Config:
+    """Return the named configuration, or that of the run, or the default one, with changes."""
+    if given is None and run is not None and (content := read_if_exists(join_uri(run, CONFIG))):
         values = yaml.safe_load(content)
         for change in changes:
             override(values, change)
         return parse(Config, values)
-    return load_config(find_config(given or "digits-resnet20"), list(changes))
+    return load_config(find_config(given or "digits-resnet20", cache), list(changes))
 
 
 def plan_of(dense: Dense, variant: VariantSection) -> ChannelPlan:
-    """What a variant selects; before there are scores, how many channels of each layer it does.
+    """Return what a variant selects; without scores, only the number of channels of each layer is meaningful.
 
     Raises:
-        UserError: which layers lose how much depends on scores that are not there.
+        UserError: the number of channels depends on scores, and there are none.
     """
     if dense.scores is None and variant.method == "scop":
         if variant.selection != "uniform":
             raise UserError(
-                f"selection {variant.selection} of method scop needs scores: name a run, scop select RUN --dry-run, or "
-                "another method by --set variants.0.method=l1"
+                f"selection {variant.selection} of method scop needs scores: name a run (scop select RUN --dry-run), "
+                "or choose another method (--set variants.0.method=l1)"
             )
-        # How many go is then the same whatever the scores.
+        # The number of channels does not depend on the scores.
         variant = variant.model_copy(update={"method": "random"})
     return select_channels(dense.model, dense.scores, input_shape=dense.shape, variant=variant)
 
 
 def save(plan: ChannelPlan, path: Path) -> None:
-    """Write a plan, for `scop.prune` or another variant's sake."""
+    """Write a plan, for `scop.prune`."""
     write_atomically(path, plan.model_dump_json(indent=1) + "\n")
 
 
 def print_plan(dense: Dense, plan: ChannelPlan, variant: VariantSection) -> None:
-    """The table: for each layer that loses output channels how many stay, what is left of it and of all, and what
-    stays whole and why."""
+    """Print each pruned layer's kept channels and size, then the totals and why other layers are unpruned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -145,8 +141,8 @@ def print_plan(dense: Dense, plan: ChannelPlan, variant: VariantSection) -> None
         view.add_row(*map(Text, [*cells, *([str(len(plan.unsure.get(layer, [])))] if plan.unsure else [])]))
     print(f"{variant.label}: residual rule {plan.residual}, selection {plan.selection}, rate {plan.prune_rate:.4g}")
     Console(width=max(Console().width, 100)).print(view)
-    for line in graph.left_whole(plan.residual):
-        print(f"stays whole: {line}")
+    for line in graph.unpruned(plan.residual):
+        print(f"not pruned: {line}")
     for title, what in (("parameters", "params"), ("MACs", "macs")):
         old, new = sizes.count(what), sizes.count(what, plan)
         print(f"{title}: {human(old)} -> {human(new)}, {1 - new / old:.1%} removed")

@@ -1,1 +1,177 @@
-"""The environment variables that scop reads and sets."""
+"""The environment variables that scop reads and sets, each defined once.
+
+A launcher sets variables for the steps that it starts in other processes: a compiled pipeline for its pods, `scop run`
+for KFP's local runner and for docker, `scop rerun` for a container. `scop.runtime.execution.execute` and the command
+line read them, once. All other code takes arguments.
+
+Variables of other programs that scop passes on without reading them (``AWS_*``, certificates) are not listed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from scop.errors import UserError
+
+
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+JsonList = Annotated[list[str], BeforeValidator(_from_json)]
+JsonUris = Annotated[dict[str, str | list[str]], BeforeValidator(_from_json)]
+
+
+class _Variables(BaseModel):
+    """Variables by field; a field's alias is the variable's name. An empty variable counts as unset."""
+
+    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] | None = None) -> Self:
+        """Read the variables; raise UserError, which names the variable, if a value is bad.
+
+        Args:
+            variables: by name; those of this process by default.
+        """
+        variables = os.environ if variables is None else variables
+        names = [name_of(cls, field) for field in cls.model_fields]
+        try:
+            return cls.model_validate({name: variables[name] for name in names if variables.get(name)})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"variable {first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+
+    def as_variables(self) -> dict[str, str]:
+        """Return the variables to set for another process; those at their default are left out."""
+        values = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return {name: _as_text(value) for name, value in values.items() if value is not None}
+
+
+def _as_text(value: Any) -> str:
+    return "1" if value is True else value if isinstance(value, str) else json.dumps(value)
+
+
+def name_of(kind: type[BaseModel], field: str) -> str:
+    """Return the name of the variable of a field."""
+    return str(kind.model_fields[field].alias)
+
+
+class UserEnvironment(_Variables):
+    """Set by the user.
+
+    Attributes:
+        tracking_uri: address of the MLflow server or database; `scop run` uses a database beside the runs by default.
+        device: the PyTorch device to compute on, such as cpu or cuda:1; a GPU if there is one by default.
+        cache: folder for what is fetched from S3; scop in the user's cache folder by default.
+    """
+
+    tracking_uri: str | None = Field(None, alias="MLFLOW_TRACKING_URI")
+    device: str | None = Field(None, alias="SCOP_DEVICE")
+    cache: Path | None = Field(None, alias="SCOP_CACHE")
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for what is fetched from S3, absolute; it may be deleted at any time."""
+        if self.cache is not None:
+            return self.cache.expanduser().absolute()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scop"
+
+
+class StepEnvironment(UserEnvironment):
+    """Set by a launcher for a step.
+
+    Attributes:
+        run_id: id of the pipeline run.
+        attempt: id of this start of the pipeline; a resumed run has a new one.
+        image: name of the image that the step runs in.
+        image_id: docker's id of that image.
+        revision: commit that the image was built from; set in the image.
+        parent_run: MLflow's id of the run under which the step is tracked.
+        kfp_run: id of the KFP run; on a cluster, the parent run is found by it.
+        mlflow_run: MLflow's id of a run that KFP has opened for the step.
+        experiment: name of the MLflow experiment.
+        artifact_root: where a new MLflow experiment keeps its artifacts.
+        checkpoints: folder or s3:// URI for checkpoints; beside the step's output by default.
+        keep_checkpoints: number of checkpoints kept per training until it succeeds.
+        resume: whether to keep a finished result whose inputs are unchanged.
+        input_uris: the recorded URIs of the inputs of a step that is run again, JSON.
+        required_device: description of the GPU that the step was promised; without a GPU it must fail.
+        processes: number of processes that train together in this pod.
+        train_job: the TrainJob that runs the step on several nodes, JSON.
+        terminal: device file of the terminal for progress bars.
+        kfp_root: root of KFP's local runner; paths below it stand for URIs of the run.
+        run_root: folder or s3:// URI of the run that such paths stand for.
+        variants: names of the variants, in the order of the pipeline's loop, JSON.
+    """
+
+    run_id: str | None = Field(None, alias="SCOP_RUN_ID")
+    attempt: str | None = Field(None, alias="SCOP_ATTEMPT")
+    image: str | None = Field(None, alias="SCOP_IMAGE")
+    image_id: str | None = Field(None, alias="SCOP_IMAGE_ID")
+    revision: str | None = Field(None, alias="SCOP_REVISION")
+    parent_run: str | None = Field(None, alias="SCOP_PARENT_RUN_ID")
+    kfp_run: str | None = Field(None, alias="KFP_RUN_ID")
+    mlflow_run: str | None = Field(None, alias="MLFLOW_RUN_ID")
+    experiment: str = Field("scop", alias="MLFLOW_EXPERIMENT_NAME")
+    artifact_root: str | None = Field(None, alias="SCOP_ARTIFACT_ROOT")
+    checkpoints: str | None = Field(None, alias="SCOP_CHECKPOINTS")
+    keep_checkpoints: int = Field(2, alias="SCOP_KEEP_CHECKPOINTS", ge=1)
+    resume: bool = Field(False, alias="SCOP_RESUME")
+    input_uris: JsonUris = Field({}, alias="SCOP_INPUT_URIS")
+    required_device: str | None = Field(None, alias="SCOP_REQUIRED_DEVICE")
+    processes: int = Field(1, alias="SCOP_PROCESSES", ge=1)
+    train_job: str | None = Field(None, alias="SCOP_TRAIN_JOB")
+    terminal: str | None = Field(None, alias="SCOP_TERMINAL")
+    kfp_root: str | None = Field(None, alias="SCOP_KFP_ROOT")
+    run_root: str | None = Field(None, alias="SCOP_RUN_ROOT")
+    variants: JsonList = Field([], alias="SCOP_VARIANTS")
+
+
+class TorchrunEnvironment(_Variables):
+    """Set by torchrun, or by Kubeflow Trainer for it.
+
+    Attributes:
+        nodes: number of pods that train together.
+        node: index of this pod.
+        master_address: host of the first pod.
+        master_port: its port.
+        world_size: number of processes; above 1 only in a process that torchrun has started.
+        rank: index of this process among all.
+        local_rank: index of this process in its pod; selects its GPU.
+    """
+
+    nodes: int = Field(1, alias="PET_NNODES")
+    node: int = Field(0, alias="PET_NODE_RANK")
+    master_address: str | None = Field(None, alias="PET_MASTER_ADDR")
+    master_port: int | None = Field(None, alias="PET_MASTER_PORT")
+    world_size: int = Field(1, alias="WORLD_SIZE")
+    rank: int = Field(0, alias="RANK")
+    local_rank: int = Field(0, alias="LOCAL_RANK")
+
+
+class ClusterEnvironment(_Variables):
+    """Set by the user for `scop submit`, `watch` and `doctor`.
+
+    Attributes:
+        host: address of the KFP API, if the cluster profile has none.
+        token: bearer token for it.
+        namespace: namespace of the runs, if the cluster profile has none.
+    """
+
+    host: str | None = Field(None, alias="KF_PIPELINES_ENDPOINT")
+    token: str | None = Field(None, alias="KF_PIPELINES_TOKEN")
+    namespace: str | None = Field(None, alias="KF_PIPELINES_NAMESPACE")
+
+
+ALL: tuple[type[_Variables], ...] = (UserEnvironment, StepEnvironment, TorchrunEnvironment, ClusterEnvironment)
+"""Every group of variables, for the documentation."""
+
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+"""Number of CPU threads; PyTorch reads it when it is imported."""

@@ -1,17 +1,46 @@
-"""The error that means "the user can mend this": one clear line and exit code 2."""
+"""Errors, and how their messages are shown."""
+
+from __future__ import annotations
 
 import re
 
+_EXTRAS = {
+    "boto3": "s3",
+    "botocore": "s3",
+    "docker": "pipeline",
+    "kfp": "pipeline",
+    "kubeflow_trainer_api": "pipeline",
+    "kubernetes": "pipeline",
+    "matplotlib": "report",
+    "mlflow": "tracking",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "pandas": "report",
+    "plotly": "report",
+    "psutil": "pipeline",
+    "rich": "pipeline",
+    "scipy": "report",
+    "sklearn": "pipeline",
+    "yaml": "pipeline",
+}
+"""The extra of pyproject.toml that installs each optional module."""
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
 
 class UserError(Exception):
-    """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+    """A mistake that the user can correct. The message is one line: what is wrong, where, and the remedy."""
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """Training stopped because it was asked to, with a checkpoint written where there is a place for one.
+class DamagedError(UserError):
+    """Stored data that does not match its checksum, however often it is read."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal stopped the training, which has written a checkpoint if it has somewhere to store it.
 
     Attributes:
-        code: that the process exits with, by custom 128 and the signal's number.
+        code: the process's exit code: 128 plus the signal's number.
     """
 
     def __init__(self, message: str, code: int = 143) -> None:
@@ -19,24 +48,26 @@ class Stopped(Exception):  # noqa: N818 - it is no error
         self.code = code
 
 
-class DamagedError(UserError):
-    """What was stored is not what comes back, however often it is asked for."""
+def missing_extra(error: BaseException) -> UserError | None:
+    """Return the error to report if an optional package is not installed, else None."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    if (extra := _EXTRAS.get(error.name.partition(".")[0])) is None:
+        return None
+    return UserError(f"module {error.name} is not installed; run: pip install 'scop[{extra}]'")
 
 
-_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
-
-def shown(text: str) -> str:
-    """A tracking URI, or a message that has it, as it may be printed: without user and password."""
+def redact(text: str) -> str:
+    """Return a URI, or a message that contains one, without user and password."""
     return re.sub(r"(?<=://)[^/?#\s]+@", "", text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; no user and password in it.
+    """Return the first line of an error's message without credentials, or the error's type if it has no message.
 
-    What the HTTP client says of a connection that failed is cut down to its cause.
+    A connection error of the HTTP client is reduced to its cause.
     """
-    lines = _ESCAPE.sub("", shown(str(error))).strip().splitlines()
+    lines = _ESCAPE.sub("", redact(str(error))).strip().splitlines()
     if not lines:
         return type(error).__name__
     if "Max retries exceeded" in lines[0]:

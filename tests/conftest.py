@@ -29,7 +29,10 @@ from scop.data.sources import load_source
 from scop.models.artifacts import save_model
 from scop.models.factories import make_model
 from scop.pruning.spec import attach_spec, spec_of
+from scop.runtime.logs import log_to_standard_output
 from scop.storage import s3
+from scop.storage.cache import Cache
+from scop.training.learning_rate import Schedule
 from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer
 from tests.fakes import services
@@ -46,6 +49,18 @@ def _short_stacks() -> None:
     from kfp.dsl import pipeline_task
 
     pipeline_task.inspect = SimpleNamespace(stack=lambda: inspect.stack(context=0)[1:])
+
+
+@pytest.fixture(autouse=True)
+def _log() -> None:
+    """Steps log as in their own process; pytest captures it."""
+    log_to_standard_output()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """A cache of the test's own."""
+    return Cache(tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +108,8 @@ def trained(digits: Dataset) -> nn.Module:
         Supervised(model, CPU, section),
         training,
         make_optimizer(model, section),
-        epochs=12,
+        Schedule(12, "one_cycle"),
         label="trained",
-        schedule="one_cycle",
     )
     return model.eval()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Plain(nn.Module):
-    """Three convolutions in a row, with batch norms; 8x8 images."""
+    """Three convolutions in a row, with batch norms; for 8x8 images."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Plain(nn.Module):
         self.head = nn.Linear(32, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place and functional: nothing to find by modules.
+        # In place and functional: there are no modules for these activations.
         x = torch.relu_(self.first_norm(self.first(x)))
         x = torch.relu_(self.second_norm(self.second(x)))
         x = torch.relu_(self.third_norm(self.third(x)))
@@ -52,7 +52,7 @@ class GroupsAndBias(nn.Module):
 
 
 class Offset(nn.Module):
-    """An activation that is not 0 at 0: a removed channel would have counted."""
+    """An activation that is not 0 at 0: a channel held at 0 still contributes, a removed one does not."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Offset(nn.Module):
 
 
 class View(Plain):
-    """A forward that takes its feature maps to lie in memory channel by channel."""
+    """A forward that works only on contiguous (N, C, H, W) feature maps."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__(num_classes, in_channels)
@@ -76,7 +76,7 @@ class View(Plain):
 
 
 class Aliased(Plain):
-    """Layers that have two names, of which the forward uses the second ones."""
+    """Layers with two names each; the forward uses the second."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__(num_classes, in_channels)
@@ -88,7 +88,7 @@ class Aliased(Plain):
 
 
 class OneConvolutionBlocks(nn.Module):
-    """Residual blocks of one convolution, on a stream that a group norm reads: only their ends can be pruned."""
+    """Residual blocks of one convolution on a stream with a group norm: only scattering can prune them."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
@@ -115,14 +115,14 @@ class OnlyLinear(nn.Module):
 
 
 def small_densenet(num_classes: int = 10) -> nn.Module:
-    """A DenseNet of torchvision with three blocks of two layers."""
+    """A torchvision DenseNet with three blocks of two layers."""
     from torchvision.models.densenet import DenseNet
 
     return DenseNet(growth_rate=8, block_config=(2, 2, 2), num_init_features=16, num_classes=num_classes)
 
 
 class Vgg(nn.Module):
-    """A narrow VGG (Simonyan and Zisserman, 2015) with batch norms, for 32x32 images: no shortcut anywhere."""
+    """A narrow VGG (Simonyan and Zisserman, 2015) with batch norms, for 32x32 images; without shortcuts."""
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class PaddedBlock(nn.Module):
 
 
 def padded_resnet(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """A small ResNet with shortcuts of option A."""
+    """A small ResNet with option A shortcuts."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16),
@@ -175,7 +175,7 @@ def padded_resnet(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
 
 
 def small_convnext(num_classes: int = 10) -> nn.Module:
-    """A ConvNeXt of torchvision with two stages: layer norms, and linear layers for 1x1 convolutions."""
+    """A torchvision ConvNeXt with two stages: layer norms, and linear layers as 1x1 convolutions."""
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
     return ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)], num_classes=num_classes)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from pipelines.presets import find_config
 from scop import make_model
 from scop.config import DenseSection, FinetuneSection, VariantSection, load_config
 from scop.data.dataset import Dataset
+from scop.storage.cache import Cache
 from tests.benchmarks.accuracy import plans
-from tests.benchmarks.accuracy_tables import figures_section
+from tests.benchmarks.accuracy_tables import targets
+from tests.benchmarks.cells import Table
 from tests.benchmarks.sittings import WORK_LEFT, Deadline, work_through
-from tests.benchmarks.tables import PAGE, render
+from tests.benchmarks.tables import DOCUMENTS, MARKER, make_tables, render
 from tests.benchmarks.work import Plan
 from tests.helpers import ROOT
 
@@ -67,8 +70,7 @@ def test_a_figure_is_reached_as_far_as_its_interval_says(drops: tuple[float, ...
     rows |= {f"scop-{seed}": {"top1": 0.9 - drop / 100} for seed, drop in enumerate(drops)}
     content = {"variants": rows, "settings": {"finetune": {"epochs": 1}}}
     (tmp_path / "accuracy-resnet20.json").write_text(json.dumps(content))
-    (row,) = (line for line in figures_section(tmp_path).splitlines() if line.startswith("| resnet20 |"))
-    assert row.endswith(f"| {word} |")
+    assert targets(tmp_path).cell("resnet20", "status") == word
 
 
 def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +165,8 @@ def test_what_was_measured_elsewhere_is_not_measured_again(digits: Dataset, tmp_
 
 
 @pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet50"])
-def test_what_is_measured_is_the_preset(network: str) -> None:
-    config, plan = load_config(find_config(f"cifar10-{network}")), plans()[network]
+def test_what_is_measured_is_the_preset(network: str, cache: Cache) -> None:
+    config, plan = load_config(find_config(f"cifar10-{network}", cache)), plans()[network]
     assert plan.dense.model_dump(exclude={"weights"}) == config.dense.model_dump(exclude={"weights"})
     assert plan.finetune == config.finetune
     by_name = {variant.label.partition("-seed")[0]: variant for variant in config.variants}
@@ -178,8 +180,25 @@ def test_fine_tuning_can_be_longer_than_a_sitting_on_two_cores_allows() -> None:
     assert longer.finetune == usual.finetune.model_copy(update={"epochs": 100})
 
 
-def test_the_page_of_results_is_made_of_the_figures() -> None:
-    assert PAGE.read_text() == render(), "run make results"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_documents_contain_the_measured_figures(document: Path) -> None:
+    text = document.read_text()
+    assert text == render(text, make_tables()), "run make results"
+    assert text.count("<!--") == 2 * len(MARKER.findall(text)), "a marker is misspelled or has no end"
+
+
+def test_every_table_is_in_a_document() -> None:
+    markers = [marker for document in DOCUMENTS for marker in MARKER.findall(document.read_text())]
+    assert {name for kind, name, _ in markers if kind == "table"} == set(make_tables())
+
+
+def test_markers_are_replaced_by_tables_cells_and_means() -> None:
+    table = Table(["network", "seeds", "top-1"], [["small", "1", "80.0"], ["large", "3", "90.1 ± 0.2"]])
+    text = "Mean <!-- mean: t / large / top-1 -->0<!-- end -->, <!-- cell: t / large 3 / top-1 --><!-- end -->"
+    assert re.sub("<!--.*?-->", "", render(text, {"t": table})) == "Mean 90.1, 90.1 ± 0.2"
+    assert "| large | 3 | 90.1 ± 0.2 |" in render("<!-- table: t -->old<!-- end -->", {"t": table}).splitlines()
+    with pytest.raises(KeyError, match="medium / top-1: 0 rows"):
+        render("<!-- cell: t / medium / top-1 --><!-- end -->", {"t": table})
 
 
 def test_it_needs_little_to_be_installed(tmp_path: Path) -> None:
@@ -191,9 +210,11 @@ sys.modules.update(dict.fromkeys({absent.split()!r}))  # importing what is None 
 import numpy as np
 from pathlib import Path
 from scop import make_model
+from scop.storage.cache import Cache
 from scop.config import DenseSection, FinetuneSection, VariantSection
 from scop.data.dataset import Split, make_dataset
 from tests.benchmarks.accuracy import plans
+from tests.benchmarks.cells import Table
 from tests.benchmarks.sittings import work_through
 from tests.benchmarks.work import Plan
 

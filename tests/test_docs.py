@@ -7,10 +7,11 @@ import pytest
 
 from pipelines.cli.main import make_parser
 from pipelines.cli.options import DEFAULT_CONFIG
-from pipelines.cluster.submit import pin_places
+from pipelines.cluster import submit
+from pipelines.cluster.submit import pin_files
 from pipelines.presets import find_config, preset_names
 from scop.config import load_config
-from scop.storage import files as storage
+from scop.storage.cache import Cache
 from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "components").glob("*/README.md"))]
@@ -30,15 +31,15 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(("page", "words"), commands("scop"))
-def test_commands_are_taken(page: str, words: list[str], monkeypatch) -> None:
+def test_commands_are_taken(page: str, words: list[str], monkeypatch, cache: Cache) -> None:
     options = make_parser().parse_args(words)
     config = getattr(options, "config", None) or DEFAULT_CONFIG
     if config not in preset_names() or not hasattr(options, "set") or words[0] == "rerun":
         return
-    values = load_config(find_config(config), options.set)
+    values = load_config(find_config(config, cache), options.set)
     if words[0] == "submit":  # nothing in them is a path of this machine
-        monkeypatch.setattr(storage, "pinned", lambda place: place)
-        pin_places(values)
+        monkeypatch.setattr(submit, "pin", lambda uri: uri)
+        pin_files(values)
 
 
 def test_there_are_commands_of_every_kind() -> None:

@@ -15,13 +15,13 @@ def compare(
     exports: Input[List[Model]],
     report: Output[Artifact],
 ) -> None:
-    """Bring all variants together in summary.json and report.html.
+    """Summarise all variants in summary.json and report.html.
 
     Args:
-        scores: from train_knockoff.
-        evaluations: from evaluate, one for each variant.
-        exports: from export, one for each variant.
-        report: the page and its figures.
+        scores: output of train_knockoff.
+        evaluations: outputs of evaluate, one per variant.
+        exports: outputs of export, one per variant.
+        report: summary.json and report.html.
     """
     from scop.runtime.execution import execute
 

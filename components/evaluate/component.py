@@ -19,17 +19,17 @@ def evaluate(
     metrics: Output[Metrics],
     confusion: Output[ClassificationMetrics],
 ) -> None:
-    """Measure the dense and the pruned network on the test split, side by side.
+    """Measure the dense and the pruned network on the test split.
 
     Args:
-        evaluate: the configuration's section `evaluate`.
-        variant: one entry of the configuration's list `variants`.
-        dataset: from prepare_data.
-        dense: from train_dense.
-        pruned: from finetune.
-        evaluation: all figures.
-        metrics: the headline figures.
-        confusion: the pruned network's confusion matrix.
+        evaluate: section `evaluate` of the configuration.
+        variant: one entry of `variants` in the configuration.
+        dataset: output of prepare_data.
+        dense: output of train_dense.
+        pruned: output of finetune.
+        evaluation: all measurements.
+        metrics: the headline metrics.
+        confusion: confusion matrix of the pruned network.
     """
     from scop.runtime.execution import execute
 

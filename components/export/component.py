@@ -17,15 +17,15 @@ def export(
     evaluation: Input[Artifact],
     exported: Output[Model],
 ) -> None:
-    """Write ONNX and .pt2 files, load each again and compare it with the network it came from.
+    """Export the pruned network to ONNX and .pt2, reload the files and compare their outputs with the network's.
 
     Args:
-        export: the configuration's section `export`.
-        variant: one entry of the configuration's list `variants`.
-        dataset: from prepare_data.
-        pruned: from finetune.
-        evaluation: from evaluate.
-        exported: the deliverables.
+        export: section `export` of the configuration.
+        variant: one entry of `variants` in the configuration.
+        dataset: output of prepare_data.
+        pruned: output of finetune.
+        evaluation: output of evaluate.
+        exported: the exported models.
     """
     from scop.runtime.execution import execute
 

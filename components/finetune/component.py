@@ -18,16 +18,16 @@ def finetune(
     model: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    """Take the channels out, prove that this was exact, and train the small network.
+    """Remove the channels, verify that this is exact, and fine-tune the pruned network.
 
     Args:
-        finetune: the configuration's section `finetune`.
-        variant: one entry of the configuration's list `variants`.
-        dataset: from prepare_data.
-        dense: from train_dense.
-        plan: from select_channels.
+        finetune: section `finetune` of the configuration.
+        variant: one entry of `variants` in the configuration.
+        dataset: output of prepare_data.
+        dense: output of train_dense.
+        plan: output of select_channels.
         model: the pruned, fine-tuned network.
-        metrics: parameters, MACs, accuracy on the validation split.
+        metrics: parameters, MACs and accuracy on the validation split.
     """
     from scop.runtime.execution import execute
 

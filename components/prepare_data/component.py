@@ -13,11 +13,11 @@ def prepare_data(
     data: dict[str, Any],
     dataset: Output[Dataset],
 ) -> None:
-    """Read the images, cut off a validation split and pack them.
+    """Read the images, split off validation data and store everything as arrays.
 
     Args:
-        data: the configuration's section `data`.
-        dataset: arrays that memory-map, with their description.
+        data: section `data` of the configuration.
+        dataset: memory-mappable arrays and their description.
     """
     from scop.runtime.execution import execute
 

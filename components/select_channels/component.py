@@ -15,13 +15,13 @@ def select_channels(
     scores: Input[Artifact],
     plan: Output[Artifact],
 ) -> None:
-    """Decide which channels stay.
+    """Choose the channels to keep.
 
     Args:
-        variant: one entry of the configuration's list `variants`.
-        dense: from train_dense.
-        scores: from train_knockoff.
-        plan: kept channels, layer by layer.
+        variant: one entry of `variants` in the configuration.
+        dense: output of train_dense.
+        scores: output of train_knockoff.
+        plan: kept channels of each layer.
     """
     from scop.runtime.execution import execute
 

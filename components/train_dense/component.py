@@ -15,13 +15,13 @@ def train_dense(
     model: Output[Model],
     metrics: Output[Metrics],
 ) -> None:
-    """Train the dense network, or take the weights that are given; measure it either way.
+    """Train the dense network, or load the given weights, and measure it.
 
     Args:
-        dense: the configuration's section `dense`.
-        dataset: from prepare_data.
+        dense: section `dense` of the configuration.
+        dataset: output of prepare_data.
         model: the dense network.
-        metrics: parameters, MACs, accuracy on the validation split.
+        metrics: parameters, MACs and accuracy on the validation split.
     """
     from scop.runtime.execution import execute
 

@@ -15,13 +15,13 @@ def train_knockoff(
     dense: Input[Model],
     scores: Output[Artifact],
 ) -> None:
-    """Let every channel compete with its knockoff, and score it.
+    """Score every channel against its knockoff.
 
     Args:
-        knockoff: the configuration's section `knockoff`.
-        dataset: from prepare_data.
-        dense: from train_dense; it is left as it is.
-        scores: gates and scores, layer by layer.
+        knockoff: section `knockoff` of the configuration.
+        dataset: output of prepare_data.
+        dense: output of train_dense; not modified.
+        scores: gates and scores of each layer.
     """
     from scop.runtime.execution import execute
 

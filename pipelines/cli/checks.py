@@ -1,4 +1,4 @@
-"""`scop doctor`: is all there that a configuration needs? One line for each thing, and what to set where it is not."""
+"""The checks of `scop doctor`: everything that a configuration needs, with the remedy if it is missing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from pathlib import Path
 from pipelines.cluster.profile import ClusterProfile
 from pipelines.local.containers import image_label, require_image
 from scop.config import Config
-from scop.errors import UserError, first_line, shown
+from scop.environment import ClusterEnvironment, UserEnvironment
+from scop.errors import UserError, first_line, redact
 from scop.runtime.record import EXTERNAL_FILES
-from scop.storage import files as storage
+from scop.storage.fetch import uri_exists
+from scop.storage.files import delete_files, is_s3, join_uri, list_files, read_bytes, write_bytes
 from scop.system.revision import git_revision
-from scop.tracking.server import artifact_root, configure_mlflow, find_experiment
+from scop.tracking.server import find_or_create_experiment, make_client
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Finding:
     """One line of the result.
 
     Attributes:
-        subject: what was looked at.
-        state: ok, missing, or absent where it is not needed.
-        text: what was found, and what to set.
+        subject: what was checked.
+        state: ok; missing; or absent, if it is not needed.
+        text: what was found, and the remedy.
     """
 
     subject: str
@@ -45,27 +47,33 @@ class Finding:
 
 
 def examine(
-    config: Config, out: str, image: str | None, host: str | None, profile: ClusterProfile | None = None
+    config: Config,
+    out: str,
+    image: str | None,
+    access: ClusterEnvironment,
+    profile: ClusterProfile | None,
+    user: UserEnvironment,
 ) -> Iterator[Finding]:
-    """Look at everything that a configuration needs.
+    """Check everything that a configuration needs.
 
     Args:
         config: the configuration.
-        out: where runs are to be kept.
-        image: the image, where steps are to run in containers.
-        host: of Kubeflow Pipelines, where runs are to be submitted.
-        profile: of the cluster on which they are to run.
+        out: folder or ``s3://`` URI for runs.
+        image: the image, if steps are to run in containers.
+        access: host and credentials of Kubeflow Pipelines.
+        profile: of the cluster, if runs are to be submitted to one.
+        user: what the user has set.
     """
     yield _python()
     yield from _files(config)
     yield from _storage(config, [out] if profile is None else [profile.pipeline_root, profile.checkpoint_root])
-    yield _finding("MLflow", partial(_mlflow, config, out))
+    yield _finding("MLflow", partial(_mlflow, config, out, user.tracking_uri))
     yield _finding("docker", partial(_image, image)) if image is not None else _docker()
     yield _gpu(in_containers=image is not None)
     if profile is not None:
-        yield _finding("KFP", partial(_cluster, profile, host))
-    elif host:
-        yield _finding("KFP", partial(_kfp, host))
+        yield _finding("KFP", partial(_cluster, profile, access))
+    elif access.host:
+        yield _finding("KFP", partial(_kfp, access.host))
 
 
 def _finding(subject: str, look: Callable[[], str]) -> Finding:
@@ -83,61 +91,57 @@ def _python() -> Finding:
 
 def _files(config: Config) -> Iterator[Finding]:
     for section, key in EXTERNAL_FILES:
-        place = getattr(getattr(config, section), key)
-        if place is not None:
-            yield _finding("data" if section == "data" else "weights", partial(_file, f"{section}.{key}", place))
+        uri = getattr(getattr(config, section), key)
+        if uri is not None:
+            yield _finding("data" if section == "data" else "weights", partial(_file, f"{section}.{key}", uri))
 
 
-def _file(key: str, place: str) -> str:
-    found = storage.exists(place) if storage.is_uri(place) else Path(place).expanduser().exists()
+def _file(key: str, uri: str) -> str:
+    found = uri_exists(uri) if is_s3(uri) else Path(uri).expanduser().exists()
     if not found:
-        raise UserError(f"{key} {place} does not exist; mend it with --set {key}=PLACE")
-    return f"{key} {place}"
+        raise UserError(f"{key} {uri} does not exist; correct it with --set {key}=PATH")
+    return f"{key} {uri}"
 
 
 def _storage(config: Config, roots: list[str]) -> Iterator[Finding]:
-    written = [place for place in (*roots, config.run.checkpoints, config.run.artifact_root) if place]
-    folders = sorted({str(Path(place).expanduser().absolute()) for place in written if not storage.is_uri(place)})
-    uris = sorted({place for place in written if storage.is_uri(place)})
+    written = [uri for uri in (*roots, config.run.checkpoints, config.run.artifact_root) if uri]
+    folders = sorted({str(Path(uri).expanduser().absolute()) for uri in written if not is_s3(uri)})
+    uris = sorted({uri for uri in written if is_s3(uri)})
     if not uris:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3")
-        yield Finding("S3", "absent", f"nothing is kept there{f' (endpoint {endpoint})' if endpoint else ''}")
+        yield Finding("S3", "absent", f"not used{f' (endpoint {endpoint})' if endpoint else ''}")
     for uri in uris:
         yield _finding("S3", partial(_probe, uri))
     for folder in folders:
         yield _finding("output", partial(_probe, folder))
 
 
-def _probe(place: str) -> str:
-    """Put, get, list and delete a probe."""
+def _probe(uri: str) -> str:
+    """Write, read, list and delete a test file."""
     name = f".scop-probe-{uuid.uuid4().hex}"
     content = name.encode()
-    storage.write(storage.join(place, name), content)
+    write_bytes(join_uri(uri, name), content)
     try:
-        if storage.read(storage.join(place, name)) != content:
-            raise UserError(f"{place} gives back other bytes than were put there; is a proxy in between?")
-        if storage.is_uri(place) and name not in storage.names(place):
-            raise UserError(f"{place} does not list what was put there; give these credentials s3:ListBucket")
+        if read_bytes(join_uri(uri, name)) != content:
+            raise UserError(f"{uri} returns other bytes than were written; is there a proxy in between?")
+        if is_s3(uri) and name not in list_files(uri):
+            raise UserError(f"{uri} does not list what was written; grant these credentials s3:ListBucket")
     finally:
-        storage.delete(place, [name])
-    return f"{place}: put, got, listed and deleted a probe"
+        delete_files(uri, [name])
+    return f"{uri}: wrote, read, listed and deleted a test file"
 
 
-def _mlflow(config: Config, out: str) -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+def _mlflow(config: Config, out: str, uri: str | None) -> str:
     if not uri:
-        where = "runs/mlflow.db" if storage.is_uri(out) else storage.join(out, "mlflow.db")
+        where = "runs/mlflow.db" if is_s3(out) else join_uri(out, "mlflow.db")
         return f"a SQLite file, {where}; set MLFLOW_TRACKING_URI for a server"
-    configure_mlflow()
-    from mlflow.tracking import MlflowClient
-
-    root = config.run.artifact_root or artifact_root()
-    if root is None and storage.is_uri(out) and uri.startswith("sqlite:"):
-        root = storage.join(out, "mlflow")  # as `scop run` has it
+    root = config.run.artifact_root
+    if root is None and is_s3(out) and uri.startswith("sqlite:"):
+        root = join_uri(out, "mlflow")  # as `scop run` has it
     try:
-        client = MlflowClient(uri)
+        client = make_client(uri)
         run = client.create_run(
-            find_experiment(client, config.run.experiment, root), run_name="scop doctor"
+            find_or_create_experiment(client, config.run.experiment, root), run_name="scop doctor"
         ).info.run_id
         try:
             client.log_metric(run, "probe", 1.0)
@@ -147,9 +151,9 @@ def _mlflow(config: Config, out: str) -> str:
             client.delete_run(run)
     except Exception as error:
         raise UserError(
-            f"{shown(uri)} cannot be written ({first_line(error)}); check MLFLOW_TRACKING_URI and its credentials"
+            f"{redact(uri)} cannot be written to ({first_line(error)}); check MLFLOW_TRACKING_URI and its credentials"
         ) from error
-    return f"{shown(uri)}: wrote and deleted a run and a file in experiment {config.run.experiment!r}"
+    return f"{redact(uri)}: wrote and deleted a run and a file in experiment {config.run.experiment!r}"
 
 
 def _image(image: str) -> str:
@@ -162,7 +166,7 @@ def _docker() -> Finding:
         return Finding("docker", "absent", "not installed; only --docker needs it")
     if not (engine := _docker_info("{{.ServerVersion}}")):
         return Finding("docker", "absent", "no engine answers; only --docker needs it")
-    return Finding("docker", "ok", f"engine {engine}; name an image with --docker IMAGE to check for it")
+    return Finding("docker", "ok", f"engine {engine}; check an image with --docker IMAGE")
 
 
 def _gpu(in_containers: bool) -> Finding:
@@ -170,8 +174,8 @@ def _gpu(in_containers: bool) -> Finding:
 
     if not torch.cuda.is_available():
         if Path("/proc/driver/nvidia/version").exists():
-            return Finding("GPU", "missing", "there is one, but PyTorch cannot use it; bring its driver up to date")
-        return Finding("GPU", "absent", "PyTorch sees none; training runs on the CPU")
+            return Finding("GPU", "missing", "there is one, but PyTorch cannot use it; update its driver")
+        return Finding("GPU", "absent", "PyTorch finds none; training runs on the CPU")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if not in_containers:
         return Finding("GPU", "ok", names)
@@ -187,12 +191,12 @@ def _docker_info(what: str) -> str:
     return subprocess.run(["docker", "info", "--format", what], capture_output=True, text=True).stdout.strip()
 
 
-def _cluster(profile: ClusterProfile, host: str | None) -> str:
+def _cluster(profile: ClusterProfile, access: ClusterEnvironment) -> str:
     from pipelines.cluster.server import Server
 
-    server = Server(profile if profile.host or not host else profile.model_copy(update={"host": host}))
+    server = Server(profile, access)
     server.check()
-    return f"{server.host} answers, and lets these credentials list experiments"
+    return f"{server.host} answers, and these credentials may list experiments"
 
 
 def _kfp(host: str) -> str:

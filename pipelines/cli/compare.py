@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipelines.cli.options import Commands, add_runs, write_output
+from pipelines.cli.options import Commands, add_runs, open_cache, write_output
 
 _PAIRS_SHOWN = 12
 
@@ -54,15 +54,19 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from pipelines.compare.comparison import compare
+    from pipelines.compare.experiments import Source
     from pipelines.compare.table import as_csv, as_json, print_table, tables
+    from scop.environment import UserEnvironment
     from scop.errors import UserError
     from scop.report.paired_comparison import compare_pairs
     from scop.storage.manifest import write_atomically
 
-    given = [place for place in (options.html, options.csv, options.json, options.png) if place is not None]
-    if len({place.absolute() for place in given}) < len(given):
+    given = [path for path in (options.html, options.csv, options.json, options.png) if path is not None]
+    if len({path.absolute() for path in given}) < len(given):
         raise UserError("--html, --csv, --json and --png need different paths")
-    found = compare(options.targets, options.runs, options.where, details=bool(options.html or options.png))
+    source = Source(options.runs, UserEnvironment.read().tracking_uri)
+    details = bool(options.html or options.png)
+    found = compare(options.targets, source, open_cache(), options.where, details)
     keys = [key.strip() for key in options.group_by.split(",") if key.strip()]
     side_by_side = tables(found.results, options.metric, keys, options.baseline)
     for table in side_by_side:

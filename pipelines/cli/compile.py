@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.cli.options import DEFAULT_CONFIG, Commands, add_config, load_cluster
+from pipelines.cli.options import Commands, add_config, load_cluster, load_configuration
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,13 +27,11 @@ def run(options: argparse.Namespace) -> None:
     """Write the file."""
     from pipelines.cluster.compilation import compile_for, refuse_paths, refuse_uneven_shares
     from pipelines.pipeline import compile_pipeline, make_pipeline
-    from pipelines.presets import find_config
-    from scop.config import load_config
     from scop.errors import UserError
 
     if options.output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {options.output} must end in .yaml")
-    config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
+    config = load_configuration(options)
     defaults = config.model_dump(mode="json", exclude_none=True) if options.config or options.set else None
     profile = load_cluster(options.cluster) if options.cluster else None
     if profile and defaults:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from pipelines.cli.options import DEFAULT_CONFIG, Commands, add_config, add_docker, image_of, load_cluster
+from pipelines.cli.options import Commands, add_config, add_docker, image_of, load_cluster, load_configuration
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,14 +26,15 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the findings; return 1 if anything is missing."""
     from pipelines.cli.checks import examine
-    from pipelines.presets import find_config
-    from scop.config import load_config
+    from scop.environment import ClusterEnvironment, UserEnvironment
 
-    config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set)
-    host = options.host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    config = load_configuration(options)
+    cluster = ClusterEnvironment.read()
+    host = options.host or cluster.host
     profile = load_cluster(options.cluster) if options.cluster else None
+    access = cluster.model_copy(update={"host": host})
     missing = False
-    for finding in examine(config, options.out, image_of(options.docker), host, profile):
+    for finding in examine(config, options.out, image_of(options.docker), access, profile, UserEnvironment.read()):
         print(finding, flush=True)
         missing |= finding.state == "missing"
     return int(missing)

@@ -7,7 +7,7 @@ import sys
 
 import scop
 from pipelines.cli import compare, compile, doctor, promote, rerun, run, select, step, submit, watch
-from pipelines.cli.options import notes_of
+from pipelines.cli.options import report_missing_module, report_user_error
 
 COMMANDS = (run, step, rerun, select, compare, promote, doctor, compile, submit, watch)
 """A module each, with `add_parser`, which sets the function that carries the command out."""
@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.action(options) or 0)
     except UserError as error:
-        print(f"scop: error: {error}", *notes_of(error), sep="\n", file=sys.stderr)
-        return 2
+        return report_user_error(error)
+    except ModuleNotFoundError as error:
+        return report_missing_module(error)
     except KeyboardInterrupt:
         print("scop: interrupted", file=sys.stderr)
         return 130

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.cluster.profile import ClusterProfile
     from scop.config import Config, VariantSection
+    from scop.errors import UserError
+    from scop.storage.cache import Cache
 
 DEFAULT_CONFIG = "digits-resnet20"
 Commands = Any
@@ -57,6 +59,23 @@ def add_interval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help=help_text)
 
 
+def report_user_error(error: UserError) -> int:
+    """Print a user's mistake with its notes, and return the exit code."""
+    from scop.runtime.exit_codes import exit_code_of
+
+    print(f"scop: error: {error}", *notes_of(error), sep="\n", file=sys.stderr)
+    return int(exit_code_of(error))
+
+
+def report_missing_module(error: ModuleNotFoundError) -> int:
+    """Print which extra installs a missing module, and return the exit code; raise if no extra does."""
+    from scop.errors import missing_extra
+
+    if (mistake := missing_extra(error)) is None:
+        raise error
+    return report_user_error(mistake)
+
+
 def notes_of(error: Exception) -> list[str]:
     """Return the notes of an error as lines for the user: how to continue."""
     return [f"scop: {note}" for note in getattr(error, "__notes__", ())]
@@ -76,17 +95,33 @@ def variant_of(config: Config, label: str | None) -> VariantSection:
 
 def image_of(option: str | None) -> str | None:
     """Return the image that --docker names, the project's own if it names none, or None without --docker."""
-    from pipelines.local.containers import DEFAULT_IMAGE
+    from components.image import IMAGE
 
-    return option if option is None else option or DEFAULT_IMAGE
+    return option if option is None else option or IMAGE
+
+
+def open_cache() -> Cache:
+    """Return the local cache of what is fetched from S3, in the folder that the user has set."""
+    from scop.environment import UserEnvironment
+    from scop.storage.cache import Cache
+
+    return Cache(UserEnvironment.read().cache_folder)
+
+
+def load_configuration(options: argparse.Namespace, kind: type[Config] | None = None) -> Config:
+    """Load the configuration of -f and --set, or the default one."""
+    from pipelines.presets import find_config
+    from scop.config import Config, load_config
+
+    return load_config(find_config(options.config or DEFAULT_CONFIG, open_cache()), options.set, kind or Config)
 
 
 def load_cluster(name: str) -> ClusterProfile:
     """Load a cluster profile, and note if its image may change under the same name."""
     from pipelines.cluster.profile import load_profile
-    from scop.storage import files as storage
+    from scop.storage.fetch import local_path
 
-    profile = load_profile(storage.local(name))
+    profile = load_profile(local_path(name, open_cache()))
     if not profile.has_digest:
         print(
             f"note: image {profile.image} is named by a tag; KFP's cache does not notice when a tag moves, so name the "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-from pipelines.cli.options import Commands, add_config, add_runs
+from pipelines.cli.options import Commands, add_config, add_runs, open_cache
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,14 +26,18 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Promote the model, or say why not."""
+    from pipelines.compare.experiments import Source
     from pipelines.compare.promote import CHAMPION, LIMITS, promote
     from pipelines.presets import find_config
     from scop.config import load_config
+    from scop.environment import UserEnvironment
 
     # Without a file, limits that --set does not give are those at export, not a preset's.
-    export = load_config(find_config(options.config) if options.config else None, options.set).export
+    path = find_config(options.config, open_cache()) if options.config else None
+    export = load_config(path, options.set).export
     limits = export.model_dump(include=set(LIMITS), exclude_unset=not options.config)
-    outcome = promote(options.version, options.runs, limits)
+    source = Source(options.runs, UserEnvironment.read().tracking_uri)
+    outcome = promote(options.version, source, limits)
     for gate in outcome.gates:
         print(f"{'holds' if gate.holds else 'FAILS'}: {gate.text}")
     champion = f"models:/{outcome.name}@{CHAMPION}"
@@ -43,6 +46,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"scop: version {outcome.number} is not promoted; {champion} stays {before}", file=sys.stderr)
         return 1
     print(f"{champion} is now version {outcome.number} (before: {before})")
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if source.tracking_uri is None:
         print(f"to load it: mlflow.set_tracking_uri({outcome.tracking_uri!r}); mlflow.pyfunc.load_model({champion!r})")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.cli.options import Commands, add_docker, add_runs, add_set
+from pipelines.cli.options import Commands, add_docker, add_runs, add_set, open_cache
 
 
 def add_parser(commands: Commands) -> None:
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     if image is not None:
         image = image or rerun.default_image(record)
         require_image(image)
-    ready = rerun.make_ready(record, Path(options.out), options.set, options.track)
+    ready = rerun.make_ready(record, Path(options.out), options.set, options.track, open_cache())
     code = rerun.rerun(ready, image=image, gpus=options.gpus, dry_run=options.dry_run, shell=options.shell)
     if code or options.dry_run or options.shell:
         return code

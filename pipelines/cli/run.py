@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pipelines.cli.options import DEFAULT_CONFIG, Commands, add_config, add_docker, image_of, notes_of
+from pipelines.cli.options import (
+    DEFAULT_CONFIG,
+    Commands,
+    add_config,
+    add_docker,
+    image_of,
+    notes_of,
+    report_user_error,
+)
+
+if TYPE_CHECKING:
+    from pipelines.local.job import Runner, State
 
 
 def add_parser(commands: Commands) -> None:
@@ -15,7 +28,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "run",
         help="run the whole pipeline on this machine",
-        description="Run the whole pipeline on this machine, through KFP's local runner.",
+        description="Run the whole pipeline on this machine.",
         epilog=f"presets: {', '.join(preset_names())}",
     )
     parser.set_defaults(action=run)
@@ -27,30 +40,65 @@ def add_parser(commands: Commands) -> None:
         help="continue an earlier run (a name in --out, a folder or a URI), with its own configuration unless -f gives "
         "one; finished steps whose inputs are unchanged are kept",
     )
-    add_docker(parser, "run each step in a container of IMAGE (default: the project's own)")
+    parser.add_argument(
+        "--runner",
+        choices=("process", "kfp", "docker"),
+        help="how steps run: all in one process (default), each in a process of KFP's local runner, or each in a "
+        "container",
+    )
+    add_docker(parser, "run each step in a container of IMAGE (default: the project's own); implies --runner docker")
     parser.add_argument("--gpus", action="store_true", help="give the GPUs to the containers")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the pipeline; return the exit code."""
-    from pipelines.local.run import StepError, print_result, run_locally
+    from pipelines.cli.supervisor import supervise
+
+    return supervise(lambda announce: _run(options, announce))
+
+
+def _run(options: argparse.Namespace, announce: Callable[[State], None]) -> int:
+    from pipelines.local.job import StepError
+    from pipelines.local.run import print_result, run_locally
     from pipelines.presets import find_config, run_name_of
     from pipelines.runs import find_run
     from scop.config import load_config
+    from scop.environment import UserEnvironment
     from scop.errors import Stopped, UserError
+    from scop.storage.cache import Cache
+    from scop.system.progress import show_progress_on
 
-    place = find_run(options.resume, options.out) if options.resume else None
-    given = options.config or (f"{place}/config.yaml" if place else DEFAULT_CONFIG)
-    path = find_config(given)
-    config = load_config(path, options.set)
-    out = place.rpartition("/")[0] if place else options.out
+    user = UserEnvironment.read()
     try:
-        image = image_of(options.docker)
-        if options.gpus and image is None:
-            raise UserError("--gpus applies to containers; add --docker")
-        result = run_locally(config, out, run_name_of(path), image, place, options.gpus)
+        resumed = find_run(options.resume, options.out) if options.resume else None
+        given = options.config or (f"{resumed}/config.yaml" if resumed else DEFAULT_CONFIG)
+        path = find_config(given, Cache(user.cache_folder))
+        config = load_config(path, options.set)
+        out = resumed.rpartition("/")[0] if resumed else options.out
+        name, runner = run_name_of(path), _runner(options)
+        with show_progress_on(None):
+            result = run_locally(config, out, name, runner=runner, resume=resumed, user=user, announce=announce)
+    except UserError as error:
+        return report_user_error(error)
     except (StepError, Stopped) as failure:
         print(f"scop: {failure}", *notes_of(failure), sep="\n", file=sys.stderr)
         return failure.code if isinstance(failure, Stopped) else 1
     print_result(result)
     return 0
+
+
+def _runner(options: argparse.Namespace) -> Runner:
+    """Return the runner that the options ask for."""
+    from pipelines.local.in_process import InProcess
+    from scop.errors import UserError
+
+    kind = options.runner or ("docker" if options.docker is not None else "process")
+    if options.docker is not None and kind != "docker":
+        raise UserError(f"--docker is for --runner docker, not for --runner {kind}; give one of them")
+    if options.gpus and kind != "docker":
+        raise UserError("--gpus applies to containers; add --docker")
+    if kind == "process":
+        return InProcess()
+    from pipelines.local.kfp_runner import KfpLocal
+
+    return KfpLocal(image_of(options.docker or ""), options.gpus) if kind == "docker" else KfpLocal()

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.cli.options import Commands, add_config, add_runs, add_variant, variant_of, write_output
+from pipelines.cli.options import (
+    Commands,
+    add_config,
+    add_runs,
+    add_variant,
+    open_cache,
+    variant_of,
+    write_output,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -38,10 +46,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("give --output FILE for the plan, or --dry-run to print only")
     if options.output and options.run is None:
         raise UserError("--output writes a plan made from a run's scores: name the RUN, or give --dry-run")
-    place = find_run(options.run, options.runs) if options.run else None
-    config = select.config_of(options.config, place, options.set)
+    source, cache = find_run(options.run, options.runs) if options.run else None, open_cache()
+    config = select.config_of(options.config, source, options.set, cache)
     variant = variant_of(config, options.variant)
-    dense = select.dense_of_run(place) if place else select.dense_of(config)
+    dense = select.dense_of_run(source, cache) if source else select.dense_of(config, cache)
     plan = select.plan_of(dense, variant)
     select.print_plan(dense, plan, variant)
     if options.output and not options.dry_run:

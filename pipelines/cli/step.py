@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+from typing import TYPE_CHECKING
 
-from pipelines.cli.options import DEFAULT_CONFIG, Commands, add_config, add_variant, variant_of
+from pipelines.cli.options import Commands, add_config, add_variant, load_configuration, variant_of
+
+if TYPE_CHECKING:
+    from scop.runtime.registry import Signature
 
 
 def add_parser(commands: Commands) -> None:
@@ -31,35 +34,47 @@ def add_parser(commands: Commands) -> None:
     add_variant(parser)
 
 
-def _describe_steps(steps: dict[str, tuple[str, str]]) -> str:
-    inputs = max(len(inputs) for inputs, _ in steps.values())
-    lines = [f"  {name:16} {given or '-':{inputs}}  ->  {made}" for name, (given, made) in steps.items()]
+def _describe_steps(steps: dict[str, Signature]) -> str:
+    inputs = {name: " ".join(step.inputs) or "-" for name, step in steps.items()}
+    width = max(map(len, inputs.values()))
+    lines = [f"  {name:16} {inputs[name]:{width}}  ->  {step.output}" for name, step in steps.items()]
     return "\n".join(["steps, with their inputs and their output ('...' takes several folders):", *lines])
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the step in this process."""
-    from pipelines.presets import find_config
-    from scop.config import Config, ConfigWithoutFinetuning, load_config
+def run(options: argparse.Namespace) -> int:
+    """Run the step in this process; return its exit code."""
+    from scop.config import Config, ConfigWithoutFinetuning
+    from scop.environment import StepEnvironment
+    from scop.errors import Stopped
     from scop.runtime.execution import run_step
-    from scop.runtime.places import absolute
-    from scop.runtime.resume import CHECKPOINTS_VARIABLE, KEEP_VARIABLE
+    from scop.runtime.exit_codes import StepFailedError, exit_code_of
+    from scop.runtime.logs import log_to_standard_output
     from scop.runtime.step import find_step
+    from scop.runtime.uris import absolute_uri
+    from scop.system.progress import show_progress_on
 
     wanted = find_step(options.name).Config.model_fields
     kind = Config if "finetune" in wanted else ConfigWithoutFinetuning
-    config = load_config(find_config(options.config or DEFAULT_CONFIG), options.set, kind)
+    config = load_configuration(options, kind)
     variant = variant_of(config, options.variant)
     sections = config.model_dump(mode="json") | {"variant": variant.model_dump(mode="json")}
-    if config.run.checkpoints:
-        os.environ.setdefault(CHECKPOINTS_VARIABLE, absolute(config.run.checkpoints))
-        os.environ.setdefault(KEEP_VARIABLE, str(config.run.keep_checkpoints))
-    run_step(
-        options.name,
-        {name: sections[name] for name in wanted},
-        _pairs(options.input, "--input"),
-        {name: values[-1] for name, values in _pairs(options.output, "--output").items()},
-    )
+    environment = StepEnvironment.read()
+    if config.run.checkpoints and not environment.checkpoints:
+        kept = {"checkpoints": absolute_uri(config.run.checkpoints), "keep_checkpoints": config.run.keep_checkpoints}
+        environment = environment.model_copy(update=kept)
+    log_to_standard_output()
+    try:
+        with show_progress_on(environment.terminal):
+            run_step(
+                options.name,
+                {name: sections[name] for name in wanted},
+                _pairs(options.input, "--input"),
+                {name: values[-1] for name, values in _pairs(options.output, "--output").items()},
+                environment,
+            )
+    except (Stopped, StepFailedError) as error:
+        return exit_code_of(error)
+    return 0
 
 
 def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:

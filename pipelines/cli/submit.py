@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pipelines.cli.options import DEFAULT_CONFIG, Commands, add_config, add_interval, load_cluster
+from pipelines.cli.options import DEFAULT_CONFIG, Commands, add_config, add_interval, load_cluster, open_cache
 from pipelines.cli.watch import follow_run, require_interval
 
 
@@ -33,19 +33,20 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Submit the run, and follow it if asked to."""
     from pipelines.cluster.compilation import refuse_uneven_shares
-    from pipelines.cluster.submit import Cluster, keep_configuration, pin_places, run_name
+    from pipelines.cluster.submit import Cluster, keep_configuration, pin_files, run_name
     from pipelines.presets import find_config, run_name_of
     from scop.config import load_config
+    from scop.environment import ClusterEnvironment
     from scop.errors import UserError
 
-    path = find_config(options.config or DEFAULT_CONFIG)
-    config = pin_places(load_config(path, options.set))
+    path = find_config(options.config or DEFAULT_CONFIG, open_cache())
+    config = pin_files(load_config(path, options.set))
     require_interval(options.every)
     if options.wait and options.recurring:
         raise UserError("--wait follows one run, and --recurring starts many; give one of them")
     profile = load_cluster(options.cluster)
     refuse_uneven_shares(config, profile)
-    cluster = Cluster(profile)
+    cluster = Cluster(profile, ClusterEnvironment.read())
     name = options.name or run_name(config, run_name_of(path))
     submission = cluster.submit(config, name, caching=not options.no_cache, cron=options.recurring)
     print(f"{'recurring run' if options.recurring else 'run'} {name}: {submission.address}", flush=True)

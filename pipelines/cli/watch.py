@@ -29,9 +29,10 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Follow the run; return 1 if it does not succeed."""
     from pipelines.cluster.submit import Cluster
+    from scop.environment import ClusterEnvironment
 
     require_interval(options.every)
-    cluster = Cluster(load_cluster(options.cluster))
+    cluster = Cluster(load_cluster(options.cluster), ClusterEnvironment.read())
     return follow_run(cluster, cluster.find(options.run), options.every)
 
 
@@ -46,10 +47,11 @@ def require_interval(seconds: float) -> None:
 def follow_run(cluster: Cluster, run: Submission, every: float) -> int:
     """Print a run's progress to its end and close it in MLflow; return 1 if it does not succeed."""
     from pipelines.cluster.progress import follow
-    from pipelines.cluster.submit import failed_steps, mend_tracking
+    from pipelines.cluster.submit import close_tracking, failed_steps
+    from scop.environment import UserEnvironment
 
     outcome = follow(cluster.server, run.id, lambda line: print(line, flush=True), every)
-    mend_tracking(run, outcome)
+    close_tracking(run, outcome, UserEnvironment.read().tracking_uri)
     if not outcome.succeeded:
         print(f"scop: {outcome.error}", *failed_steps(run), sep="\n", file=sys.stderr)
         return 1

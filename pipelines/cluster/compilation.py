@@ -1,4 +1,4 @@
-"""A cluster profile applied to the pipeline's tasks: image, resources, nodes, secrets, retries."""
+"""The pipeline compiled for a cluster: a profile's image, resources, nodes, secrets and retries on each task."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ from kfp.dsl import PipelineTask
 from pipelines.cluster.profile import Affinity, ClusterProfile, Resources, StepClass, quantity
 from pipelines.pipeline import compile_pipeline, make_pipeline
 from scop.config import Config, RunSection, TrainingSection, finetune_for
+from scop.environment import THREADS_VARIABLE, StepEnvironment, name_of
 from scop.errors import UserError
-from scop.runtime.execution import DEVICE_VARIABLE
-from scop.runtime.processes import PROCESSES_VARIABLE
-from scop.runtime.record import EXTERNAL_FILES, IMAGE_VARIABLE
-from scop.runtime.resume import CHECKPOINTS_VARIABLE, KEEP_VARIABLE
-from scop.runtime.train_job import TRAIN_JOB_VARIABLE, TrainJobPlan
-from scop.storage import files as storage
+from scop.runtime.record import EXTERNAL_FILES
+from scop.runtime.train_job import TrainJobPlan
+from scop.storage.files import is_s3
 from scop.storage.manifest import write_atomically
-from scop.tracking.mlflow import KFP_RUN_VARIABLE
-from scop.tracking.server import ARTIFACTS_VARIABLE, EXPERIMENT_VARIABLE
 
-THREADS_VARIABLE = "OMP_NUM_THREADS"
-_WAITING = Resources(cpu="1", memory="2Gi")  # of a pod that makes a TrainJob and shows its log
+_WAITING_POD = Resources(cpu="1", memory="2Gi")
+"""Resources of a pod that creates a TrainJob and shows its log."""
 SIZE_LIMIT = 32 * 2**20
 """Of a pipeline file, in bytes: what KFP's server accepts (apiserver/server/pipeline_upload_server.go)."""
 
@@ -38,42 +34,41 @@ def compile_for(
     caching: bool = True,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the pipeline for a cluster as YAML of two documents: the pipeline, and its platform Kubernetes.
+    """Write the pipeline for a cluster as two YAML documents: the pipeline, and its Kubernetes settings.
 
     Args:
         profile: of the cluster.
-        run: the configuration's section, which is no parameter of the pipeline.
+        run: the configuration's section `run`, which is not a parameter of the pipeline.
         path: of the file.
-        caching: whether KFP may take a step's earlier result.
+        caching: whether KFP may use a step's earlier result.
         defaults: of the parameters, by name.
 
     Raises:
         UserError: the file is larger than KFP accepts.
     """
-    pipeline = make_pipeline(placed_by(profile, run, caching), profile.parallelism, defaults)
+    configure = task_settings(profile, run, caching)
+    pipeline = make_pipeline(profile.image, configure, profile.parallelism, defaults)
     with tempfile.TemporaryDirectory(prefix="scop-") as folder:
         file = Path(folder) / "pipeline.yaml"
         compile_pipeline(str(file), pipeline)
         if (size := file.stat().st_size) > SIZE_LIMIT:
             raise UserError(
-                f"the pipeline would have {size / 2**20:.1f} MiB, and KFP takes pipelines up to "
-                f"{SIZE_LIMIT / 2**20:.0f} MiB; compile it without -f, and give the configuration when it is run"
+                f"the pipeline has {size / 2**20:.1f} MiB, and KFP accepts up to {SIZE_LIMIT / 2**20:.0f} MiB; compile "
+                "it without -f, and give the configuration when it is run"
             )
         write_atomically(path, file.read_text(encoding="utf-8"))
 
 
 def refuse_paths(config: Config) -> None:
-    """Raise UserError where data or weights are named by a path of this machine, which no pod has."""
+    """Raise UserError if data or weights are at a path of this machine, which a pod does not have."""
     for section, key in EXTERNAL_FILES:
-        place = getattr(getattr(config, section), key)
-        if place is not None and not storage.is_uri(place):
-            raise UserError(
-                f"{section}.{key} {place} is a path of this machine; put it into S3, and name its s3:// URI"
-            )
+        uri = getattr(getattr(config, section), key)
+        if uri is not None and not is_s3(uri):
+            raise UserError(f"{section}.{key} {uri} is a path of this machine; upload it to S3, and give its s3:// URI")
 
 
 def refuse_uneven_shares(config: Config, profile: ClusterProfile) -> None:
-    """Raise UserError where the profile's GPUs cannot share a training as configured; a pod would find it out late."""
+    """Raise UserError if the profile's GPUs cannot share a training as configured, before a pod finds out."""
     kind = profile.classes.gpu
     count = kind.accelerator.count if kind.accelerator else 1
     if (processes := count * kind.nodes) == 1:
@@ -87,31 +82,31 @@ def refuse_uneven_shares(config: Config, profile: ClusterProfile) -> None:
     for name, size in sizes.items():
         if size % processes:
             raise UserError(
-                f"{name}.batch_size {size} cannot be shared evenly: {shared}; take a multiple of {processes}"
+                f"{name}.batch_size {size} cannot be divided evenly: {shared}; use a multiple of {processes}"
             )
     for name, section in trainings.items():
         if section.compile and section.sync_batch_norm:
             raise UserError(
-                f"{name}.compile cannot synchronise batch norms, and {shared}; set {name}.sync_batch_norm: false, or "
+                f"{name}.compile does not support sync_batch_norm, and {shared}; set {name}.sync_batch_norm: false, or "
                 "compile: false"
             )
 
 
-def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) -> Callable[[PipelineTask], None]:
-    """What gives a task its place on the cluster."""
+def task_settings(profile: ClusterProfile, run: RunSection, caching: bool = True) -> Callable[[PipelineTask], None]:
+    """Return a function that applies a profile to a task."""
 
-    def place(task: PipelineTask) -> None:
+    def configure(task: PipelineTask) -> None:
         name, kind = profile.class_of(task.name.replace("-", "_"))
         variables = _variables(profile, run, name, kind)
         if kind.nodes > 1:
             plan = train_job_plan(profile, kind, variables)
-            # Its pod only makes the TrainJob, and waits; that is done by the job's deadline, or not at all.
-            variables[TRAIN_JOB_VARIABLE] = plan.model_dump_json(exclude_defaults=True)
+            # The pod itself only creates the TrainJob and waits; the deadline is that of the job.
+            variables[name_of(StepEnvironment, "train_job")] = plan.model_dump_json(exclude_defaults=True)
             del variables[THREADS_VARIABLE]
-            variables.pop(DEVICE_VARIABLE, None)
+            variables.pop(name_of(StepEnvironment, "required_device"), None)
             kind = profile.classes.cpu.model_copy(
                 update={
-                    "requests": _WAITING,
+                    "requests": _WAITING_POD,
                     "limits": None,
                     "accelerator": None,
                     "shared_memory": None,
@@ -119,64 +114,60 @@ def placed_by(profile: ClusterProfile, run: RunSection, caching: bool = True) ->
                     "retries": kind.retries,
                 }
             )
-        task.set_container_image(profile.image)
-        if not caching:  # here, since KFP's client can change it for no version that is uploaded, nor within loops
+        if not caching:  # KFP's client cannot change it for an uploaded version, nor within loops
             task.set_caching_options(False)
-        _give_resources(task, kind)
-        _choose_nodes(task, kind)
-        _hand_in(task, profile)
+        _set_resources(task, kind)
+        _select_nodes(task, kind)
+        _set_secrets(task, profile)
         for variable, value in variables.items():
             task.set_env_variable(variable, value)
         # The run's id by the downward API: as a parameter it would be part of every cache key.
-        kubernetes.use_field_path_as_env(task, KFP_RUN_VARIABLE, "metadata.labels['pipeline/runid']")
+        kfp_run = name_of(StepEnvironment, "kfp_run")
+        kubernetes.use_field_path_as_env(task, kfp_run, "metadata.labels['pipeline/runid']")
         retries = kind.retries
         if retries.count:
             task.set_retry(retries.count, retries.backoff, retries.factor, retries.max_backoff)
         if kind.timeout:
             kubernetes.set_timeout(task, kind.timeout)
 
-    return place
+    return configure
 
 
 def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepClass) -> dict[str, str]:
-    """What a step is told by its environment; nothing secret, for all of it is in the pipeline's file.
+    """Return a step's environment variables. They are in the pipeline's file, so none may be secret.
 
     Raises:
-        UserError: the configuration names a folder, which a pod would lose.
+        UserError: the configuration names a folder, which would be lost with the pod.
     """
-    if run.checkpoints is not None and not storage.is_uri(run.checkpoints):
-        raise UserError(f"run.checkpoints {run.checkpoints} is no place that outlives a pod; name an s3:// URI")
+    if run.checkpoints is not None and not is_s3(run.checkpoints):
+        raise UserError(f"run.checkpoints {run.checkpoints} is lost with the pod; give an s3:// URI")
     if run.artifact_root is not None and ":/" not in run.artifact_root:
-        raise UserError(f"run.artifact_root {run.artifact_root} is a folder, which a pod does not keep; name a URI")
-    variables = {
-        IMAGE_VARIABLE: profile.image,
-        EXPERIMENT_VARIABLE: run.experiment,
-        CHECKPOINTS_VARIABLE: run.checkpoints or profile.checkpoint_root,
-        KEEP_VARIABLE: str(run.keep_checkpoints),
-        THREADS_VARIABLE: str(_threads(kind)),
-    }
-    if run.artifact_root:
-        variables[ARTIFACTS_VARIABLE] = run.artifact_root
-    if kind.accelerator:
-        variables[DEVICE_VARIABLE] = f"class {name}: {kind}"
-        if kind.accelerator.count > 1:
-            variables[PROCESSES_VARIABLE] = str(kind.accelerator.count)
-    return variables
+        raise UserError(f"run.artifact_root {run.artifact_root} is a folder, which is lost with the pod; give a URI")
+    environment = StepEnvironment(
+        image=profile.image,
+        experiment=run.experiment,
+        checkpoints=run.checkpoints or profile.checkpoint_root,
+        keep_checkpoints=run.keep_checkpoints,
+        artifact_root=run.artifact_root,
+        required_device=f"class {name}: {kind}" if kind.accelerator else None,
+        processes=kind.accelerator.count if kind.accelerator else 1,
+    )
+    return environment.as_variables() | {THREADS_VARIABLE: str(_threads(kind))}
 
 
 def _threads(kind: StepClass) -> int:
-    """For each process; PyTorch by itself would take all of the node's cores, whatever the pod may use of them."""
+    """Return the number of threads of each process; by default PyTorch uses all of the node's cores, not the pod's."""
     cores = quantity((kind.limits or kind.requests).cpu)
     return max(1, int(cores) // (kind.accelerator.count if kind.accelerator else 1))
 
 
 def train_job_plan(profile: ClusterProfile, kind: StepClass, variables: Mapping[str, str]) -> TrainJobPlan:
-    """What the TrainJob of a training step on several nodes is made of.
+    """Return the specification of the TrainJob of a training step on several nodes.
 
     Args:
         profile: of the cluster.
         kind: the step's class.
-        variables: of the step's environment.
+        variables: environment variables of the step.
     """
     accelerator = {kind.accelerator.resource: str(kind.accelerator.count)} if kind.accelerator else {}
     tolerations = [
@@ -209,7 +200,7 @@ def train_job_plan(profile: ClusterProfile, kind: StepClass, variables: Mapping[
 
 
 def _node_affinity(entries: Sequence[Affinity]) -> dict[str, Any]:
-    """In Kubernetes' own form: required expressions hold together, preferred ones have a weight each."""
+    """Return node affinity in Kubernetes' form: all required expressions must hold; preferred ones have weights."""
     required = [_expression(entry) for entry in entries if entry.weight is None]
     preferred = [
         {"weight": entry.weight, "preference": {"matchExpressions": [_expression(entry)]}}
@@ -225,7 +216,7 @@ def _node_affinity(entries: Sequence[Affinity]) -> dict[str, Any]:
     return {"nodeAffinity": affinity} if affinity else {}
 
 
-def _give_resources(task: PipelineTask, kind: StepClass) -> None:
+def _set_resources(task: PipelineTask, kind: StepClass) -> None:
     limits = kind.limits or kind.requests
     task.set_cpu_request(kind.requests.cpu).set_cpu_limit(limits.cpu)
     task.set_memory_request(kind.requests.memory).set_memory_limit(limits.memory)
@@ -237,7 +228,7 @@ def _give_resources(task: PipelineTask, kind: StepClass) -> None:
         )
 
 
-def _choose_nodes(task: PipelineTask, kind: StepClass) -> None:
+def _select_nodes(task: PipelineTask, kind: StepClass) -> None:
     for key, value in kind.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
     for toleration in kind.tolerations:
@@ -250,8 +241,8 @@ def _expression(affinity: Affinity) -> dict[str, Any]:
     return {"key": affinity.key, "operator": affinity.operator, "values": affinity.values}
 
 
-def _hand_in(task: PipelineTask, profile: ClusterProfile) -> None:
-    """Secrets and ConfigMaps by name: their content is never in the pipeline's file."""
+def _set_secrets(task: PipelineTask, profile: ClusterProfile) -> None:
+    """Add Secrets and ConfigMaps by name: their content is never in the pipeline's file."""
     for name, variables in profile.secrets.items():
         kubernetes.use_secret_as_env(task, name, dict(variables))
     for name, variables in profile.config_maps.items():

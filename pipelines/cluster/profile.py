@@ -1,4 +1,4 @@
-"""Cluster profiles: all that a pipeline needs to know of the cluster it runs on, as data."""
+"""Cluster profiles: the settings of the cluster that a pipeline runs on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from scop.config import PositiveInt
 from scop.config.parsing import Section, override, parse, read_yaml
 from scop.runtime.registry import STEPS, TRAINING_STEPS
 
-FOLDER = Path(__file__).parent / "clusters"
-
-# Kubernetes' quantities, see k8s.io/apimachinery, resource.Quantity, as far as KFP takes them: 500m, 2, 1.5; 8Gi.
+# Kubernetes quantities (k8s.io/apimachinery, resource.Quantity) in the forms that KFP accepts: 500m, 2, 1.5; 8Gi.
 Cores = Annotated[str, Field(pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$", coerce_numbers_to_str=True)]
 Bytes = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(K|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", coerce_numbers_to_str=True)]
 Duration = Annotated[str, Field(pattern=r"^[0-9]+(s|m|h)$")]
-# Names of Kubernetes objects, and of environment variables.
+# Names of Kubernetes objects and of environment variables.
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$", max_length=253)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
@@ -28,17 +26,17 @@ _FACTORS |= {f"{prefix}i": 1024.0**n for n, prefix in enumerate("KMGTP", 1)}
 
 
 def quantity(text: str) -> float:
-    """What `Cores` or `Bytes` say, in cores or bytes."""
+    """Convert `Cores` to a number of cores, or `Bytes` to a number of bytes."""
     number = text.rstrip("mKMGTPi")
     return float(number) * _FACTORS.get(text[len(number) :], 1.0)
 
 
 class Resources(Section):
-    """An amount of processors and memory.
+    """CPU and memory.
 
     Attributes:
-        cpu: cores, such as 2 or 500m.
-        memory: such as 8Gi.
+        cpu: number of cores, such as 2 or 500m.
+        memory: bytes, such as 8Gi.
     """
 
     cpu: Cores
@@ -49,8 +47,8 @@ class Accelerator(Section):
     """GPUs of a step.
 
     Attributes:
-        resource: the name by which the cluster's device plugin offers them.
-        count: so many for each pod; with more than one a training runs a process on each.
+        resource: resource name that the cluster's device plugin provides.
+        count: number of GPUs per pod; training runs one process per GPU.
     """
 
     resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = "nvidia.com/gpu"
@@ -58,11 +56,11 @@ class Accelerator(Section):
 
 
 class Toleration(Section):
-    """A taint of nodes that the step's pod tolerates; the entries are Kubernetes'.
+    """A toleration of the step's pod, with the fields of a Kubernetes toleration.
 
     Attributes:
-        key, operator, value, effect: of the taint.
-        toleration_seconds: how long a NoExecute taint is tolerated.
+        key, operator, value, effect: the taint to tolerate.
+        toleration_seconds: how long a NoExecute taint is tolerated, in seconds.
     """
 
     key: str | None = None
@@ -74,18 +72,18 @@ class Toleration(Section):
     @model_validator(mode="after")
     def _means_something(self) -> Toleration:
         if self.operator == "Exists" and self.value is not None:
-            raise ValueError("a toleration with operator Exists has no value")
+            raise ValueError("a toleration with operator Exists takes no value; remove it")
         if self.operator == "Equal" and self.key is None:
-            raise ValueError("a toleration without a key needs operator: Exists")
+            raise ValueError("a toleration without a key requires operator: Exists")
         return self
 
 
 class Affinity(Section):
-    """What nodes a pod must, or had better, run on: one expression of Kubernetes' node affinity.
+    """One match expression of Kubernetes' node affinity, required or preferred.
 
     Attributes:
-        key, operator, values: what a node's labels must fulfil.
-        weight: 1 to 100 where it is only preferred; required without.
+        key, operator, values: condition on a node's labels.
+        weight: 1 to 100 makes the condition a preference; without a weight it is required.
     """
 
     key: str
@@ -96,18 +94,18 @@ class Affinity(Section):
     @model_validator(mode="after")
     def _has_values(self) -> Affinity:
         if (self.operator in ("Exists", "DoesNotExist")) == bool(self.values):
-            raise ValueError(f"operator {self.operator} {'takes no' if self.values else 'needs'} values")
+            raise ValueError(f"operator {self.operator} {'takes no' if self.values else 'requires'} values")
         return self
 
 
 class Retries(Section):
-    """What happens when a pod fails or is preempted: it is started again, and a training goes on from its checkpoint.
+    """Retries after a pod fails or is preempted; training resumes from its checkpoint.
 
     Attributes:
-        count: so many times.
-        backoff: before the first one.
-        factor: by which the wait grows each time.
-        max_backoff: and no longer than this.
+        count: maximum number of retries.
+        backoff: wait before the first retry.
+        factor: factor by which the wait grows after each retry.
+        max_backoff: maximum wait.
     """
 
     count: Annotated[int, Field(ge=0, le=20)] = 3
@@ -117,19 +115,20 @@ class Retries(Section):
 
 
 class StepClass(Section):
-    """Where steps of a class run, and with what.
+    """Resources, node selection and retries of a class of steps.
 
     Attributes:
-        requests: what a node must have free.
-        limits: what the step may use; the requests by default.
-        accelerator: GPUs; none by default.
+        requests: resource requests.
+        limits: resource limits; default: the requests.
+        accelerator: GPUs; default: none.
         node_selector: labels that a node must have.
-        tolerations: taints that are tolerated.
+        tolerations: taints that the pods tolerate.
         affinity: further conditions on nodes.
-        shared_memory: size of /dev/shm, which processes on several GPUs talk through; Kubernetes' 64 MiB by default.
-        timeout: after which a pod is ended, in seconds.
-        retries: after failure and preemption.
-        nodes: so many pods train together, as a TrainJob of Kubeflow Trainer; in class gpu.
+        shared_memory: size of /dev/shm, which the processes on several GPUs use to communicate; default: Kubernetes'
+            64 MiB.
+        timeout: time limit of a pod, in seconds.
+        retries: retries after failure or preemption.
+        nodes: number of pods that train together, as a TrainJob of Kubeflow Trainer; class gpu only.
     """
 
     requests: Resources
@@ -154,7 +153,7 @@ class StepClass(Section):
         return self
 
     def __str__(self) -> str:
-        """The wish for a device, as a step that sees none tells it."""
+        """The requested device, for the error of a step that does not find it."""
         wanted = f"{self.accelerator.resource} x{self.accelerator.count}" if self.accelerator else "no accelerator"
         labels = ", ".join(f"{key}={value}" for key, value in self.node_selector.items()) or "none"
         return f"resource {wanted}, node selector {labels}"
@@ -164,8 +163,8 @@ class Classes(Section):
     """The two classes of steps.
 
     Attributes:
-        cpu: all but training.
-        gpu: train_dense, train_knockoff and finetune.
+        cpu: all steps except training.
+        gpu: the training steps train_dense, train_knockoff and finetune.
     """
 
     cpu: StepClass
@@ -174,17 +173,17 @@ class Classes(Section):
     @model_validator(mode="after")
     def _only_training_has_nodes(self) -> Classes:
         if self.cpu.nodes > 1:
-            raise ValueError(f"cpu.nodes is {self.cpu.nodes}; only training, class gpu, can have several nodes")
+            raise ValueError(f"cpu.nodes is {self.cpu.nodes} but must be 1; only class gpu supports several nodes")
         if self.gpu.nodes > 1 and self.gpu.limits:
-            raise ValueError("gpu.limits are not for several nodes: a TrainJob's are its requests; leave them out")
+            raise ValueError("remove gpu.limits: with gpu.nodes > 1, a TrainJob uses its requests as limits")
         return self
 
 
 class SecurityContext(Section):
-    """As whom a container runs; the image works with any user id in group 0.
+    """Security context of the containers; the image works with any user ID in group 0.
 
     Attributes:
-        run_as_user, run_as_group, run_as_non_root: Kubernetes' entries.
+        run_as_user, run_as_group, run_as_non_root: the fields of a Kubernetes security context.
     """
 
     run_as_user: Annotated[int, Field(ge=0)] | None = 10001
@@ -193,25 +192,25 @@ class SecurityContext(Section):
 
 
 class ClusterProfile(Section):
-    """A cluster.
+    """A cluster profile.
 
     Attributes:
-        image: that all steps run in, by digest: REGISTRY/NAME@sha256:...
-        require_digest: refuse an image that is named by a tag, which may move.
-        pipeline_root: the s3:// URI below which KFP keeps the runs' artifacts.
-        checkpoints: the s3:// URI for checkpoints; below the pipeline root by default.
-        host: of KFP's API; KF_PIPELINES_ENDPOINT, or what KFP's own client finds, by default.
-        namespace: of KFP's runs, on an installation for several users.
-        experiment: of KFP; the configuration's `run.experiment` by default.
-        parallelism: so many variants run at once.
-        evaluate_on: the class of the step evaluate, whose latencies are the result's; it has one GPU at most.
-        training_runtime: of Kubeflow Trainer, for `nodes` above 1.
-        classes: the classes of steps.
-        secrets: which keys of which Secret become which environment variables: NAME: {KEY: VARIABLE}; those that begin
-            with SCOP_ or KFP_ are the pipeline's own.
-        config_maps: likewise of ConfigMaps.
-        image_pull_secrets: names of Secrets by which the image is pulled.
-        security_context: as whom containers run.
+        image: image of all steps, by digest: REGISTRY/NAME@sha256:...
+        require_digest: reject an image that is named by a tag, because tags can move.
+        pipeline_root: s3:// URI below which KFP stores the artifacts of runs.
+        checkpoints: s3:// URI for checkpoints; default: checkpoints/ below the pipeline root.
+        host: URL of KFP's API; default: KF_PIPELINES_ENDPOINT, or what KFP's client finds.
+        namespace: namespace of the runs, on a multi-user installation.
+        experiment: experiment in KFP; default: `run.experiment` of the configuration.
+        parallelism: maximum number of variants that run at the same time.
+        evaluate_on: class of the step evaluate, which measures latency; it uses at most one GPU and one node.
+        training_runtime: training runtime of Kubeflow Trainer, used if `nodes` is above 1.
+        classes: the two classes of steps.
+        secrets: environment variables from Secrets, as NAME: {KEY: VARIABLE}. Variables that begin with SCOP_ or KFP_
+            are reserved.
+        config_maps: environment variables from ConfigMaps, in the same form.
+        image_pull_secrets: names of the Secrets for pulling the image.
+        security_context: security context of the containers.
     """
 
     image: str
@@ -234,14 +233,14 @@ class ClusterProfile(Section):
     @classmethod
     def _is_an_image(cls, image: str) -> str:
         if not re.fullmatch(r"[a-z0-9][\w./:-]*(@sha256:[0-9a-f]{64})?", image):
-            raise ValueError("is no image's name; write REGISTRY/NAME@sha256:DIGEST")
+            raise ValueError("not a valid image name; write REGISTRY/NAME@sha256:DIGEST")
         return image
 
     @model_validator(mode="after")
     def _image_stays_the_same(self) -> ClusterProfile:
         if self.require_digest and not self.has_digest:
             raise ValueError(
-                f"image {self.image!r} is named by a tag, which may move, and require_digest is on; write "
+                f"image {self.image!r} has no digest, but require_digest is true; write "
                 "NAME@sha256:DIGEST (docker inspect --format '{{index .RepoDigests 0}}' IMAGE)"
             )
         return self
@@ -254,26 +253,26 @@ class ClusterProfile(Section):
                 for variable in keys.values():
                     where = f"{kind}.{name}"
                     if variable.startswith(("SCOP_", "KFP_")):
-                        raise ValueError(f"{where} sets {variable}, which is the pipeline's own; take another name")
+                        raise ValueError(f"{where} sets {variable}, but SCOP_* and KFP_* are reserved; rename it")
                     if variable in given:
                         raise ValueError(
-                            f"{where} sets {variable}, and so does {given[variable]}; leave one of them out"
+                            f"{where} sets {variable}, but {given[variable]} sets it, too; remove one of them"
                         )
                     given[variable] = where
         return self
 
     @property
     def has_digest(self) -> bool:
-        """Whether the image's name says which bytes it is."""
+        """Whether the image is named by digest."""
         return "@sha256:" in self.image
 
     @property
     def checkpoint_root(self) -> str:
-        """Where checkpoints go."""
+        """The s3:// URI below which checkpoints are stored."""
         return self.checkpoints or f"{self.pipeline_root.rstrip('/')}/checkpoints"
 
     def class_of(self, step: str) -> tuple[Literal["cpu", "gpu"], StepClass]:
-        """The class of a step, with its name."""
+        """Return the name and the settings of a step's class."""
         assert step in STEPS
         if step in TRAINING_STEPS:
             return "gpu", self.classes.gpu
@@ -287,8 +286,12 @@ class ClusterProfile(Section):
 def load_profile(path: Path, overrides: list[str] | None = None) -> ClusterProfile:
     """Read a cluster profile.
 
+    Args:
+        path: the YAML file.
+        overrides: changes as KEY=VALUE, with dots in KEY for nested keys.
+
     Raises:
-        UserError: the file is missing or no YAML, or an entry is bad.
+        UserError: the file is missing or not YAML, or a value is invalid.
     """
     values: dict[str, Any] = read_yaml(path)
     for change in overrides or []:

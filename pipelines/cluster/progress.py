@@ -1,4 +1,4 @@
-"""`scop submit --wait`, `scop watch`: how a run on a cluster goes, and how it ended."""
+"""The progress of a run on a cluster, and how it ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.cluster.server import Server, UnavailableError
 from scop.runtime.registry import STEPS
 
 ENDED = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED"}
-_FAILURES_BORNE = 8
+_TOLERATED_FAILURES = 8
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        state: KFP's: SUCCEEDED, FAILED, SKIPPED or CANCELED.
-        error: the failing task and what it said, or None.
+        state: KFP's state: SUCCEEDED, FAILED, SKIPPED or CANCELED.
+        error: the failed task and its message, or None.
     """
 
     state: str
@@ -31,49 +31,49 @@ class Outcome:
         return self.state == "SUCCEEDED"
 
 
-def follow(server: Server, identity: str, tell: Callable[[str], None], every: float) -> Outcome:
-    """Wait for a run's end.
+def follow(server: Server, identity: str, report: Callable[[str], None], every: float) -> Outcome:
+    """Wait until a run ends.
 
     Args:
         server: that has the run.
-        identity: KFP's id of it.
-        tell: called with a line for each task and state.
-        every: seconds between looks.
+        identity: KFP's run id.
+        report: called with a line for each change of a task's state.
+        every: polling interval, in seconds.
 
     Raises:
         UserError: the server cannot be reached any more, or refuses.
     """
-    told: dict[str, str] = {}
+    reported: dict[str, str] = {}
     failures = 0
     while True:
         try:
-            with server.errors("look after the run"):
+            with server.errors("read the run"):
                 run = server.client.get_run(identity)
             failures = 0
         except UnavailableError:
             failures += 1
-            if failures > _FAILURES_BORNE:
+            if failures > _TOLERATED_FAILURES:
                 raise
             time.sleep(every)
             continue
         tasks = (run.run_details and run.run_details.task_details) or []
         for task in _steps_of(tasks):
-            if told.get(task.task_id) != task.state:
-                told[task.task_id] = task.state
-                tell(f"{_title(task, tasks)}: {task.state.lower()}")
+            if reported.get(task.task_id) != task.state:
+                reported[task.task_id] = task.state
+                report(f"{_title(task, tasks)}: {task.state.lower()}")
         if run.state in ENDED:
             return Outcome(run.state, None if run.state == "SUCCEEDED" else _error_of(run, tasks))
         time.sleep(every)
 
 
 def _steps_of(tasks: list[Any]) -> list[Any]:
-    """The steps: not the drivers, executors, loops and iterations around them, which KFP lists as well."""
+    """Return the tasks that are steps; KFP also lists drivers, executors, loops and iterations."""
     steps = {step.replace("_", "-") for step in STEPS}
     return [task for task in tasks if task.state and task.display_name in steps]
 
 
 def _title(task: Any, tasks: list[Any]) -> str:
-    """The step's name, with the number of the variant where it belongs to one."""
+    """Return the step's name, with the index of its variant if it has one."""
     by_id = {other.task_id: other for other in tasks}
     name, above = task.display_name, task
     while (above := by_id.get(above.parent_task_id)) is not None:
@@ -88,5 +88,5 @@ def _error_of(run: Any, tasks: list[Any]) -> str:
     for task in failed:
         message = task.error.message if task.error else None
         pod = f" (pod {task.pod_name})" if task.pod_name else ""
-        return f"step {_title(task, tasks)} failed{pod}: {message or 'KFP has no message; see its log'}"
+        return f"step {_title(task, tasks)} failed{pod}: {message or 'KFP has no message; see the log'}"
     return (run.error.message if run.error else None) or f"the run ended as {run.state}"

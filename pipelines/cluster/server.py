@@ -1,11 +1,10 @@
-"""A KFP server: how it is found, asked within limits of time, and what its errors are called."""
+"""A KFP server: how it is found, with timeouts and clear errors."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,62 +14,61 @@ import kfp_server_api
 import urllib3
 
 from pipelines.cluster.profile import ClusterProfile
+from scop.environment import ClusterEnvironment, name_of
 from scop.errors import UserError, first_line
 
-HOST_VARIABLE, TOKEN_VARIABLE = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_TOKEN"
-NAMESPACE_VARIABLE = "KF_PIPELINES_NAMESPACE"
-# To connect and to answer; a pair, since the generated client heeds no float.
-_SECONDS = (10.0, 30.0)
+HOST_VARIABLE, TOKEN_VARIABLE = (name_of(ClusterEnvironment, field) for field in ("host", "token"))
+_TIMEOUT = (10.0, 30.0)
+"""To connect and to answer, in seconds; a pair, since the generated client ignores a single number."""
 
 
 class UnavailableError(UserError):
-    """The server does not answer, or fails: it may be there again in a while."""
+    """The server does not answer or fails; it may recover."""
 
 
 class Server:
     """A KFP server.
 
     Args:
-        profile: of the cluster; its host comes before that of KF_PIPELINES_ENDPOINT, and that before what KFP's client
-            finds by itself (inside a cluster, or by kubectl's context). A token comes from KF_PIPELINES_TOKEN.
+        profile: of the cluster; its host and namespace take precedence.
+        access: the user's host, namespace and token. Without a host, KFP's client finds one inside a cluster or by
+            kubectl's context.
 
     Attributes:
-        client: KFP's own.
+        client: KFP's client.
         host: its address.
-        namespace: of the runs, or None where the server knows none.
+        namespace: of the runs, or None if the server has none.
 
     Raises:
         UserError: no server can be found.
     """
 
-    def __init__(self, profile: ClusterProfile) -> None:
-        host, said = profile.host or os.environ.get(HOST_VARIABLE), io.StringIO()
+    def __init__(self, profile: ClusterProfile, access: ClusterEnvironment) -> None:
+        host, printed = profile.host or access.host, io.StringIO()
         self.host = host or "the address that KFP's client finds"
         self.namespace: str | None = None
         try:
-            with self.errors("find the server"), warnings.catch_warnings(), contextlib.redirect_stdout(said):
+            with self.errors("find the server"), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
                 warnings.simplefilter("ignore")
-                token = os.environ.get(TOKEN_VARIABLE)
-                self.client = _Client(host=host, existing_token=token)
+                self.client = _Client(host=host, existing_token=access.token)
         finally:
-            if "Failed to load kube config" in said.getvalue():  # it says so, and goes on to localhost
+            if "Failed to load kube config" in printed.getvalue():  # KFP's client then tries localhost
                 raise UserError(
-                    f"there is no KFP server to submit to; set `host` in the cluster profile, or {HOST_VARIABLE}, or "
-                    "point kubectl to the cluster"
+                    f"no KFP server is known; set `host` in the cluster profile, or {HOST_VARIABLE}, or select the "
+                    "cluster in kubectl's context"
                 )
         self.host = host or self.client._existing_config.host
-        # Of the runs; KFP's own context is what `kfp` commands were told last.
-        told = profile.namespace or os.environ.get(NAMESPACE_VARIABLE) or self.client.get_user_namespace()
-        self.namespace = told or None
+        # KFP's client remembers the namespace that the last `kfp` command used.
+        self.namespace = profile.namespace or access.namespace or self.client.get_user_namespace() or None
 
     def check(self) -> None:
-        """Ask for something that needs credentials; raises UserError where it is refused."""
+        """Send a request that needs credentials; raise UserError if it is refused."""
         with self.errors("list experiments"), quiet():
             self.client.list_experiments(page_size=1, namespace=self.namespace)
 
     @contextlib.contextmanager
     def errors(self, doing: str, let_pass: int | None = None) -> Iterator[None]:
-        """Within, whatever the client raises is a UserError of one line, but for answers of the status `let_pass`."""
+        """Turn whatever the client raises into a UserError of one line, except responses of the status `let_pass`."""
         try:
             yield
         except kfp_server_api.ApiException as error:
@@ -94,43 +92,45 @@ class Server:
             case 403:
                 namespace = self.namespace
                 remedy = f"in namespace {namespace!r}" if namespace else "set `namespace` in the cluster profile"
-                return f"{where} refuses to {doing} (403 {message}); ask for the right to it, {remedy}"
+                return f"{where} refuses to {doing} (403 {message}); ask for permission, {remedy}"
             case 404:
-                return f"{where} cannot {doing}: not found (404 {message}); is this address KFP's API, version 2?"
+                return (
+                    f"{where} cannot {doing}: not found (404 {message}); is this the address of KFP's API, version 2?"
+                )
             case status if status and status >= 500:
                 return f"{where} fails to {doing} ({status} {message}); try again later, or look at its log"
         return f"{where} refuses to {doing} ({error.status} {message})"
 
 
 class _Client(kfp.Client):  # type: ignore[misc]
-    """KFP's client with limits: by itself it would wait without end for a server that does not answer."""
+    """KFP's client with timeouts: without them it waits forever for a server that does not answer."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         rest = self._run_api.api_client.rest_client
-        ask = rest.request
+        send = rest.request
 
-        def ask_in_time(method: str, url: str, _request_timeout: Any = None, **more: Any) -> Any:
-            return ask(method, url, _request_timeout=_request_timeout or _SECONDS, **more)
+        def send_with_timeout(method: str, url: str, _request_timeout: Any = None, **more: Any) -> Any:
+            return send(method, url, _request_timeout=_request_timeout or _TIMEOUT, **more)
 
-        rest.request = ask_in_time
+        rest.request = send_with_timeout
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-        """Ask once: KFP's own asks five times, with a traceback and a wait after each."""
-        return self._healthz_api.healthz_service_get_healthz(_request_timeout=_SECONDS)
+        """Ask once: KFP's client asks five times, with a traceback and a pause after each."""
+        return self._healthz_api.healthz_service_get_healthz(_request_timeout=_TIMEOUT)
 
 
 def _message(error: kfp_server_api.ApiException) -> str:
     with contextlib.suppress(ValueError, TypeError, AttributeError):
-        said = json.loads(error.body).get("message") or json.loads(error.body).get("error")
-        if said:
-            return " ".join(str(said).split())[:300]
+        message = json.loads(error.body).get("message") or json.loads(error.body).get("error")
+        if message:
+            return " ".join(str(message).split())[:300]
     return str(error.reason or "no answer")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within, KFP's client does not print its links and warnings."""
+    """Suppress the links and warnings that KFP's client prints."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,10 +1,9 @@
-"""`scop submit`: the pipeline on a cluster, through KFP's own client."""
+"""Submitting the pipeline to a cluster, by KFP's client."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -24,9 +23,12 @@ from pipelines.pipeline import NAME
 from pipelines.runs import CONFIG, records_of
 from scop.config import Config, RunSection
 from scop.config.parsing import parse
+from scop.environment import ClusterEnvironment
 from scop.errors import UserError, first_line
+from scop.runtime.exit_codes import Status
 from scop.runtime.record import EXTERNAL_FILES
-from scop.storage import files as storage
+from scop.storage.fetch import pin
+from scop.storage.files import join_uri, read_if_exists, write_bytes
 from scop.tracking.pipeline_run import close_parent
 
 
@@ -35,34 +37,35 @@ class Submission:
     """A run on a cluster, or a recurring one.
 
     Attributes:
-        id: KFP's.
+        id: KFP's id.
         address: of its page.
-        experiment: MLflow's.
-        place: where KFP keeps its artifacts; a recurring run has none.
+        experiment: name of the MLflow experiment.
+        uri: where KFP stores its artifacts; None for a recurring run.
     """
 
     id: str
     address: str
     experiment: str
-    place: str | None = None
+    uri: str | None = None
 
 
 class Cluster:
-    """Where pipelines are submitted to.
+    """A cluster to which pipelines are submitted.
 
     Args:
         profile: of the cluster.
+        access: the user's host and credentials.
 
     Attributes:
-        server: its KFP.
+        server: its KFP server.
 
     Raises:
         UserError: no server can be found.
     """
 
-    def __init__(self, profile: ClusterProfile) -> None:
+    def __init__(self, profile: ClusterProfile, access: ClusterEnvironment) -> None:
         self._profile = profile
-        self.server = Server(profile)
+        self.server = Server(profile, access)
 
     def submit(self, config: Config, name: str, *, caching: bool = True, cron: str | None = None) -> Submission:
         """Start a run, or a recurring one.
@@ -70,8 +73,8 @@ class Cluster:
         Args:
             config: its sections become the pipeline's parameters.
             name: of the run.
-            caching: whether steps whose result KFP knows are not run again.
-            cron: KFP's expression of six fields, seconds first, for a recurring run.
+            caching: whether KFP may use earlier results of steps.
+            cron: for a recurring run, six fields, the first is seconds.
 
         Raises:
             UserError: the server is unreachable, or refuses.
@@ -97,28 +100,28 @@ class Cluster:
         else:
             with self.server.errors("start a run"), quiet():
                 identity, page = self.server.client.run_pipeline(**arguments).run_id, "runs"
-        # Where KFP's driver puts a run's outputs (backend/src/v2/driver, GenerateOutputURI).
-        place = None if cron else self._place(identity)
-        return Submission(identity, f"{self.server.host}/#/{page}/details/{identity}", config.run.experiment, place)
+        # KFP's driver writes a run's outputs there (backend/src/v2/driver, GenerateOutputURI).
+        uri = None if cron else self._uri(identity)
+        return Submission(identity, f"{self.server.host}/#/{page}/details/{identity}", config.run.experiment, uri)
 
     def find(self, identity: str) -> Submission:
-        """A run that was submitted before, by KFP's id of it; its experiment as the configuration beside it says.
+        """Return a run that was submitted before, by KFP's id; its configuration names the experiment.
 
         Raises:
-            UserError: the server is unreachable, refuses, or knows no such run.
+            UserError: the server is unreachable or refuses, or there is no such run.
         """
         with self.server.errors(f"find run {identity}"):
             self.server.client.get_run(identity)
-        place, experiment = self._place(identity), RunSection().experiment
+        uri, experiment = self._uri(identity), RunSection().experiment
         try:
-            if (content := storage.read(storage.join(place, CONFIG))) is not None:
+            if (content := read_if_exists(join_uri(uri, CONFIG))) is not None:
                 experiment = parse(RunSection, (yaml.safe_load(content) or {}).get("run", {})).experiment
         except (UserError, yaml.YAMLError) as error:
             print(f"note: the run's configuration cannot be read ({first_line(error)})", file=sys.stderr)
-        return Submission(identity, f"{self.server.host}/#/runs/details/{identity}", experiment, place)
+        return Submission(identity, f"{self.server.host}/#/runs/details/{identity}", experiment, uri)
 
-    def _place(self, identity: str) -> str:
-        return storage.join(self._profile.pipeline_root.rstrip("/"), NAME, identity)
+    def _uri(self, identity: str) -> str:
+        return join_uri(self._profile.pipeline_root.rstrip("/"), NAME, identity)
 
     def _find_or_create_experiment(self, name: str) -> Any:
         create = partial(self.server.client.create_experiment, name, namespace=self.server.namespace)  # or find
@@ -128,10 +131,10 @@ class Cluster:
             except kfp_server_api.ApiException as error:
                 if error.status != 409:
                     raise
-                return create()  # somebody else was quicker: now it is found
+                return create()  # another client was faster: now it is found
 
     def _version(self, config: Config, caching: bool) -> tuple[str, str]:
-        """The pipeline and its version for this source and profile: found by the hash of its file, or uploaded."""
+        """Return the ids of the pipeline and of its version, which is found by the hash of its file or uploaded."""
         with tempfile.TemporaryDirectory(prefix="scop-") as folder:
             file = Path(folder) / "pipeline.yaml"
             compile_for(self._profile, config.run, file, caching=caching)
@@ -143,12 +146,12 @@ class Cluster:
                 with self.server.errors("upload the pipeline", let_pass=409), quiet():
                     made = self.server.client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
                     return pipeline_id, made.pipeline_version_id
-            except kfp_server_api.ApiException:  # somebody else was quicker
+            except kfp_server_api.ApiException:  # another client was faster
                 known = self._find_version(pipeline_id, version)
                 if known is None:
                     raise UserError(
-                        f"KFP at {self.server.host} says that version {version} of pipeline {NAME!r} exists, but does "
-                        "not list it; look at the pipeline's page"
+                        f"KFP at {self.server.host} reports that version {version} of pipeline {NAME!r} exists, but "
+                        "does not list it; see the pipeline's page"
                     ) from None
                 return pipeline_id, known
 
@@ -159,14 +162,14 @@ class Cluster:
             name=NAME, display_name=NAME, namespace=self.server.namespace, description="SCOP channel pruning"
         )
         try:
-            with self.server.errors("make the pipeline", let_pass=409):
+            with self.server.errors("create the pipeline", let_pass=409):
                 made = self.server.client.pipelines.pipeline_service_create_pipeline(pipeline=pipeline).pipeline_id
-        except kfp_server_api.ApiException:  # somebody else was quicker
+        except kfp_server_api.ApiException:  # another client was faster
             made = self._find_pipeline()
         if made is None:
             raise UserError(
-                f"KFP at {self.server.host} answers, but not as KFP does (with a page to log in?); set "
-                f"{TOKEN_VARIABLE}, or mend `host` in the cluster profile"
+                f"{self.server.host} does not answer like KFP (perhaps with a login page); set {TOKEN_VARIABLE}, or "
+                "correct `host` in the cluster profile"
             )
         return str(made)
 
@@ -189,52 +192,50 @@ class Cluster:
         return str(found[0].pipeline_version_id) if found else None
 
 
-def pin_places(config: Config) -> Config:
-    """The configuration with a hash of what they hold now behind the places that it names.
-
-    KFP's cache goes by a step's parameters: the same place with new data would be taken for the old.
+def pin_files(config: Config) -> Config:
+    """Append a content hash to the URIs of external files, see `scop.storage.fetch.pin`.
 
     Raises:
-        UserError: a place is not there, or is none that a cluster reaches.
+        UserError: a file does not exist, or a cluster cannot reach it.
     """
     refuse_paths(config)
     values = config.model_dump()
     for section, key in EXTERNAL_FILES:
-        if (place := values[section][key]) is not None:
-            values[section][key] = storage.pinned(place)
+        if (uri := values[section][key]) is not None:
+            values[section][key] = pin(uri)
     return parse(Config, values)
 
 
 def keep_configuration(run: Submission, config: Config) -> None:
-    """Put the configuration beside the run's artifacts, where `scop compare` looks for what a run was to have."""
-    if run.place is None:
+    """Write the configuration beside the run's artifacts, where `scop compare` reads it."""
+    if run.uri is None:
         return
     try:
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        storage.write(storage.join(run.place, CONFIG), content.encode())
-        print(f"artifacts: {run.place}", flush=True)
-    except UserError as error:  # the run has begun, and needs nothing of this
-        print(f"artifacts: {run.place} (the configuration could not be put there: {error})", flush=True)
+        write_bytes(join_uri(run.uri, CONFIG), content.encode())
+        print(f"artifacts: {run.uri}", flush=True)
+    except UserError as error:  # the run has started and does not need it
+        print(f"artifacts: {run.uri} (the configuration could not be written there: {error})", flush=True)
 
 
 def failed_steps(run: Submission) -> list[str]:
-    """A line for each step that failed, in its own words, which KFP's answers do not have; from the steps' records."""
+    """Return a line for each failed step, with the reason from its record, which KFP does not have."""
     try:
-        records = records_of(run.place) if run.place else []
+        records = records_of(run.uri) if run.uri else []
     except UserError:
         return []
-    return [f"scop: {record.title} failed: {record.error}" for record in records if record.status == "failed"]
+    return [f"scop: {record.title} failed: {record.error}" for record in records if record.status is Status.FAILED]
 
 
-def mend_tracking(run: Submission, outcome: Outcome) -> None:
-    """Close the run in MLflow where a pod that was killed could not."""
-    if os.environ.get("MLFLOW_TRACKING_URI"):
+def close_tracking(run: Submission, outcome: Outcome, tracking_uri: str | None) -> None:
+    """Close the run in MLflow, if the user has set a server: a killed pod could not."""
+    if tracking_uri:
         try:
-            close_parent(run.experiment, run.id, outcome.succeeded, outcome.error)
-        except Exception as error:  # it is a courtesy: the outcome is known
+            close_parent(tracking_uri, run.experiment, run.id, outcome.succeeded, outcome.error)
+        except Exception as error:  # the outcome is known all the same
             print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
 
 
 def run_name(config: Config, name: str) -> str:
-    """What a run is called: as the configuration says, or after its file, with the time."""
+    """Return a run's name: that of the configuration, or of its file, with the time."""
     return f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,4 +1,4 @@
-"""`scop compare`: results side by side, of runs by the artifacts that they left, of experiments by MLflow's memory."""
+"""Comparing results: of runs, from the artifacts of their steps, and of experiments, from MLflow."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import Any
 
 import yaml
 
-from pipelines.compare.experiments import Memory, Mlflow
+from pipelines.compare.experiments import Memory, Mlflow, Source
 from pipelines.runs import CONFIG, find_run, records_of
 from scop.config import Config, finetune_for
 from scop.config.parsing import parse
 from scop.errors import UserError
 from scop.report.page import Page
 from scop.report.results import Result, VariantResult
+from scop.report.summary import Scores, page_of, read_results
+from scop.runtime.exit_codes import Status
 from scop.runtime.record import StepRecord
-from scop.steps.compare import Scores, page_of, read_results
-from scop.storage import files as storage
-from scop.storage import folders as remote
+from scop.runtime.registry import VARIANT_STEPS
+from scop.runtime.uris import shared_uri
+from scop.storage.cache import Cache
+from scop.storage.files import is_s3, join_uri, read_if_exists
+from scop.storage.folders import local_folder
 from scop.system.cost import Spent, total
 
-# The steps of a variant, by the last of which it is told how far it came.
-_OF_A_VARIANT = ("select_channels", "finetune", "evaluate", "export")
-# Of so many results of experiments the page has curves, layers and confusion: each is a file to fetch.
 _WITH_DETAILS = 12
+"""Number of an experiment's results with curves, layers and confusion on the page; each is a file to download."""
 _Identity = tuple[str, tuple[int, ...] | None]
-"""A variant's name and its seeds; None where those are not known."""
+"""A variant's name and its seeds; None if the seeds are unknown."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of some runs, or experiments.
+    """The results of some runs or experiments.
 
     Attributes:
-        title: names them.
-        page: that shows it all.
-        summary: as `summary.json` of a run, with what is missing; None of experiments.
-        missing: what failed, and why.
+        title: their names.
+        page: the page that shows everything.
+        missing: the reason for everything that failed.
+        summary: like a run's `summary.json`, with what is missing; None for experiments.
         spent: what it cost, by device.
-        unread: why curves and layers of some results are not on the page.
+        unread: why some results have no curves and layers on the page.
     """
 
     title: str
@@ -52,61 +54,64 @@ class Comparison:
 
     @property
     def results(self) -> Sequence[Result]:
-        """Of all networks that were measured."""
+        """All measured networks."""
         return self.page.results
 
 
-def compare(targets: Sequence[str], root: str, where: str | None = None, details: bool = False) -> Comparison:
-    """Bring together what is known of runs or experiments.
+def compare(
+    targets: Sequence[str], source: Source, cache: Cache, where: str | None = None, details: bool = False
+) -> Comparison:
+    """Compare runs, or experiments.
 
     Args:
         targets: runs, by name, folder or URI; or experiments of MLflow; all experiments by default.
-        root: where runs are, for those that are given by name.
-        where: which results of experiments, in MLflow's filter language.
-        details: whether curves and layers of experiments' best results are fetched, for a page.
+        source: where runs and MLflow are.
+        cache: the local cache, for what is fetched from S3.
+        where: selects results of experiments, in MLflow's filter language.
+        details: whether curves and layers of the best results of experiments are fetched, for a page.
 
     Raises:
-        UserError: a target is neither, or nothing of any is whole.
+        UserError: a target is neither, or no target has a complete result.
     """
-    places = {target: _place(target, root) for target in targets}
-    if runs := {target: place for target, place in places.items() if place is not None}:
+    uris = {target: _run_uri(target, source.runs) for target in targets}
+    if runs := {target: uri for target, uri in uris.items() if uri is not None}:
         if where:
-            raise UserError(f"--where is a question to MLflow, of experiments, and {next(iter(runs))!r} is a run")
+            raise UserError(f"--where selects from experiments in MLflow, and {next(iter(runs))!r} is a run")
         if others := [target for target in targets if target not in runs]:
             raise UserError(
-                f"{next(iter(runs))!r} is a run and {others[0]!r} is none; compare runs with runs, or experiments of "
-                "MLflow with each other"
+                f"{next(iter(runs))!r} is a run and {others[0]!r} is not; compare runs with runs, or experiments with "
+                "experiments"
             )
-        return compare_runs(list(runs.values()))
-    memory = _experiments(targets, root, where)
+        return compare_runs(list(runs.values()), cache)
+    memory = _experiments(targets, source, where)
     title = ", ".join(targets) or "all experiments"
     if not memory.results:
         some = "; ".join(f"{failure.name}: {failure.error}" for failure in memory.failures[:3])
-        reasons = some or ("nothing fits --where" if where else "no network was measured")
+        reasons = some or ("no result matches --where" if where else "no network was measured")
         raise UserError(f"{title}: there is nothing to compare ({reasons})")
     missing = {f"{failure.name} (run {failure.run})": failure.error for failure in memory.failures}
-    found, unread = _details(memory.results, root) if details else ({}, [])
+    found, unread = _details(memory.results, source) if details else ({}, [])
     page = Page(f"Experiments: {title}", memory.results, found, missing=missing, spent=memory.spent)
     return Comparison(title, page, missing, spent=memory.spent, unread=unread)
 
 
-def _place(target: str, root: str) -> str | None:
+def _run_uri(target: str, root: str) -> str | None:
     try:
         return find_run(target, root)
     except UserError:
         return None
 
 
-def _experiments(targets: Sequence[str], root: str, where: str | None) -> Memory:
+def _experiments(targets: Sequence[str], source: Source, where: str | None) -> Memory:
     for target in targets:
-        if storage.is_uri(target):
-            find_run(target, root)  # no experiment is meant: says what is wrong
-    return Mlflow(root).read(targets, where)
+        if is_s3(target):
+            find_run(target, source.runs)  # raises: a URI is never an experiment
+    return Mlflow(source).read(targets, where)
 
 
-def _details(results: Sequence[Result], root: str) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The evaluations of the best, by their place in `results`, and why others could not be read."""
-    client = Mlflow(root)
+def _details(results: Sequence[Result], source: Source) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Return the evaluations of the best results by their index, and why others could not be read."""
+    client = Mlflow(source)
     best = sorted(range(len(results)), key=lambda n: -results[n].metrics.get("pruned_top1", 0.0))[:_WITH_DETAILS]
     found: dict[int, dict[str, Any]] = {}
     reasons: dict[str, int] = {}
@@ -122,82 +127,88 @@ def _details(results: Sequence[Result], root: str) -> tuple[dict[int, dict[str, 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def compare_runs(places: Sequence[str]) -> Comparison:
-    """Bring the variants of runs together; a result that several runs share, by KFP's cache, is there once.
+def compare_runs(uris: Sequence[str], cache: Cache) -> Comparison:
+    """Compare the variants of runs; a result that several runs share through KFP's cache counts once.
+
+    Args:
+        uris: folders or ``s3://`` URIs of the runs.
+        cache: the local cache, for what is fetched from S3.
 
     Raises:
-        UserError: no variant of any is whole.
+        UserError: no run has a complete variant.
     """
     results: dict[str | None, tuple[VariantResult, Scores]] = {}
     made: list[_Identity] = []
     lacking: list[tuple[_Identity, str, str]] = []
-    begun: list[StepRecord] = []
-    for place in places:
-        records = records_of(place)
-        begun += records
-        config = _configuration(place)
-        whole, without = _variants_of(records, config)
-        scores = _scores(records)
-        results |= {result.place: (result, scores) for result in whole.values() if result.place not in results}
-        made += [_identity(name, config) for name in whole]
-        lacking += [(_identity(name, config), place.rpartition("/")[2], why) for name, why in without.items()]
-    missed = [entry for entry in lacking if not any(_is_made_good(entry[0], other) for other in made)]
+    started: list[StepRecord] = []
+    for uri in uris:
+        records = records_of(uri)
+        started += records
+        config = _configuration(uri)
+        complete, incomplete = _variants_of(records, config, cache)
+        scores = _scores(records, cache)
+        results |= {result.uri: (result, scores) for result in complete.values() if result.uri not in results}
+        made += [_identity(name, config) for name in complete]
+        lacking += [(_identity(name, config), uri.rpartition("/")[2], why) for name, why in incomplete.items()]
+    missed = [entry for entry in lacking if not any(_is_replaced(entry[0], other) for other in made)]
     known = [name for name, _ in {*made, *(identity for identity, _, _ in missed)}]
     missing = {
         f"{identity[0]} of {run}" if known.count(identity[0]) > 1 else identity[0]: why for identity, run, why in missed
     }
-    title = ", ".join(place.rpartition("/")[2] for place in places)
+    title = ", ".join(uri.rpartition("/")[2] for uri in uris)
     if not results:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items()) or "no step has a record"
-        raise UserError(f"no variant of {title} is whole, so there is nothing to compare ({reasons})")
+        raise UserError(f"no variant of {title} is complete, so there is nothing to compare ({reasons})")
     found, scored = zip(*results.values(), strict=True)
     summary = {"run_id": title, "variants": [result.summary() for result in found], "missing": missing}
-    spent = _spent(begun)
-    sums = total(spent, f"{len(places)} run{'s' * (len(places) != 1)}")
-    page = page_of(found, scored, f"Pruning run {title}", missing, [*spent, *total(spent, "all steps, last tries")])
+    spent = _spent(started)
+    sums = total(spent, f"{len(uris)} run{'s' * (len(uris) != 1)}")
+    page = page_of(found, scored, f"Pruning run {title}", missing, [*spent, *total(spent, "all steps, last attempts")])
     return Comparison(title, page, missing, summary, sums)
 
 
 def _spent(records: Sequence[StepRecord]) -> list[Spent]:
-    """What each step cost, the last try of it."""
+    """Return the cost of each step's last attempt."""
     costs = [(record.title, record.cost) for record in records if record.cost is not None]
     return [Spent(title, cost.device, cost.device_seconds, cost.energy_joules) for title, cost in costs]
 
 
 def _identity(name: str, config: Config | None) -> _Identity:
-    """A variant's name, and the seeds that a run has for it, where that is known."""
+    """Return a variant's name and its seeds in a run, if they are known."""
     variant = next((variant for variant in config.variants if variant.label == name), None) if config else None
     if config is None or variant is None:
         return name, None
     return name, (config.dense.seed, config.knockoff.seed, variant.seed, finetune_for(config.finetune, variant).seed)
 
 
-def _is_made_good(lacking: _Identity, made: _Identity) -> bool:
-    """Whether what one run lacks has been made by another one, with the mistake mended; by another seed it has not."""
+def _is_replaced(lacking: _Identity, made: _Identity) -> bool:
+    """Whether a variant that one run lacks was completed by another run, with the same seeds."""
     return lacking[0] == made[0] and (None in (lacking[1], made[1]) or lacking[1] == made[1])
 
 
 def _variants_of(
-    records: Sequence[StepRecord], config: Config | None
+    records: Sequence[StepRecord], config: Config | None, cache: Cache
 ) -> tuple[dict[str, VariantResult], dict[str, str]]:
-    """The results of a run's whole variants, and what the others lack.
+    """Return the results of a run's complete variants, and the reasons for the others.
 
-    A step that KFP took from its cache has no record in this run. What `compare` was given tells of all variants.
+    A step whose result KFP took from its cache has no record in this run, but the inputs of step compare name it.
     """
-    evaluations, exports = (_made(records, step) for step in ("evaluate", "export"))
+    evaluations, exports = (_outputs_of(records, step) for step in ("evaluate", "export"))
     owners = {evaluation: name for name, evaluation in evaluations.items()}
-    # Those of an earlier try's last step first, and then what the steps have made since.
+    # First the inputs of the last step of an earlier attempt, then the outputs that steps have written since.
     given = next((record for record in reversed(records) if record.step == "compare"), None)
-    pairs = {} if given is None else dict(zip(*(_places(given, n) for n in ("evaluations", "exports")), strict=True))
+    pairs = (
+        {} if given is None else dict(zip(*(_input_uris(given, n) for n in ("evaluations", "exports")), strict=True))
+    )
     pairs |= {evaluation: exports[name] for name, evaluation in evaluations.items() if name in exports}
     whole: dict[str, VariantResult] = {}
     broken: dict[str | None, str] = {}
     for evaluation, exported in pairs.items():
         try:
-            folders = remote.local_folder(evaluation, "evaluation"), remote.local_folder(exported, "model")
-            (result,) = read_results([(folders[0], evaluation)], [(folders[1], exported)])
+            folders = local_folder(evaluation, cache, "evaluation"), local_folder(exported, cache, "model")
+            (result,) = read_results([(folders[0], shared_uri(evaluation))], [(folders[1], exported)])
             whole[result.name] = result
-        except UserError as error:  # a pod that was killed while its artifact was uploaded
+        except UserError as error:  # a pod was killed while its artifact was uploaded
             broken[owners.get(evaluation)] = str(error)
     wanted = [] if config is None else [variant.label for variant in config.variants]
     if wanted:
@@ -207,42 +218,42 @@ def _variants_of(
     return whole, {name: broken.get(name) or _reason(name, records) for name in wanted if name not in whole}
 
 
-def _places(record: StepRecord, name: str) -> list[str]:
-    """Those of an input."""
+def _input_uris(record: StepRecord, name: str) -> list[str]:
     uri = record.inputs[name].uri
     return [uri] if isinstance(uri, str) else uri
 
 
-def _made(records: Sequence[StepRecord], step: str) -> dict[str, str]:
-    """The places of what a step has made, by variant."""
-    done = [record for record in records if record.step == step and record.status == "done"]
+def _outputs_of(records: Sequence[StepRecord], step: str) -> dict[str, str]:
+    """Return the URIs of a step's outputs by variant."""
+    done = [record for record in records if record.step == step and record.status is Status.DONE]
     return {str(record.variant): next(iter(record.outputs.values())).uri for record in done}
 
 
-def _configuration(place: str) -> Config | None:
-    """What the run was to do, where its configuration is there."""
-    content = storage.read(storage.join(place, CONFIG), must_exist=False)
+def _configuration(uri: str) -> Config | None:
+    """Return a run's configuration, if it has one."""
+    content = read_if_exists(join_uri(uri, CONFIG))
     return None if content is None else parse(Config, yaml.safe_load(content))
 
 
 def _reason(variant: str, records: Sequence[StepRecord]) -> str:
     own = {record.step: record for record in records if record.variant == variant}
-    for step in reversed(_OF_A_VARIANT):
+    for step in reversed(VARIANT_STEPS):
         if (record := own.get(step)) is None:
             continue
-        if record.status == "done":
-            return f"nothing came after {step}"
+        if record.status is Status.DONE:
+            return f"no step started after {step}"
         return f"{step} {record.status}" + (f": {record.error}" if record.error else "")
-    return "this run has no record of it: it was not begun, or an earlier run's result was taken, which then name too"
+    return "this run has no record of it: it was not started, or KFP took an earlier run's result; then name that too"
 
 
-def _scores(records: Sequence[StepRecord]) -> Scores:
-    """Those of the knockoff phase, from where the run's steps had them."""
-    uris = [next(iter(r.outputs.values())).uri for r in records if r.step == "train_knockoff" and r.status == "done"]
+def _scores(records: Sequence[StepRecord], cache: Cache) -> Scores:
+    """Return the scores of the knockoff phase that the run's steps have used."""
+    scored = [r for r in records if r.step == "train_knockoff" and r.status is Status.DONE]
+    uris = [next(iter(record.outputs.values())).uri for record in scored]
     uris += [str(r.inputs["scores"].uri) for r in records if "scores" in r.inputs]
     for uri in uris:
         try:
-            content = (remote.local_folder(uri, "scores") / "scores.json").read_text()
+            content = (local_folder(uri, cache, "scores") / "scores.json").read_text()
         except (UserError, OSError):
             continue
         scores: Scores = json.loads(content)

@@ -1,4 +1,4 @@
-"""What MLflow remembers: the measured networks of experiments, what failed, and what it cost."""
+"""The results, failures and costs of experiments, read from MLflow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scop.errors import UserError, first_line, shown
+from scop.errors import UserError, first_line, redact
 from scop.report.results import Result, Value
 from scop.system.cost import Spent, total
-from scop.tracking.server import configure_mlflow
+from scop.tracking.server import make_client
 from scop.tracking.tags import (
     COST_TAG,
     DATASET_TAG,
@@ -33,33 +33,35 @@ from scop.tracking.tags import (
 )
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
-_PAGE = 1000  # runs; memory is bounded by it, for of each only a row is kept
-_PARTS = 4  # of the time that is looked at, read side by side: MLflow's server has four workers by default
+_PAGE = 1000
+"""Runs per request."""
+_PARALLEL = 4
+"""Requests at a time: MLflow's server has four workers by default."""
 _OLDEST_FIRST = "attributes.start_time ASC"
 _IS_A_RESULT = "tags.`scop.step` = 'evaluate' and attributes.status = 'FINISHED'"
 _HAS_NOT_FINISHED = "attributes.status != 'FINISHED'"
 _OURS = {"scop.step", "scop.run", KFP_TAG}
-"""Tags of which a step's run or a pipeline's has one."""
+"""Each run of a step or of a pipeline has one of these tags."""
 _FAILED = ("FAILED", "KILLED")
-_UNTOLD = {"FAILED": "it did not say why", "KILLED": "it was killed"}
+_NO_REASON = {"FAILED": "no reason was recorded", "KILLED": "it was killed"}
 _HAS_COST = f"tags.`{COST_TAG}` != ''"
-_PATIENCE = "60"
-"""Seconds for an answer: a server that shares a machine takes some for a thousand runs."""
-_SILENCE = 8.0
-"""Seconds, after which it is said what is waited for."""
+_TIMEOUT = 60
+"""Of a request, in seconds: a busy server takes some for a thousand runs."""
+_SILENT_SECONDS = 8.0
+"""After this time a line says what is being waited for."""
 _NAMES_SHOWN = 10
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
-_SPOKEN_OF = re.compile(r"\b(param|metric)(?:eter)?s?\.[`\"]?(\w+)")
+_MENTIONED = re.compile(r"\b(param|metric)(?:eter)?s?\.[`\"]?(\w+)")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A step that failed, and that no later try made good, or a pipeline's run that failed without one.
+    """A step that failed without a later success, or a pipeline run that failed without a failed step.
 
     Attributes:
-        name: of its run in MLflow, such as ``scop-0.45 finetune``.
+        name: of its MLflow run, such as ``scop-0.45 finetune``.
         run: its id.
-        error: what it said.
+        error: the reason.
     """
 
     name: str
@@ -69,12 +71,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is known of some experiments.
+    """What MLflow has of some experiments.
 
     Attributes:
-        results: of the networks that were measured, the newest first; of several tries the last one.
+        results: of the measured networks, the newest first; of several attempts the last.
         failures: of steps.
-        spent: by device.
+        spent: the cost, by device.
     """
 
     results: list[Result]
@@ -84,7 +86,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Run:
-    """What is read of a run of MLflow's."""
+    """What is read of an MLflow run."""
 
     id: str
     name: str
@@ -95,56 +97,65 @@ class _Run:
     tags: Mapping[str, str]
 
 
-class Mlflow:
-    """An MLflow server or database, read only.
+@dataclass(frozen=True)
+class Source:
+    """Where results are read from.
 
-    Args:
-        root: where the database of local runs is, for where MLFLOW_TRACKING_URI names none.
-        purpose: what there would be nothing to do, without one.
-
-    Raises:
-        UserError: there is none, or MLFLOW_TRACKING_URI is of no kind that keeps runs.
+    Attributes:
+        runs: folder or URI of the runs.
+        tracking_uri: of MLflow, if the user has set one; by default the database beside the runs.
     """
 
-    def __init__(self, root: str, purpose: str = "compare") -> None:
-        own = Path(root) / "mlflow.db"
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (f"sqlite:///{own.absolute()}" if own.is_file() else None)
+    runs: str
+    tracking_uri: str | None = None
+
+
+class Mlflow:
+    """An MLflow server or database, for reading.
+
+    Args:
+        source: where it is.
+        purpose: what there is nothing to do without it, for the message.
+
+    Raises:
+        UserError: there is none, or the tracking URI is of a kind that stores no runs.
+    """
+
+    def __init__(self, source: Source, purpose: str = "compare") -> None:
+        own = Path(source.runs) / "mlflow.db"
+        uri = source.tracking_uri or (f"sqlite:///{own.absolute()}" if own.is_file() else None)
         if uri is None:
             raise UserError(
-                f"there is nothing to {purpose}: MLFLOW_TRACKING_URI is not set, and {root} has no runs; set it, or "
-                "name another folder by --runs"
+                f"there is nothing to {purpose}: MLFLOW_TRACKING_URI is not set, and {source.runs} has no runs; "
+                "set it, or give another folder by --runs"
             )
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-            raise UserError(f"there is no database at MLFLOW_TRACKING_URI {uri}; it would be made empty")
+            raise UserError(f"there is no database at MLFLOW_TRACKING_URI {uri}; opening it would create an empty one")
         scheme = uri.partition("://")[0].partition("+")[0]
         if scheme not in _SCHEMES:
             raise UserError(
-                f"MLFLOW_TRACKING_URI {shown(uri)!r} is no server or database; such as http://HOST:5000 or "
-                "sqlite:///runs/mlflow.db (MLflow keeps no runs in plain folders any more)"
+                f"MLFLOW_TRACKING_URI {redact(uri)!r} is neither a server nor a database, such as http://HOST:5000 or "
+                "sqlite:///runs/mlflow.db (MLflow no longer stores runs in plain folders)"
             )
-        self.uri, self._shown = uri, shown(uri)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _PATIENCE)
-        configure_mlflow()
-        from mlflow.tracking import MlflowClient
-
-        self.client = MlflowClient(uri)
+        self.uri, self._shown = uri, redact(uri)
+        self.client = make_client(uri, timeout=_TIMEOUT)
 
     def read(self, names: Sequence[str], where: str | None = None) -> Memory:
-        """What is known of experiments, of all by default.
+        """Read experiments, all by default.
 
         Args:
             names: of the experiments.
-            where: in MLflow's filter language; what it says holds for the runs of step evaluate.
+            where: a condition on runs of step evaluate, in MLflow's filter language.
 
         Raises:
-            UserError: MLflow cannot be reached, refuses, knows no such experiment, or cannot read `where`.
+            UserError: MLflow cannot be reached or refuses, there is no such experiment, or `where` is invalid.
         """
         with self.asking(where):
             ids = self._ids(names)
             latest: dict[tuple[str, str], Result] = {}
             for parent, result in self._results(ids, _IS_A_RESULT):
                 latest.setdefault((parent, result.name), result)
-            if where:  # of the last tries: an earlier one, that it fits, counts no more
+            if where:  # among last attempts: an earlier attempt that matches no longer counts
                 fitting = {result.run for _, result in self._results(ids, f"{_IS_A_RESULT} and {where}")}
                 if not fitting:
                     _check_names(where, list(latest.values()))
@@ -155,40 +166,40 @@ class Mlflow:
 
     @contextlib.contextmanager
     def asking(self, where: str | None = None) -> Iterator[None]:
-        """Within, what a server or a network can do is a UserError of one line."""
+        """Turn errors of the server or the network into a UserError of one line."""
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        waiting = threading.Timer(_SILENCE, self._say_that_it_waits)
+        waiting = threading.Timer(_SILENT_SECONDS, self._report_waiting)
         waiting.daemon = True
         waiting.start()
         try:
             yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are of OSError
-            raise self._explained(error, where) from error
+        except (MlflowException, SQLAlchemyError, OSError) as error:  # errors of requests are OSErrors
+            raise self._explain(error, where) from error
         finally:
             waiting.cancel()
 
-    def _say_that_it_waits(self) -> None:
+    def _report_waiting(self) -> None:
         print(f"scop: waiting for MLflow at {self._shown} ...", file=sys.stderr, flush=True)
 
     def details(self, result: Result) -> dict[str, Any]:
-        """What was measured of a result, with the scores of its run's knockoff phase.
+        """Return a result's evaluation, with the scores of its run's knockoff phase.
 
         Raises:
-            UserError: MLflow cannot be reached, or it is gone: deleted, or where only the cluster gets at.
+            UserError: MLflow cannot be reached, or the artifact was deleted or is accessible to the cluster only.
         """
         assert result.run is not None
         with self.asking():
-            evaluation = self._fetched(result.run, "evaluation.json")
+            evaluation = self._download(result.run, "evaluation.json")
             own = self.client.get_run(result.run)
             parent, experiment = own.data.tags.get(PARENT_TAG), own.info.experiment_id
             same = f"tags.`{PARENT_TAG}` = '{parent}' and tags.`scop.step` = 'train_knockoff'"
             scoring = self._first([experiment], f"{same} and attributes.status = 'FINISHED'") if parent else None
-            scores = self._fetched(scoring.id, "scores.json") if scoring else {}
+            scores = self._download(scoring.id, "scores.json") if scoring else {}
         return evaluation | {"scores": {layer: entry["score"] for layer, entry in scores.items()}}
 
-    def _fetched(self, run: str, file: str) -> dict[str, Any]:
+    def _download(self, run: str, file: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="scop-") as folder:
             content: dict[str, Any] = json.loads(Path(self.client.download_artifacts(run, file, folder)).read_text())
         return content
@@ -200,11 +211,11 @@ class Mlflow:
             near = difflib.get_close_matches(name, known, n=1)
             some = ", ".join(known[:_NAMES_SHOWN]) + ", ..." * (len(known) > _NAMES_SHOWN)
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {some or 'none'}"
-            raise UserError(f"{name!r} is no run, and no experiment of MLflow at {self._shown} ({hint})")
+            raise UserError(f"{name!r} is neither a run nor an experiment of MLflow at {self._shown} ({hint})")
         return [e.experiment_id for e in found.values() if e is not None] or list(self._experiments().values())
 
     def _experiments(self) -> dict[str, str]:
-        """Ids by name, of all."""
+        """Return the ids of all experiments by name."""
         known: dict[str, str] = {}
         token: str | None = ""
         while token is not None:
@@ -214,30 +225,30 @@ class Mlflow:
         return known
 
     def _results(self, ids: list[str], where: str) -> list[tuple[str, Result]]:
-        """Parents and what was measured below them, the newest first.
+        """Return results with the ids of their parents, the newest first.
 
-        The server takes most of the time, so that it is asked for several stretches of time at once.
+        The server takes most of the time, so several intervals of start times are requested in parallel.
         """
         newest, oldest = self._first(ids, where), self._first(ids, where, _OLDEST_FIRST)
         if newest is None or oldest is None:
             return []
-        length = (newest.started - oldest.started) // _PARTS + 1
-        ends = [newest.started + 1 - part * length for part in range(_PARTS)]
+        length = (newest.started - oldest.started) // _PARALLEL + 1
+        ends = [newest.started + 1 - part * length for part in range(_PARALLEL)]
 
-        def stretch(end: int) -> list[tuple[str, Result]]:
+        def interval(end: int) -> list[tuple[str, Result]]:
             inside = f"attributes.start_time >= {end - length} and attributes.start_time < {end}"
             return [
                 (run.tags.get(PARENT_TAG, run.id), _result(run)) for run in self._search(ids, f"{where} and {inside}")
             ]
 
-        with ThreadPoolExecutor(_PARTS) as pool:
-            return [one for part in pool.map(stretch, ends) for one in part]
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return [one for part in pool.map(interval, ends) for one in part]
 
     def _first(self, ids: list[str], where: str, order: str | None = None) -> _Run | None:
         return next(self._search(ids, where, order, 1), None)
 
     def _search(self, ids: list[str], where: str, order: str | None = None, size: int = _PAGE) -> Iterator[_Run]:
-        """Runs, the newest first, in pages."""
+        """Yield runs, the newest first, page by page."""
         page: Callable[..., tuple[list[_Run], str | None]]
         page = self._page_as_json if self.uri.startswith("http") else self._page
         token: str | None = ""
@@ -260,9 +271,9 @@ class Mlflow:
     def _page_as_json(
         self, ids: list[str], where: str, order: str | None, size: int, token: str
     ) -> tuple[list[_Run], str | None]:
-        """The same from the server's own answer.
+        """Do the same by the REST API.
 
-        MLflow's client makes a message and then an object of every entry: half as long again as the server takes.
+        MLflow's client converts every entry to a message and then to an object, which takes half as long as the server.
         """
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request_safe
@@ -280,34 +291,39 @@ class Mlflow:
         return runs, answer.get("next_page_token")
 
     def _failures(self, ids: list[str], of: Container[str] | None) -> Iterator[Failure]:
-        """Of each pipeline run, or of those only, the steps whose last try failed; itself, if it failed without one."""
+        """Yield the steps whose last attempt failed, or the pipeline run itself if it failed without one.
+
+        Args:
+            ids: of the experiments.
+            of: ids of pipeline runs; all by default.
+        """
         unfinished = self._search(ids, _HAS_NOT_FINISHED)
         failed = {run.id: run for run in unfinished if run.status in _FAILED and _OURS & run.tags.keys()}
-        # A step by itself has no steps below it, just as a pipeline's run that failed by itself.
+        # A step that was run alone has no children, like a pipeline run that failed without a failed step.
         parents = dict.fromkeys(run.tags.get(PARENT_TAG, run.id) for run in failed.values())
 
-        def last_tries(parent: str) -> list[_Run]:
-            tries = self._search(ids, f"tags.`{PARENT_TAG}` = '{parent}'")
-            last = {run.name: run for run in sorted(tries, key=lambda run: run.started)}.values()
+        def last_attempts(parent: str) -> list[_Run]:
+            attempts = self._search(ids, f"tags.`{PARENT_TAG}` = '{parent}'")
+            last = {run.name: run for run in sorted(attempts, key=lambda run: run.started)}.values()
             itself = [failed[parent]] if parent in failed else []
             return [run for run in last if run.status in _FAILED] or itself
 
         asked = [parent for parent in parents if of is None or parent in of]
-        with ThreadPoolExecutor(_PARTS) as pool:
-            ended = dict(zip(asked, pool.map(last_tries, asked), strict=True))
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            ended = dict(zip(asked, pool.map(last_attempts, asked), strict=True))
         for parent, runs in ended.items():
-            # A killed step could not say why; if no other one failed, what the whole run says is of it.
+            # A killed step records no reason; if no other step failed, the pipeline run's reason is about it.
             all_killed = parent in failed and all(run.status == "KILLED" for run in runs)
-            told = failed[parent].tags.get(ERROR_TAG) if all_killed else None
+            reason = failed[parent].tags.get(ERROR_TAG) if all_killed else None
             for run in runs:
-                yield Failure(run.name, run.id, run.tags.get(ERROR_TAG) or told or _UNTOLD[run.status])
+                yield Failure(run.name, run.id, run.tags.get(ERROR_TAG) or reason or _NO_REASON[run.status])
 
-    def _explained(self, error: Exception, where: str | None) -> UserError:
+    def _explain(self, error: Exception, where: str | None) -> UserError:
         code, message = str(getattr(error, "error_code", "")), first_line(error)
         if code == "INVALID_PARAMETER_VALUE" and where:
             return UserError(
-                f"--where {where!r} is not in MLflow's filter language ({message}); such as: params.method = 'scop' "
-                "and metrics.top1_drop < 0.01; parameters are text, to be compared by = and != with quoted values"
+                f"--where {where!r} is not in MLflow's filter language ({message}); example: params.method = 'scop' "
+                "and metrics.top1_drop < 0.01; parameters are text: compare them by = or != with a quoted value"
             )
         if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in message or "code 403" in message:
             return UserError(
@@ -321,9 +337,9 @@ class Mlflow:
 
 
 def _check_names(where: str, results: Sequence[Result]) -> None:
-    """Raise UserError where a filter that nothing fits speaks of what no result has."""
+    """Raise UserError if a filter without matches mentions something that no result has."""
     known = {"param": {k for r in results for k in r.params}, "metric": {k for r in results for k in r.metrics}}
-    for kind, name in _SPOKEN_OF.findall(where):
+    for kind, name in _MENTIONED.findall(where):
         if results and name not in known[kind]:
             near = difflib.get_close_matches(name, known[kind], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"they have {', '.join(sorted(known[kind]))}"
@@ -331,7 +347,7 @@ def _check_names(where: str, results: Sequence[Result]) -> None:
 
 
 def _read(data: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, float], Mapping[str, str]]:
-    # In JSON what is no number is a word: NaN, Infinity.
+    # In MLflow's JSON, NaN and Infinity are text.
     return data["params"], {key: float(value) for key, value in data["metrics"].items()}, data["tags"]
 
 
@@ -344,13 +360,13 @@ def _result(run: _Run) -> Result:
         dataset=tags.get(DATASET_TAG, ""),
         device=tags.get(MEASURED_TAG) or tags.get(DEVICE_TAG, ""),
         run=run.id,
-        place=tags.get("scop.place"),
+        uri=tags.get("scop.uri"),
         right=tags.get(RIGHT_TAG),
     )
 
 
 def _typed(text: str) -> Value:
-    """MLflow keeps parameters as text; a number is one that JSON has."""
+    """Convert a parameter, which MLflow stores as text, to a number if it is one in JSON."""
     try:
         value = json.loads(text)
     except ValueError:

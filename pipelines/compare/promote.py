@@ -1,4 +1,4 @@
-"""`scop promote`: a registered model becomes the champion, if what was measured of it is good enough."""
+"""Promoting a registered model to champion, if its measurements are within the limits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.compare.experiments import Mlflow
+from pipelines.compare.experiments import Mlflow, Source
 from scop.errors import UserError, first_line
 
 CHAMPION = "champion"
 LIMITS = ("max_top1_drop", "tolerance")
-"""Of section export: what a version is judged by, and tagged with."""
+"""Settings of section export that limit a version; each version is tagged with them."""
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w.-]+))")
 
@@ -22,9 +22,10 @@ class Gate:
     """A condition on a model.
 
     Attributes:
-        what: is measured.
-        value, limit: and how large it may be.
-        text: both, for people.
+        what: what is limited.
+        value: its value.
+        limit: the largest allowed value.
+        text: all of it in words.
     """
 
     what: str
@@ -39,13 +40,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class Promotion:
-    """What was decided.
+    """A decision.
 
     Attributes:
         name, number: of the model's version.
-        before: the champion's number until then, or None.
-        gates: that it had to pass.
-        tracking_uri: by which it is loaded.
+        before: number of the previous champion, or None.
+        gates: the conditions.
+        tracking_uri: of MLflow, to load the model.
     """
 
     name: str
@@ -59,20 +60,20 @@ class Promotion:
         return all(gate.holds for gate in self.gates)
 
 
-def promote(version: str, root: str, limits: Mapping[str, float] | None = None) -> Promotion:
-    """Give a model's version the alias `champion`, if its gates hold.
+def promote(version: str, source: Source, limits: Mapping[str, float] | None = None) -> Promotion:
+    """Give a version of a model the alias `champion` if all conditions hold.
 
     Args:
         version: ``NAME/3``, ``NAME@candidate``, or either behind ``models:/``.
-        root: where the database of local runs is.
-        limits: `max_top1_drop` and `tolerance`; what is not given is as it was when the version was exported.
+        source: where MLflow is.
+        limits: `max_top1_drop` and `tolerance`; by default those at export.
 
     Raises:
         UserError: there is no such version, it was not exported by this pipeline, or MLflow cannot be reached.
     """
     if (found := _VERSION.fullmatch(version)) is None:
-        raise UserError(f"{version!r} names no version of a model; write NAME/NUMBER or NAME@ALIAS")
-    mlflow, name = Mlflow(root, "promote"), found["name"]
+        raise UserError(f"{version!r} does not name a version of a model; write NAME/NUMBER or NAME@ALIAS")
+    mlflow, name = Mlflow(source, "promote"), found["name"]
     with mlflow.asking():
         entry = _entry(mlflow.client, version, name, found["number"], found["alias"])
         gates = _gates(entry.tags, limits or {}, version)
@@ -105,7 +106,7 @@ def _gates(tags: Mapping[str, str], limits: Mapping[str, float], version: str) -
         max_drop, tolerance = (float(limits[key] if key in limits else tags[key]) for key in LIMITS)
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"{version} does not say what was measured of it (tag {error}); promote what the step export registered"
+            f"{version} has no measurements (tag {error}); promote a version that step export has registered"
         ) from error
     return [
         Gate("top-1 drop", drop, max_drop, f"top-1 drop {100 * drop:.2f} points, at most {100 * max_drop:.2f}"),

@@ -1,4 +1,7 @@
-"""Results side by side: sorted, grouped over seeds, against a baseline; never of two data sets or devices unsaid."""
+"""Comparison tables of results: sorted, optionally grouped over seeds and compared with a baseline.
+
+Each data set has a table of its own, and each device a latency column of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ from scop.report.metrics import Metric, describe, smallest_batch
 from scop.report.results import SEEDS, Result, Value
 
 METRICS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params")
-"""Shown unless others are asked for, as far as there are any, with latency and speed-up at the smallest batch size."""
+"""Default columns, if measured. Latency and speed-up at the smallest batch size are added to them."""
 
 _DENSE = "dense"
-_RUN_SHOWN = 8  # characters of MLflow's ids, of which the first few tell them apart
+_RUN_SHOWN = 8  # first characters of an MLflow run ID; enough to distinguish runs
 _ENDLESS = 10_000
-_ALWAYS = ("network",)  # results of two networks are never one group
+_ALWAYS = ("network",)  # results of different networks are never grouped
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric of one or several results.
+    """A metric of one result or of a group of results.
 
     Attributes:
-        mean: over them.
-        deviation: the standard deviation of a sample; None of one.
-        n: so many.
-        change: against the baseline: a difference of accuracies, a ratio of anything else; None without one.
+        mean: mean over the results.
+        deviation: sample standard deviation; None for a single result.
+        n: number of results.
+        change: change from the baseline: a difference for accuracies, a ratio for other metrics; None without baseline.
     """
 
     mean: float
@@ -42,12 +45,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A result, or a group of them.
+    """One row of a table: a result or a group of results.
 
     Attributes:
-        labels: what it is, by column.
-        figures: by column; those it lacks are missing.
-        runs: MLflow's ids.
+        labels: column -> label.
+        figures: column -> figure; a column without a value is missing.
+        runs: MLflow run IDs.
     """
 
     labels: dict[str, Value]
@@ -56,7 +59,7 @@ class Row:
 
     @property
     def n(self) -> int:
-        """Of how many results it is; a figure may be of fewer."""
+        """Number of results in the row; a single figure may cover fewer."""
         return max((figure.n for figure in self.figures.values()), default=0)
 
 
@@ -65,12 +68,12 @@ class Table:
     """The results on one data set.
 
     Attributes:
-        dataset: its name.
-        content: its content hash.
-        labels, figures: the columns.
-        rows: sorted, the best first.
-        metrics: the metric of each column of figures.
-        notes: what a reader must know.
+        dataset: name of the data set.
+        content: content hash of the data set.
+        labels, figures: names of the columns.
+        rows: rows, best first.
+        metrics: column in `figures` -> its metric.
+        notes: remarks for the reader, printed above the table.
     """
 
     dataset: str
@@ -82,7 +85,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def best(self, column: str) -> float | None:
-        """The best value of a column; None where there is no choice, or nobody knows which way is better."""
+        """Return the best value of a column; None for fewer than two values or a metric without a better direction."""
         values = [row.figures[column].mean for row in self.rows if column in row.figures]
         higher = self.metrics[column].higher_is_better
         if len(values) < 2 or higher is None:
@@ -96,16 +99,16 @@ def tables(
     group_by: Sequence[str] = (),
     baseline: str | None = None,
 ) -> list[Table]:
-    """Put results side by side, those on each data set in a table of its own.
+    """Build one table per data set.
 
     Args:
-        results: any number.
-        metrics: the columns; the first is sorted by.
-        group_by: parameters; results that agree in them, and in network, are one row: mean, deviation, n.
-        baseline: ``dense``, or a variant's name: what changes are told against.
+        results: results to compare, in any number.
+        metrics: columns, in sort order: rows are sorted by the first one, ties by the next.
+        group_by: parameters. Results that agree in them and in the network form one row: mean, deviation, n.
+        baseline: ``dense`` or the name of a variant; figures then include the change from it.
 
     Raises:
-        UserError: a metric, a parameter or the baseline is none that any result has.
+        UserError: no result has the metric, the parameter or the baseline.
     """
     known = sorted({key for result in results for key in result.metrics})
     for metric in metrics:
@@ -127,20 +130,20 @@ def _check(option: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"{option} {value!r} is nothing that these results have ({hint})")
+        raise UserError(f"{option} {value!r} is not in these results ({hint})")
 
 
 def _table(
     content: str, results: Sequence[Result], metrics: Sequence[str], group_by: Sequence[str], baseline: str | None
 ) -> Table:
     devices = list(dict.fromkeys(result.device for result in results))
-    columns: dict[str, tuple[Metric, str | None]] = {}  # with the device that alone counts there
+    columns: dict[str, tuple[Metric, str | None]] = {}  # with the only device whose results count; None: all
     for metric in map(describe, metrics):
         if len(devices) > 1 and metric.of_device:
             columns |= {f"{metric.key} on {device}": (metric, device) for device in devices}
         else:
             columns[metric.key] = (metric, None)
-    labels = list(dict.fromkeys((*group_by, *_ALWAYS))) if group_by else _telling(results, metrics)
+    labels = list(dict.fromkeys((*group_by, *_ALWAYS))) if group_by else _distinguishing_labels(results, metrics)
     groups: dict[tuple[Value, ...], list[Result]] = {}
     for number, result in enumerate(results):
         key = tuple(_label(result, label) for label in labels) if group_by else (number,)
@@ -150,24 +153,24 @@ def _table(
     for own in groups.values():
         figures = {}
         for column, (metric, device) in columns.items():
-            fitting = [r for r in own if metric.key in r.metrics and device in (None, r.device)]
-            if fitting:
-                figures[column] = _figure(metric, fitting, base)
+            measured = [r for r in own if metric.key in r.metrics and device in (None, r.device)]
+            if measured:
+                figures[column] = _figure(metric, measured, base)
         rows.append(Row({label: _label(own[0], label) for label in labels}, figures, [r.run for r in own if r.run]))
     rows.sort(key=lambda row: [_sort_key(row, column, metric) for column, (metric, _) in columns.items()])
     names = list(dict.fromkeys(str(result.params.get("dataset", "")) for result in results))
-    notes = ["times are told apart by device" if len(devices) > 1 else f"times on {devices[0] or 'an unknown device'}"]
+    notes = ["times are listed per device" if len(devices) > 1 else f"times on {devices[0] or 'an unknown device'}"]
     if any(metric.endswith("train_seconds") for metric in metrics):
         notes.append(f"trained on {', '.join(sorted({str(r.params.get('trained_on', 'unknown')) for r in results}))}")
     notes += _dense(results, metrics) + _mixed(list(groups.values()), labels)
     if base is not None and not any(figure.change is not None for row in rows for figure in row.figures.values()):
-        notes.append(f"nothing here to compare with: no {baseline} on these data")
+        notes.append(f"no changes shown: baseline {baseline} has no comparable result on this data set")
     shown = {column: metric for column, (metric, _) in columns.items()}
     return Table(" / ".join(names), content, labels, list(columns), rows, shown, notes)
 
 
 def _dense(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
-    """The figures of the dense network in words, where all results come from one."""
+    """Return a note with the dense network's metrics, as far as they are the same for all results."""
     figures = []
     for metric in map(describe, metrics):
         key = metric.key.replace("pruned_", "dense_")
@@ -177,33 +180,33 @@ def _dense(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
     return [f"dense: {', '.join(figures)}"] if figures else []
 
 
-def _telling(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
-    """The columns by which single results are told apart: those in which they differ, and always their name."""
+def _distinguishing_labels(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
+    """Return the label columns for single results: the name, parameters that differ, and the run if still ambiguous."""
     wanted = ["network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed"]
     if any(metric.endswith("train_seconds") for metric in metrics):
         wanted.append("trained_on")
     labels = ["name", *(key for key in wanted if len({result.params.get(key) for result in results}) > 1)]
-    told = {tuple(_label(result, label) for label in labels) for result in results}
-    return labels if len(told) == len(results) else [*labels, "run"]
+    distinct = {tuple(_label(result, label) for label in labels) for result in results}
+    return labels if len(distinct) == len(results) else [*labels, "run"]
 
 
 def _label(result: Result, key: str) -> Value:
     if key == "run":
-        return result.run[:_RUN_SHOWN] if result.run else result.place or "-"
+        return result.run[:_RUN_SHOWN] if result.run else result.uri or "-"
     return result.name if key == "name" else result.params.get(key, "-")
 
 
 def _mixed(groups: Sequence[Sequence[Result]], labels: Sequence[str]) -> list[str]:
-    """In what else than their seeds results of one group differ."""
+    """Return a note on settings other than seeds that differ within a row; empty if there are none."""
     differing: dict[str, set[Value]] = {}
     for own in groups:
         for key in {key for result in own for key in result.params} - {*SEEDS, *labels, "recipe"}:
             if len(values := {result.params.get(key, "-") for result in own}) > 1:
                 differing.setdefault(key, set()).update(values)
     if not differing and any(len({result.params.get("recipe") for result in own}) > 1 for own in groups):
-        return ["rows hold results of several recipes"]
+        return ["some rows combine results of several recipes"]
     some = [f"{key} ({', '.join(map(str, sorted(values, key=str)))})" for key, values in sorted(differing.items())]
-    return [f"rows hold results that differ in {', '.join(some)}"] if some else []
+    return [f"some rows combine results that differ in {', '.join(some)}"] if some else []
 
 
 def _baseline(results: Sequence[Result], name: str | None) -> Sequence[Result] | str | None:
@@ -219,7 +222,7 @@ def _figure(metric: Metric, results: Sequence[Result], base: Sequence[Result] | 
 
 
 def _change(metric: Metric, result: Result, base: Sequence[Result] | str | None) -> float | None:
-    """By how much a result's metric differs from its own dense network's, or from the mean of the baseline's."""
+    """Return the change of a metric from the result's own dense network, or from the mean of the baseline's results."""
     if base is None:
         return None
     if isinstance(base, str):
@@ -233,7 +236,7 @@ def _change(metric: Metric, result: Result, base: Sequence[Result] | str | None)
 
 
 def _sort_key(row: Row, column: str, metric: Metric) -> tuple[bool, float]:
-    """The best first, and what is missing last."""
+    """Sort the best value first and missing values last."""
     figure = row.figures.get(column)
     return (figure is None, 0.0 if figure is None else -figure.mean if metric.higher_is_better else figure.mean)
 
@@ -242,7 +245,7 @@ def _sort_key(row: Row, column: str, metric: Metric) -> tuple[bool, float]:
 
 
 def cell(metric: Metric, figure: Figure | None, n: int = 1) -> str:
-    """A figure with its deviation and change, and of how many it is if not of `n`; a dash where it is missing."""
+    """Format a figure with its deviation, its change and, if it differs from `n`, its n; "-" if it is missing."""
     if figure is None:
         return "-"
     text = metric.shown(figure.mean)
@@ -253,7 +256,7 @@ def cell(metric: Metric, figure: Figure | None, n: int = 1) -> str:
 
 
 def print_table(table: Table) -> None:
-    """To the terminal, the best of each column in bold; as wide as it needs to be, and never cut."""
+    """Print a table to the terminal, with the best value of each column in bold. Values are never truncated."""
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table as RichTable
@@ -278,7 +281,7 @@ def print_table(table: Table) -> None:
             style = "bold" if figure is not None and figure.mean == best[column] else ""
             cells.append(Text(cell(table.metrics[column], figure, row.n), style))
         view.add_row(*cells)
-    # A terminal that is narrower lets lines run over: whoever reads it needs the figures, all of them.
+    # In a narrower terminal, lines wrap: rich would truncate the values.
     endless = Console(width=_ENDLESS)
     console = Console(width=max(Console().width, Measurement.get(endless, endless.options, view).maximum))
     print(f"{table.dataset or 'unknown data'} ({table.content[:12] or 'no hash'}); {'; '.join(table.notes)}")
@@ -286,7 +289,7 @@ def print_table(table: Table) -> None:
 
 
 def as_csv(found: Sequence[Table]) -> str:
-    """All tables as one: raw values, a line for each row."""
+    """Return all tables as one CSV text: raw values, one line per row."""
     labels = list(dict.fromkeys(label for table in found for label in table.labels))
     columns = list(dict.fromkeys(column for table in found for column in table.figures))
     grouped = any(f.n > 1 for table in found for row in table.rows for f in row.figures.values())
@@ -306,7 +309,7 @@ def as_csv(found: Sequence[Table]) -> str:
 
 
 def as_json(found: Sequence[Table]) -> list[dict[str, Any]]:
-    """The tables, raw values."""
+    """Return the tables as JSON-compatible objects with raw values."""
     return [
         {
             "dataset": table.dataset,

@@ -1,4 +1,4 @@
-"""What a person sees of a local run: the steps' own lines. All that KFP says goes into the run's log file."""
+"""What a person sees of a local run: a heading for each step, its lines, and its duration. All goes to a log file."""
 
 from __future__ import annotations
 
@@ -9,37 +9,27 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from scop.report.formatting import human
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _KFP_LINE = re.compile(r"^\d\d:\d\d:\d\d\.\d+ - \w+ - (?P<text>.*)$")
 _EXECUTOR = "[KFP Executor "
-_ERROR = "scop: error: "
 
 
-class Console(io.TextIOBase):
-    """Stands in for standard output while kfp.local runs.
-
-    Every line goes to the log; the terminal gets a heading for each task, what the step printed, and the time it took.
+class View(io.TextIOBase):
+    """Replaces standard output during a run.
 
     Args:
         log: the file that gets everything.
-        terminal: what the person looks at.
-
-    Attributes:
-        error: the line by which a step refused its input, or None.
-        task: the task that ran last.
+        terminal: what the person sees.
     """
 
     def __init__(self, log: TextIO, terminal: TextIO) -> None:
         self._log, self._terminal = log, terminal
         self._part = ""
-        self._in_dump = False
         self._started = time.monotonic()
-        self.error: str | None = None
-        self.task: str | None = None
 
     def writable(self) -> bool:
         return True
@@ -51,62 +41,97 @@ class Console(io.TextIOBase):
         *lines, self._part = (self._part + text).split("\n")
         for line in lines:
             self._log.write(_COLOUR.sub("", line) + "\n")
-            self._show(_COLOUR.sub("", line).removeprefix("    "))
+            self._show(_COLOUR.sub("", line))
         self._log.flush()
         return len(text)
 
-    def _show(self, line: str) -> None:
-        if self._in_dump:  # KFP's print of the executor's input, which ends with a brace of its own
-            self._in_dump = line != "}"
-        elif line.startswith(_EXECUTOR):
-            self._in_dump = line.endswith("Got executor_input:")
-        elif match := _KFP_LINE.match(line):
-            self._show_event(match["text"])
-        elif line.startswith(_ERROR):
-            self.error = line.removeprefix(_ERROR)
-        elif line.strip() and set(line) != {"-"} and not self._is_output_listing(line):
-            self._say(f"  {line}")
+    def start(self, step: str) -> None:
+        """Show the heading of a step."""
+        self._started = time.monotonic()
+        self._log.write(f"{step}\n")
+        self._say(step)
 
-    def _show_event(self, text: str) -> None:
-        if match := re.match(r"Executing task '(.+)'", text):
-            self.task, self._started = match[1].replace("-", "_"), time.monotonic()
-            self._say(self.task)
-        elif match := re.match(r"Task '(.+)' finished with status (\w+)", text):
-            outcome = "done" if match[2] == "SUCCESS" else "FAILED"
-            self._say(f"  {outcome} in {time.monotonic() - self._started:.1f} s")
+    def finish(self, succeeded: bool) -> None:
+        """Show how a step ended."""
+        line = f"  {'done' if succeeded else 'FAILED'} in {time.monotonic() - self._started:.1f} s"
+        self._log.write(f"{line}\n")
+        self._log.flush()
+        self._say(line)
+
+    def _show(self, line: str) -> None:
+        """Show a line of a step."""
+        if line.strip():
+            self._say(f"  {line}")
 
     def _say(self, line: str) -> None:
         # Not by print, which kfp.local replaces by one that indents.
         self._terminal.write(line + "\n")
         self._terminal.flush()
 
+
+class KfpView(View):
+    """Shows the steps' own lines, and none of KFP's.
+
+    Attributes:
+        task: the task that ran last, or None.
+    """
+
+    def __init__(self, log: TextIO, terminal: TextIO) -> None:
+        super().__init__(log, terminal)
+        self._in_dump = False
+        self.task: str | None = None
+
+    def _show(self, line: str) -> None:
+        line = line.removeprefix("    ")
+        if self._in_dump:  # KFP's dump of the executor's input, which ends with a brace on a line of its own
+            self._in_dump = line != "}"
+        elif line.startswith(_EXECUTOR):
+            self._in_dump = line.endswith("Got executor_input:")
+        elif match := _KFP_LINE.match(line):
+            self._show_event(match["text"])
+        elif set(line) != {"-"} and not self._is_output_listing(line) and not line.startswith("scop: error: "):
+            super()._show(line)
+
+    def _show_event(self, text: str) -> None:
+        if match := re.match(r"Executing task '(.+)'", text):
+            self.task = match[1].replace("-", "_")
+            self.start(self.task)
+        elif match := re.match(r"Task '(.+)' finished with status (\w+)", text):
+            self.finish(match[2] == "SUCCESS")
+
     @staticmethod
     def _is_output_listing(line: str) -> bool:
-        """KFP's lines on a task's output artifacts, three for each."""
+        """Whether a line lists a task's output artifact; KFP prints three for each."""
         return bool(re.match(r"\w+: \w+\( name=|\s+(uri|metadata)=", line))
 
 
+V = TypeVar("V", bound=View)
+
+
 @contextlib.contextmanager
-def console(log: Path) -> Iterator[Console]:
-    """Replace standard output by a `Console` that logs to a file."""
-    with log.open("a", encoding="utf-8") as file:  # behind what an earlier try of the run said
-        view = Console(file, sys.stdout)
+def console(kind: type[V], log: Path) -> Iterator[V]:
+    """Replace standard output by a view that appends to a log file."""
+    with log.open("a", encoding="utf-8") as file:  # an earlier attempt's lines stay
+        view = kind(file, sys.stdout)
         with contextlib.redirect_stdout(view):
             yield view
 
 
 def _speed(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, size: str) -> str:
-    """By how much a variant is faster than the dense network, where it is one."""
+    """Format a variant's speed-up over the dense network."""
     if dense is None:
         return " " * 8
     return f" ({dense['latency_ms'][size]['p50'] / figures['latency_ms'][size]['p50']:4.2f}x)"
 
 
 def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
-    """The table dense against pruned; variants as `summary.json` has them.
+    """Print a dense-vs-pruned table.
 
-    Each variant's latency was taken in turn with the dense network's, whose own row is the first variant's: what can be
-    compared is by how much a variant was faster at its time, so that is what stands beside.
+    Each variant's latency was measured alternately with the dense network's; the dense row shows those of the first
+    variant. Only the speed-up can be compared between variants, so it is shown beside each latency.
+
+    Args:
+        variants: as in `summary.json`.
     """
     from rich.console import Console as RichConsole
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""How containers are run here: as an ordinary user, with nothing writable but what is mounted, and no capabilities."""
+"""Docker containers for steps: an ordinary user, a read-only root, no capabilities, only mounted folders writable."""
 
 from __future__ import annotations
 
@@ -11,64 +11,71 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import scop
+from components.image import IMAGE as IMAGE
+from scop.environment import StepEnvironment, name_of
 from scop.errors import UserError
-from scop.runtime.record import RUN_VARIABLE
 from scop.storage.s3 import as_variables
 
-DEFAULT_IMAGE = f"scop-python:{scop.__version__}"
 _SHARED_MEMORY = "1g"
 _SCRATCH = "rw,nosuid,nodev,size=4g,mode=1777"
-# What the steps go by, handed on where it is set.
-_PREFIXES = ("AWS_", "MLFLOW_", "SCOP_", "OMP_", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-_OF_THIS_MACHINE = {"AWS_CONFIG_FILE", "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "SCOP_CACHE", "SCOP_TERMINAL"}
+_RUN_LABEL = "scop.run"
+_PREFIXES = ("AWS_", "MLFLOW_", "OMP_", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+"""Variables of the user that steps may need; they are passed on if they are set."""
+_OF_THIS_MACHINE = {
+    "AWS_CONFIG_FILE",
+    "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    name_of(StepEnvironment, "tracking_uri"),
+}
 CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-"""Variables that name a file, by which servers are trusted."""
+"""Variables that name a file of trusted certificates."""
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A container's surroundings.
+    """A container's image, mounts and variables.
 
     Attributes:
         image: its name.
-        writable: folders that it may write to, at the same paths as here.
-        readable: files and folders that it may read, at the same paths as here.
+        writable: folders that it may write to, mounted at the same paths as here.
+        readable: files and folders that it may read, mounted at the same paths as here.
         environment: variables that it gets.
-        handed_on: further variables, perhaps secret: their values are never in a command line, but taken by docker from
-            its own environment.
+        passed_on: further variables, perhaps secret: docker takes their values from its own environment, so they are
+            never on a command line.
         gpus: whether it gets the GPUs.
-        network: docker's, none or host.
+        network: docker's network, none or host.
+        run_id: of the pipeline run, by which its containers are found.
     """
 
     image: str
     writable: tuple[Path, ...] = ()
     readable: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    handed_on: Mapping[str, str] = field(default_factory=dict)
+    passed_on: Mapping[str, str] = field(default_factory=dict)
     gpus: bool = False
     network: str = "host"
+    run_id: str = ""
 
     @property
     def user(self) -> str:
-        """Whoever calls, so that the files are theirs; for root the image's own user, in root's group."""
+        """The caller, so that the files are theirs; for root, the image's own user in root's group."""
         return f"{os.getuid() or 10001}:0"
 
     def open_to_user(self, others: Iterable[Path] = ()) -> None:
-        """Let the container's user write into the writable folders, and to other files and folders."""
-        if os.getuid() == 0:  # else the user is the folders' owner
+        """Let the container's user write to the writable folders, and to other files and folders."""
+        if os.getuid() == 0:  # otherwise the user owns the folders
             for path in (*self.writable, *others):
                 os.chown(path, -1, 0)
                 path.chmod(path.stat().st_mode | (0o070 if path.is_dir() else 0o060))
 
     def for_kfp(self) -> dict[str, Any]:
-        """The keywords of `kfp.local.DockerRunner`."""
+        """Return the keyword arguments of `kfp.local.DockerRunner`."""
         from docker.types import DeviceRequest, Mount
 
         mounts = [Mount(str(p), str(p), type="bind", read_only=p in self.readable) for p in self._mounts()]
         return {
             "mounts": mounts,
-            "environment": dict(self.handed_on) | dict(self.environment),
+            "environment": dict(self.passed_on) | dict(self.environment),
             "user": self.user,
             "network_mode": self.network,
             "read_only": True,
@@ -76,87 +83,92 @@ class Sandbox:
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "shm_size": _SHARED_MEMORY,
-            "labels": {RUN_VARIABLE: os.environ.get(RUN_VARIABLE, "")},
+            "labels": {_RUN_LABEL: self.run_id},
             **({"device_requests": [DeviceRequest(count=-1, capabilities=[["gpu"]])]} if self.gpus else {}),
         }
 
     def command(self, inside: list[str], interactive: bool = False) -> list[str]:
-        """The `docker run` command line; docker takes what is handed on, which may be secret, from its environment."""
+        """Return the `docker run` command line.
+
+        Args:
+            inside: command to run in the container.
+            interactive: whether it gets standard input and the terminal.
+        """
         options = ["--rm", "--init", "--user", self.user, "--network", self.network, "--read-only", "--tmpfs"]
         options += [f"/tmp:{_SCRATCH}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         options += ["--shm-size", _SHARED_MEMORY, *(["--gpus", "all"] if self.gpus else [])]
         options += ["--interactive", *(["--tty"] if sys.stdin.isatty() else [])] if interactive else []
         for path in self._mounts():
             options += ["--volume", f"{path}:{path}{':ro' if path in self.readable else ''}"]
-        for name in self.handed_on:
+        for name in self.passed_on:
             options += ["--env", name]
         for key, value in self.environment.items():
             options += ["--env", f"{key}={value}"]
         return ["docker", "run", *options, self.image, *inside]
 
     def _mounts(self) -> list[Path]:
-        # Each once, a folder before what lies in it, which may be mounted in another way.
+        # Each once, a folder before what is in it, which may be mounted in another way.
         return sorted({path for path in (*self.writable, *self.readable) if path.exists()})
 
 
-def variables_of_steps(prefixes: tuple[str, ...] = _PREFIXES, with_s3: bool = False) -> dict[str, str]:
-    """This process's variables that steps go by.
+def passed_on_variables(prefixes: tuple[str, ...] = _PREFIXES, with_s3: bool = False) -> dict[str, str]:
+    """Return the user's variables that steps in containers may need.
 
     Args:
         prefixes: of their names.
-        with_s3: also what boto3 finds in files and roles of this machine, which a container does not have.
+        with_s3: also return what boto3 finds in files and roles of this machine, which a container does not have.
     """
     found = {k: v for k, v in os.environ.items() if k.startswith(prefixes) and k not in _OF_THIS_MACHINE}
     return (as_variables() if with_s3 else {}) | found
 
 
 def certificates() -> tuple[Path, ...]:
-    """The files by which this process trusts servers; a container needs them at the same paths."""
+    """Return the certificate files that this process uses; a container needs them at the same paths."""
     return existing(os.environ.get(name) for name in CERTIFICATES)
 
 
 def require_image(image: str) -> None:
-    """Raises UserError where there is no engine, or it does not have the image."""
+    """Raise UserError if there is no docker engine, or it does not have the image."""
     if shutil.which("docker") is None:
-        raise UserError("docker is not installed; install it, or leave --docker out")
+        raise UserError("docker is not installed; install it, or omit --docker")
     engine = _docker("version", "--format", "{{.Server.Version}}")
     if engine.returncode:
         reason = (engine.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise UserError(f"the docker engine does not answer ({reason}); start it, or leave --docker out")
+        raise UserError(f"the docker engine does not answer ({reason}); start it, or omit --docker")
     if _docker("image", "inspect", image).returncode:
         raise UserError(f"image {image!r} is not on this machine; docker pull {image}, or make image to build it")
 
 
-def containers_of(run: str) -> list[str]:
-    """The ids of the containers in which a run's steps run now."""
+def containers_of(run_id: str) -> list[str]:
+    """Return the ids of the containers that run a step of a run."""
     if shutil.which("docker") is None:
         return []
-    return _docker("ps", "--quiet", "--filter", f"label={RUN_VARIABLE}={run}").stdout.split()
+    return _docker("ps", "--quiet", "--filter", f"label={_RUN_LABEL}={run_id}").stdout.split()
 
 
-def stop_containers(run: str) -> int:
-    """Ask the steps in a run's containers to end, each of which writes a checkpoint first; gives how many there are."""
-    found = containers_of(run)
+def stop_containers(run_id: str) -> int:
+    """Ask the steps in a run's containers to write a checkpoint and end; return the number of containers."""
+    found = containers_of(run_id)
     for container in found:
-        # Not by `docker stop`: KFP starts a step by a shell, which is process 1 there and heeds no signal.
+        # Not by `docker stop`: KFP starts a step by a shell, which is process 1 and ignores signals.
         _docker("exec", container, "sh", "-c", "kill -TERM -1")
     return len(found)
 
 
 def image_id(image: str) -> str | None:
-    """Docker's id of an image, by a name or the id; None where it is not on this machine."""
+    """Return docker's id of an image, given its name or id, or None if it is not on this machine."""
     found = _docker("image", "inspect", "--format", "{{.Id}}", image) if shutil.which("docker") else None
     return found.stdout.strip() or None if found and found.returncode == 0 else None
 
 
 def image_label(image: str, label: str) -> str | None:
-    """A label of an image, or None."""
+    """Return a label of an image, or None."""
     found = _docker("image", "inspect", "--format", f'{{{{index .Config.Labels "{label}"}}}}', image)
     return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def existing(paths: Iterable[str | None]) -> tuple[Path, ...]:
-    """Those of the paths that are there, absolute."""
+    """Return those of the paths that exist, absolute."""
     return tuple(Path(p).expanduser().absolute() for p in paths if p is not None and Path(p).expanduser().exists())
 
 

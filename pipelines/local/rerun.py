@@ -1,4 +1,4 @@
-"""`scop rerun`: a recorded step again, from its recorded inputs and configuration, at one's desk."""
+"""`scop rerun`: a recorded step again, from its recorded inputs and configuration, on this machine."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ import yaml
 
 from pipelines.local.containers import (
     CERTIFICATES,
-    DEFAULT_IMAGE,
+    IMAGE,
     Sandbox,
     certificates,
     image_id,
     image_label,
-    variables_of_steps,
+    passed_on_variables,
 )
+from pipelines.local.run import mlflow_command
 from scop.config import Config, ConfigWithoutFinetuning
 from scop.config.parsing import override, parse
+from scop.environment import THREADS_VARIABLE, StepEnvironment, UserEnvironment, name_of
 from scop.errors import UserError
-from scop.runtime.execution import PLACES_VARIABLE
-from scop.runtime.record import EXTERNAL_FILES, RUN_VARIABLE, RecordedInput, StepRecord
+from scop.runtime.record import EXTERNAL_FILES, RecordedInput, StepRecord
 from scop.runtime.registry import STEPS
-from scop.runtime.resume import CHECKPOINTS_VARIABLE
-from scop.storage import cache
-from scop.storage import files as storage
-from scop.storage import folders as remote
+from scop.runtime.uris import flatten
+from scop.storage.cache import Cache
+from scop.storage.fetch import content_version, local_path
+from scop.storage.files import is_s3
+from scop.storage.folders import fetch_folder
 from scop.storage.manifest import TIMINGS, read_folder
 from scop.system.revision import git_revision
-from scop.tracking.mlflow import PARENT_VARIABLE
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """A step made ready to run again.
+    """A step that is ready to run again.
 
     Attributes:
         record: of the step.
         folder: a new one, for the configuration and the outputs.
         inputs: local folders by name, verified.
         files: further local files that the configuration names.
-        track: whether figures go where the environment says, rather than into the folder.
+        track: whether metrics go to the user's MLflow server, rather than to a file in the folder.
     """
 
     record: StepRecord
@@ -59,11 +60,17 @@ class Rerun:
 
     @property
     def outputs(self) -> dict[str, Path]:
+        """Folders of the outputs by name."""
         return {name: self.folder / name for name in self.record.outputs}
 
     @property
+    def tracking_uri(self) -> str:
+        """URI of the MLflow database in the folder."""
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
     def step_command(self) -> list[str]:
-        """The same here and in a container."""
+        """The command line, the same here and in a container."""
         command = ["scop", "step", self.record.step, "--config", str(self.folder / "config.yaml")]
         for name, value in self.inputs.items():
             for path in value if isinstance(value, list) else [value]:
@@ -73,63 +80,73 @@ class Rerun:
         return command
 
     @property
-    def environment(self) -> dict[str, str]:
-        """What the step goes by beside its arguments."""
-        variables = {}
-        if self.record.run:
-            variables[RUN_VARIABLE] = self.record.run
-        if self.record.step == list(STEPS)[-1]:  # its summary names the places
-            variables[PLACES_VARIABLE] = json.dumps({name: value.uri for name, value in self.record.inputs.items()})
-        if self.record.threads:
-            variables["OMP_NUM_THREADS"] = str(self.record.threads)
+    def variables(self) -> dict[str, str]:
+        """Environment variables for the step."""
+        environment = StepEnvironment(run_id=self.record.launch.run)
+        if self.record.step == list(STEPS)[-1]:  # its summary names the URIs
+            recorded = {name: value.uri for name, value in self.record.inputs.items()}
+            environment = environment.model_copy(update={"input_uris": recorded})
         if not self.track:
-            variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder / 'mlflow.db'}"
-        return variables
+            environment = environment.model_copy(update={"tracking_uri": self.tracking_uri})
+        threads = self.record.machine.threads
+        return environment.as_variables() | ({THREADS_VARIABLE: str(threads)} if threads else {})
 
     def sandbox(self, image: str, gpus: bool) -> Sandbox:
-        """The container's surroundings; network and credentials are in there only for tracking."""
-        inputs = [p for v in self.inputs.values() for p in (v if isinstance(v, list) else [v])]
+        """Return the container's settings; it has a network and credentials only for tracking."""
+        inputs = flatten(self.inputs)
+        passed_on: dict[str, str] = {}
+        if self.track:
+            passed_on = passed_on_variables(("MLFLOW_", "AWS_", *CERTIFICATES), with_s3=True)
+            tracking = name_of(StepEnvironment, "tracking_uri")
+            passed_on |= {key: value for key, value in os.environ.items() if key == tracking}
         return Sandbox(
             image,
             writable=(self.folder,),
             readable=(*inputs, *self.files, *(certificates() if self.track else ())),
-            environment=self.environment,
-            handed_on=variables_of_steps(("MLFLOW_", "AWS_", *CERTIFICATES), with_s3=True) if self.track else {},
+            environment=self.variables,
+            passed_on=passed_on,
             gpus=gpus,
             network="host" if self.track else "none",
         )
 
 
-def make_ready(record: StepRecord, out: Path, overrides: Sequence[str], track: bool) -> Rerun:
-    """Fetch and verify what the step was given, and write its configuration into a new folder.
+def make_ready(record: StepRecord, out: Path, overrides: Sequence[str], track: bool, cache: Cache) -> Rerun:
+    """Fetch and verify a step's inputs, and write its configuration into a new folder.
+
+    Args:
+        record: of the step.
+        out: the new folder is created in it.
+        overrides: changes of the configuration, ``section.key=value``.
+        track: see `Rerun`.
+        cache: the local cache.
 
     Raises:
-        UserError: an input is gone or has changed, or the configuration is bad.
+        UserError: an input is missing or has changed, or the configuration is invalid.
     """
     if record.step not in STEPS:
-        raise UserError(f"the record is of step {record.step!r}, which this version does not know")
+        raise UserError(f"the record is of step {record.step!r}, which this version does not have")
     values = _configuration(record, overrides)
     files = []
     for section, name in EXTERNAL_FILES:
-        place, recorded = values.get(section, {}).get(name), record.config.get(section, {}).get(name)
-        if place is not None:
+        uri, recorded = values.get(section, {}).get(name), record.config.get(section, {}).get(name)
+        if uri is not None:
             key = f"{section}.{name}"
-            path = _external(key, place, record.files.get(key) if place == recorded else None)
+            path = _external(key, uri, record.files.get(key) if uri == recorded else None, cache)
             values[section][name] = str(path)
             files.append(path)
-    inputs = {name: _input(name, artifact) for name, artifact in record.inputs.items()}
+    inputs = {name: _input(name, artifact, cache) for name, artifact in record.inputs.items()}
     title = "-".join(filter(None, (record.step, record.variant)))
     folder = out.expanduser().absolute() / f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"folder {folder} cannot be created: {error.strerror}") from error
     return Rerun(record, folder, inputs, tuple(files), track)
 
 
 def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, Any]:
-    """The record's sections as a configuration file has them, with changes put in."""
+    """Return the record's sections in the form of a configuration file, with changes."""
     values = {name: section for name, section in json.loads(json.dumps(record.config)).items() if name != "variant"}
     if "variant" in record.config:
         values["variants"] = [record.config["variant"]]
@@ -145,79 +162,94 @@ def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, An
     return values
 
 
-def _external(key: str, place: str, content: str | None) -> Path:
-    found = storage.version_of(place)
+def _external(key: str, uri: str, content: str | None, cache: Cache) -> Path:
+    found = content_version(uri)
     if found is None:
-        raise UserError(f"{key} {place} is not there; bring it back, or give another by --set {key}=PLACE")
+        raise UserError(f"{key} {uri} does not exist; restore it, or give another by --set {key}=PATH")
     if content not in (None, found):
-        raise UserError(f"{key} {place} has changed since the step ran; bring the old one back")
-    return storage.local(place).absolute()
+        raise UserError(f"{key} {uri} has changed since the step ran; restore the old version")
+    return local_path(uri, cache).absolute()
 
 
-def _input(name: str, artifact: RecordedInput) -> Path | list[Path]:
+def _input(name: str, artifact: RecordedInput, cache: Cache) -> Path | list[Path]:
     if isinstance(artifact.uri, list):
         contents = artifact.content if isinstance(artifact.content, list) else [None] * len(artifact.uri)
-        return [_fetched(name, uri, content) for uri, content in zip(artifact.uri, contents, strict=True)]
-    return _fetched(name, artifact.uri, artifact.content if isinstance(artifact.content, str) else None)
+        return [_fetch(name, uri, content, cache) for uri, content in zip(artifact.uri, contents, strict=True)]
+    return _fetch(name, artifact.uri, artifact.content if isinstance(artifact.content, str) else None, cache)
 
 
-def _fetched(name: str, place: str, content: str | None) -> Path:
-    path = remote.fetch_folder(place) if storage.is_uri(place) else Path(place)
+def _fetch(name: str, uri: str, content: str | None, cache: Cache) -> Path:
+    path = fetch_folder(uri, cache) if is_s3(uri) else Path(uri)
     found = read_folder(path).content
     if content is not None and found != content:
         raise UserError(
-            f"input {name!r}, {place}, has changed since the step ran (content {found[:12]}, not {content[:12]})"
+            f"input {name!r}, {uri}, has changed since the step ran (content {found[:12]}, not {content[:12]})"
         )
     return path
 
 
 def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: bool) -> int:
-    """Run it, here or in a container of an image; returns the step's exit code."""
-    _tell_differences(ready.record, image)
+    """Run the step, here or in a container.
+
+    Args:
+        ready: the step.
+        image: of the container; None runs the step here.
+        gpus: whether the container gets the GPUs.
+        dry_run: print the command instead of running it.
+        shell: open a shell in the container instead.
+
+    Returns:
+        The step's exit code.
+    """
+    _note_differences(ready.record, image)
     inside = ready.step_command
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCOP_") or k == cache.CACHE_VARIABLE}
-    environment.pop(PARENT_VARIABLE, None)
+    # Variables that a launcher has set for another step must not reach this one.
+    own = {name_of(UserEnvironment, field) for field in UserEnvironment.model_fields}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("SCOP_") or k in own}
     if image is None:
         command = [str(Path(sys.executable).with_name("scop")), *inside[1:]]
-        shown = ["env", f"--unset={CHECKPOINTS_VARIABLE}", f"--unset={PARENT_VARIABLE}"]
-        shown += [*(f"{key}={value}" for key, value in ready.environment.items()), *command]
-        environment |= ready.environment
+        unset = (name_of(StepEnvironment, field) for field in ("checkpoints", "parent_run"))
+        shown = ["env", *(f"--unset={name}" for name in unset)]
+        shown += [*(f"{key}={value}" for key, value in ready.variables.items()), *command]
+        variables |= ready.variables
     else:
         sandbox = ready.sandbox(image, gpus)
         sandbox.open_to_user([ready.folder / "config.yaml"])
-        environment |= sandbox.handed_on
+        variables |= sandbox.passed_on
         shown = command = sandbox.command(["bash"] if shell else inside, interactive=shell)
     if dry_run:
         print(shlex.join(shown))
         return 0
     if shell:
-        print(f"everything is in place; the step itself is\n\n  {shlex.join(inside)}\n", flush=True)
-    return subprocess.run(command, env=environment).returncode
+        print(f"everything is ready; to run the step:\n\n  {shlex.join(inside)}\n", flush=True)
+    return subprocess.run(command, env=variables).returncode
 
 
-def _tell_differences(record: StepRecord, image: str | None) -> None:
-    """What may make the result another one."""
+def _note_differences(record: StepRecord, image: str | None) -> None:
+    """Print what may change the result."""
     if image is None:
         from importlib.metadata import version
 
         here = {"commit": git_revision(), "PyTorch": version("torch")}
     else:
         here = {"commit": image_label(image, "org.opencontainers.image.revision")}
-    if image is None and record.device:
+    software, machine = record.software, record.machine
+    if image is None and machine.device:
         import torch
 
         here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if record.processes > 1:
-        print(f"note: recorded with {record.processes} processes, runs with one", file=sys.stderr)
-    if image is not None and record.image_id and image_id(image) != record.image_id:
-        print(f"note: {image} is another image than the recorded one, {record.image_id[:19]}", file=sys.stderr)
-    for what, recorded in (("commit", record.revision), ("PyTorch", record.torch), ("device", record.device)):
-        if what in here and recorded and here[what] != recorded:
-            print(f"note: recorded with {what} {recorded}, runs with {here[what]}", file=sys.stderr)
+    if machine.processes > 1:
+        print(f"note: recorded with {machine.processes} processes, runs with one", file=sys.stderr)
+    if image is not None and software.image_id and image_id(image) != software.image_id:
+        print(f"note: {image} is another image than the recorded one, {software.image_id[:19]}", file=sys.stderr)
+    recorded = {"commit": software.revision, "PyTorch": software.torch, "device": machine.device}
+    for what, value in recorded.items():
+        if what in here and value and here[what] != value:
+            print(f"note: recorded with {what} {value}, runs with {here[what]}", file=sys.stderr)
 
 
 def verify(ready: Rerun) -> bool:
-    """Compare every output file with its recorded hash and say which differ; timings may. True if none does."""
+    """Compare each output file except timings with its recorded hash, and print differences; whether all match."""
     record = ready.record
     same, count = True, 0
     for name, artifact in record.outputs.items():
@@ -226,41 +258,37 @@ def verify(ready: Rerun) -> bool:
             count += 1
             if made.get(file) != artifact.files.get(file):
                 same = False
-                what = (
-                    "differs"
-                    if file in made and file in artifact.files
-                    else "is missing"
-                    if file not in made
-                    else "is new"
-                )
-                print(f"verify: {name}/{file} {what}")
-    print(f"verify: {f'all {count} files are equal to the byte' if same else 'not the same result'}", flush=True)
+                state = "is missing" if file not in made else "is new" if file not in artifact.files else "differs"
+                print(f"verify: {name}/{file} {state}")
+    print(f"verify: {f'all {count} files are byte-equal' if same else 'the results differ'}", flush=True)
     return same
 
 
+_LOOK = {
+    "model": "python -c \"import scop; print(scop.load_model('{}'))\"",
+    "exported": "python -c \"import scop; print(scop.load_model('{}'))\"",
+    "plan": "see {}/plan.png",
+    "scores": "see {}/scores.png",
+    "evaluation": "see {}/evaluation.json and {}/confusion.png",
+    "report": "see {}/report.html",
+    "dataset": "see {}/dataset.json",
+}
+"""How to look at each output."""
+
+
 def print_result(ready: Rerun) -> None:
-    """How to look at what came out."""
+    """Print the paths of the outputs and how to look at them."""
     for name, path in ready.outputs.items():
         print(f"{name}: {path}")
-    looks = {
-        "model": "python -c \"import scop; print(scop.load_model('{}'))\"",
-        "exported": "python -c \"import scop; print(scop.load_model('{}'))\"",
-        "plan": "see {}/plan.png",
-        "scores": "see {}/scores.png",
-        "evaluation": "see {}/evaluation.json and {}/confusion.png",
-        "report": "see {}/report.html",
-        "dataset": "see {}/dataset.json",
-    }
     for name, path in ready.outputs.items():
-        print(f"look:   {looks[name].format(path, path)}")
+        print(f"look:   {_LOOK[name].format(path, path)}")
     if not ready.track:
-        from pipelines.local.run import mlflow_command
-
-        print(f"MLflow: {mlflow_command(ready.environment['MLFLOW_TRACKING_URI'])}")
+        print(f"MLflow: {mlflow_command(ready.tracking_uri)}")
 
 
 def default_image(record: StepRecord) -> str:
-    """The image that the step ran in, by its id if this machine has that, or the project's own."""
-    if record.image_id and image_id(record.image_id):
-        return record.image_id
-    return record.image or DEFAULT_IMAGE
+    """Return the image that the step ran in, by its id if this machine has it, or the project's own."""
+    software = record.software
+    if software.image_id and image_id(software.image_id):
+        return software.image_id
+    return software.image or IMAGE

@@ -1,57 +1,54 @@
-"""Where a run on this machine lies, who works on it, and what its steps are told by their environment."""
+"""A run's folder, locked while a process works on the run, and where its metrics go."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
-import json
 import os
-import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.local.job import KFP_FOLDER
 from scop.config import Config
 from scop.errors import UserError
-from scop.runtime.places import KFP_ROOT_VARIABLE, RUN_ROOT_VARIABLE, VARIANTS_VARIABLE
-from scop.runtime.record import ATTEMPT_VARIABLE, RUN_VARIABLE
-from scop.runtime.resume import CHECKPOINTS_VARIABLE, KEEP_VARIABLE, RESUME_VARIABLE
-from scop.storage import files as storage
-from scop.system.progress import TERMINAL_VARIABLE
-from scop.tracking.server import ARTIFACTS_VARIABLE
+from scop.storage.files import is_s3, join_uri
 
-KFP_FOLDER = ".kfp"
-"""KFP's own files in a run's folder: what its launcher exchanges with the steps."""
 LOCK = "lock"
-"""A file in there, locked for as long as a process works on the run."""
+"""A file in `KFP_FOLDER`, locked while a process works on the run."""
 
 
 @contextlib.contextmanager
-def workspace(place: str, exists: bool) -> Iterator[Path]:
-    """The run's folder, or a temporary one where the run lies in S3; nobody else works on the run meanwhile.
+def workspace(uri: str, exists: bool) -> Iterator[Path]:
+    """Give a run's folder, or a temporary one if the run is in S3, and lock it against other processes.
 
-    In S3 there is nothing that could be locked.
+    In S3 nothing can be locked.
+
+    Args:
+        uri: folder or ``s3://`` URI of the run.
+        exists: whether the folder may exist, since the run is resumed.
+
+    Raises:
+        UserError: the folder cannot be created, or another process works on the run.
     """
-    if storage.is_uri(place):
+    if is_s3(uri):
         with tempfile.TemporaryDirectory(prefix="scop-run-") as name:
             (Path(name) / KFP_FOLDER).mkdir()
             yield Path(name)
         return
-    folder = Path(place)
+    folder = Path(uri)
     try:
         folder.mkdir(parents=True, exist_ok=exists)
         (folder / KFP_FOLDER).mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"output folder {folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"output folder {folder} cannot be created: {error.strerror}") from error
     with (folder / KFP_FOLDER / LOCK).open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it whatever ends this process
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however this process ends
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"run {folder.name} is still going, by process {lock.read().strip()}; wait for it, or end that"
+                f"process {lock.read().strip()} is working on run {folder.name}; wait for it or stop it"
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -59,62 +56,30 @@ def workspace(place: str, exists: bool) -> Iterator[Path]:
         yield folder
 
 
-def for_mlflow(config: Config, out: str) -> dict[str, str]:
-    """Where MLflow and its artifacts are: as the environment says, or else with the runs."""
-    variables = {}
-    if not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-        base = Path("runs").absolute() if storage.is_uri(out) else Path(out)
+def tracking_of(config: Config, out: str, tracking_uri: str | None) -> tuple[str, str | None]:
+    """Return MLflow's tracking URI and the artifact root of new experiments.
+
+    Args:
+        config: may set the artifact root.
+        out: the folder or ``s3://`` URI of all runs; a database is created there, or in ./runs if it is in S3.
+        tracking_uri: what the user has set, or None.
+
+    Raises:
+        UserError: the folder of the database cannot be created or named in a URI.
+    """
+    if tracking_uri is None:
+        base = Path("runs").absolute() if is_s3(out) else Path(out)
         if set("%?") & set(str(base)):
             raise UserError(
-                f"MLflow's database cannot lie in {base}: % and ? mean something else in its address; take another "
-                "folder, or name a server by MLFLOW_TRACKING_URI"
+                f"MLflow's database cannot be in {base}: % and ? have another meaning in its URI; choose another "
+                "folder, or set MLFLOW_TRACKING_URI to a server"
             )
         try:
             base.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output folder {base} cannot be made: {error.strerror}") from error
-        uri = variables["MLFLOW_TRACKING_URI"] = f"sqlite:///{base / 'mlflow.db'}"
+            raise UserError(f"output folder {base} cannot be created: {error.strerror}") from error
+        tracking_uri = f"sqlite:///{base / 'mlflow.db'}"
     artifacts = config.run.artifact_root
-    if artifacts is None and storage.is_uri(out) and uri.startswith("sqlite:"):
-        artifacts = storage.join(out, "mlflow")
-    if artifacts is not None:
-        variables[ARTIFACTS_VARIABLE] = artifacts
-    return variables
-
-
-def for_steps(config: Config, out: str, place: str, folder: Path, resumed: bool) -> dict[str, str]:
-    """What the steps are told by their environment."""
-    return {
-        RUN_VARIABLE: place.rpartition("/")[2],
-        # Shared by all runs in `out`: one that was killed and is started again goes on where it was.
-        CHECKPOINTS_VARIABLE: config.run.checkpoints or storage.join(out, "checkpoints"),
-        KEEP_VARIABLE: str(config.run.keep_checkpoints),
-        KFP_ROOT_VARIABLE: str(folder / KFP_FOLDER),
-        RUN_ROOT_VARIABLE: place,
-        VARIANTS_VARIABLE: json.dumps([variant.label for variant in config.variants]),
-        RESUME_VARIABLE: "1" if resumed else "",
-        ATTEMPT_VARIABLE: uuid.uuid4().hex,
-    }
-
-
-def terminal() -> dict[str, str]:
-    """The terminal that somebody watches, for the steps' progress bars."""
-    try:
-        return {TERMINAL_VARIABLE: os.ttyname(sys.stderr.fileno())}
-    except (OSError, io.UnsupportedOperation):
-        return {}
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Within, the environment has these variables."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+    if artifacts is None and is_s3(out) and tracking_uri.startswith("sqlite:"):
+        artifacts = join_uri(out, "mlflow")
+    return tracking_uri, artifacts

@@ -1,10 +1,9 @@
-"""The device that a step computes on, and what makes it fast there."""
+"""The device to compute on, and settings that make a process fast on it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import platform
 from functools import cache
 
@@ -17,32 +16,36 @@ from scop.system.processor import processor_name
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device to compute on: the one named, else that of ``SCOP_DEVICE``, else a GPU where there is one.
+    """Return the device of that name; by default a GPU if there is one, else the CPU.
 
     Raises:
-        UserError: the device is unknown or absent.
+        UserError: the device is unknown or missing.
     """
-    name = name or os.environ.get("SCOP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} is not available ({first_line}); set SCOP_DEVICE=cpu") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} is not available ({reason}); set SCOP_DEVICE=cpu") from error
+    return device
+
+
+def tune_process(device: torch.device) -> None:
+    """Set what makes training fast in this process: for programs, since a library must leave its caller's settings."""
     if device.type == "cpu":
         _keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    return device
 
 
 @cache
 def _keep_freed_memory() -> None:
-    """Have glibc keep large freed buffers instead of handing each back to the kernel.
+    """Make glibc keep large freed buffers instead of returning them to the kernel.
 
-    A training step frees and asks for the same feature maps over and over; without this every one is unmapped, mapped
-    and zeroed anew. ResNet-20, batch 256, two cores: 327 ms a step before, 251 ms after.
+    A training step frees and allocates the same feature maps repeatedly; otherwise each one is unmapped, mapped and
+    zeroed again. ResNet-20, batch 256, two cores: 327 ms a step before, 251 ms after.
     """
     if platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):
@@ -52,7 +55,7 @@ def _keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def gains_from_bf16(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is native on the device; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -63,23 +66,28 @@ def gains_from_bf16(device: torch.device) -> bool:
 
 
 def autocast_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """The type in which convolutions compute: bfloat16 where asked for or gainful, else float32."""
-    use_bf16 = precision == "bf16" or (precision == "auto" and gains_from_bf16(device))
+    """Return the type in which convolutions compute: bfloat16 if requested, or for "auto" if native, else float32."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
     return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A context in which convolutions and matrix products compute in `dtype`; float32 changes nothing."""
+    """Return a context in which convolutions and matrix products compute in `dtype`; float32 changes nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch on the device, channels last; nothing is copied where it is that already."""
+    """Return a batch on the device, channels last; nothing is copied if it is there already."""
     return images.to(device, memory_format=torch.channels_last, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def describe_device(device: torch.device, threads: int | None = None) -> str:
-    """A name for records and reports, such as ``AMD EPYC (2 threads)`` or ``NVIDIA H200``; by default all threads."""
+    """Return a name for records and reports, such as ``AMD EPYC (2 threads)`` or ``NVIDIA H200``.
+
+    Args:
+        device: the device.
+        threads: number of CPU threads; PyTorch's by default.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()} ({threads or torch.get_num_threads()} threads)"

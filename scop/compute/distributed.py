@@ -1,51 +1,51 @@
-"""Training by several processes, one on each GPU, with the result that one process would have.
+"""Training by several processes, one per GPU, with the result that one process would have.
 
-Every process takes its share of each batch; gradients are averaged by PyTorch's DistributedDataParallel. What one
-process knows and the others need goes through here: batch statistics, figures, checkpoints, and the wish to stop. In a
-single process everything is as if this module were not there.
+Each process takes its shard of each batch; PyTorch's DistributedDataParallel averages the gradients. This module holds
+the collective operations for everything else: batch statistics, metrics, checkpoints, and the decision to stop. In a
+single process they return their input.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    pass
+Shard = tuple[int, int]
+"""This process's part of each batch: its index, and the number of parts."""
 
-Share = tuple[int, int]
-"""Which part of each batch is this process's, counted from 0, and of how many."""
-
-WHOLE: Share = (0, 1)
+WHOLE: Shard = (0, 1)
 
 
-def share() -> Share:
-    """That of this process: its rank and the number of processes."""
+def shard() -> Shard:
+    """Return this process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
 
 
 def rank() -> int:
-    """Of this process; the first, 0, writes what is written once."""
-    return share()[0]
+    """Return this process's rank; the first, 0, writes what is written once."""
+    return shard()[0]
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether more than one process trains."""
-    return share()[1] > 1
+    return shard()[1] > 1
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Within, this process is one of those that torchrun started; its GPU, where there are any, is the current one."""
+def process_group(local_rank: int) -> Iterator[None]:
+    """Join the processes that torchrun started, within the context.
+
+    Args:
+        local_rank: index of this process in its pod; selects its GPU, if there are GPUs.
+    """
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
@@ -56,49 +56,49 @@ def process_group() -> Iterator[None]:
 
 
 def parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, its gradients averaged over the processes after each backward pass.
+    """Return the module with its gradients averaged over all processes after each backward pass.
 
     Args:
-        module: on the device; all its trained parameters take part in each forward pass.
+        module: on the device; every forward pass uses all its trained parameters.
         device: of this process.
     """
-    if not several():
+    if not is_distributed():
         return module
     own = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=own, gradient_as_bucket_view=True)
 
 
-def mean(*values: float) -> list[float]:
-    """Each value's mean over the processes, which all must ask for it."""
-    if not several():
+def all_reduce_mean(*values: float) -> list[float]:
+    """Return each value's mean over all processes. All processes must call this."""
+    if not is_distributed():
         return list(values)
     totals = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(totals)
-    return [float(value) for value in totals / share()[1]]
+    return [float(value) for value in totals / shard()[1]]
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum over the processes, which all must ask for it; in place."""
-    if several():
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes, in place. All processes must call this."""
+    if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
-def gathered(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Those of every process, by rank; on the CPU, and of the same shapes everywhere."""
-    if not several():
+def all_gather(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors of every process, by rank; CPU tensors of the same shapes in all processes."""
+    if not is_distributed():
         return [tensors]
     columns = []
     for tensor in tensors:
-        column = [torch.empty_like(tensor) for _ in range(share()[1])]
+        column = [torch.empty_like(tensor) for _ in range(shard()[1])]
         dist.all_gather(column, tensor)
         columns.append(column)
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def of_the_first(text: str) -> str:
-    """The first process's text, in all of them."""
-    if not several():
+def broadcast_text(text: str) -> str:
+    """Return the first process's text in all processes."""
+    if not is_distributed():
         return text
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     length = torch.tensor(len(content))
@@ -108,30 +108,30 @@ def of_the_first(text: str) -> str:
     return bytes(content.tolist()).decode()
 
 
-def spread_buffers(module: nn.Module) -> None:
-    """Give all processes the first one's buffers."""
-    if several():
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy the first process's buffers to all processes."""
+    if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
-def agreed(told: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether any process was told to stop, which all learn at the same step.
+def any_process(condition: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that tells whether the condition holds in any process, with the same answer in all of them.
 
-    A process that stopped by itself would leave the others waiting for its gradients for ever. The answer is that of
-    one step ago: it is there already, so nobody waits for it.
+    A process that stopped alone would leave the others waiting for its gradients. The answer is one step old: it is
+    there already, so no process waits for it.
     """
-    if not several():
-        return told
-    asked: list[tuple[Any, Tensor]] = []
+    if not is_distributed():
+        return condition
+    pending: list[tuple[Any, Tensor]] = []
 
-    def stopping() -> bool:
-        flag = torch.tensor(int(told()))
-        asked.append((dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag))
-        if len(asked) == 1:
+    def agreed() -> bool:
+        flag = torch.tensor(int(condition()))
+        pending.append((dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag))
+        if len(pending) == 1:
             return False
-        work, before = asked.pop(0)
+        work, before = pending.pop(0)
         work.wait()
         return bool(before)
 
-    return stopping
+    return agreed

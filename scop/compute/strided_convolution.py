@@ -1,10 +1,10 @@
-"""Pointwise convolutions with a stride, trained on CPUs without damage.
+"""Workaround for a oneDNN bug in the training of strided pointwise convolutions on CPUs.
 
-oneDNN, which convolves for PyTorch on CPUs, writes past the end of its workspace when it computes the weights' gradient
-of a strided 1x1 convolution that reads fewer channels than its kernels take at a time, 8 or 16, in channels-last memory
-(uxlfoundation/oneDNN issue 6035): the process dies, or goes on with wrong numbers. Pruning makes such layers, of the
-shortcuts of a stream. But a strided pointwise convolution looks at every second pixel only, say: so these are picked
-first, and then there is no stride.
+oneDNN, PyTorch's convolution library on CPUs, writes past the end of its workspace when it computes the weight gradient
+of a strided 1x1 convolution in channels-last memory with fewer input channels than its kernels process at a time, 8 or
+16 (uxlfoundation/oneDNN issue 6035). The process crashes or continues with wrong numbers. Pruning creates such layers
+in the shortcuts of residual streams. With stride 2, a pointwise convolution reads only every second pixel: the
+workaround selects these pixels first and then convolves without stride.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LANES = 16
 
 
 def pick_pixels_first(model: nn.Module) -> Callable[[], None]:
-    """Have the strided pointwise convolutions that read few channels do so, in place; what is returned undoes it."""
+    """Make affected convolutions select pixels instead of striding, in place; return a function that undoes this."""
     changed: list[tuple[nn.Conv2d, tuple[int, ...], RemovableHandle]] = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and _is_in_danger(module):

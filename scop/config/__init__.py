@@ -1,8 +1,8 @@
-"""The configuration: one section per step, each validated on its own.
+"""The configuration, in sections that are validated separately.
 
-A section is the parameter of exactly one component, so a change re-executes only what depends on it. Unknown keys and
-bad values are refused by name. On a KFP backend all numbers of a section arrive as doubles; they are integers again
-here wherever an integer is meant.
+A pipeline step receives only the sections that it uses, so a change re-executes only the steps that depend on it.
+Unknown keys and invalid values are reported by name. KFP passes all numbers as doubles; where an integer is expected,
+they are converted back.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class Config(Section):
-    """A whole configuration."""
+    """A complete configuration."""
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
@@ -63,7 +63,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _colour_for_torchvision(cls, values: Any) -> Any:
-        """Torchvision's networks take colour images: grey ones are given to them in three equal channels."""
+        """Set `data.channels` to 3 by default for torchvision networks, which expect colour images."""
         data, dense = (values.get(name) or {} for name in ("data", "dense")) if isinstance(values, dict) else ({}, {})
         if not isinstance(data, dict) or not isinstance(dense, dict) or data.get("channels") is not None:
             return values
@@ -80,7 +80,7 @@ class Config(Section):
         labels = [variant.label for variant in self.variants]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"variants: the name {label!r} is used twice; give them names")
+                raise ValueError(f"variants: the name {label!r} is used twice; give each variant its own name")
         return self
 
     @model_validator(mode="after")
@@ -91,8 +91,7 @@ class Config(Section):
 
 
 class ConfigWithoutFinetuning(Config):
-    """For what does not fine-tune: whether the variants' entries fit section `finetune`, which need not be there, is
-    not looked at."""
+    """A configuration for commands that do not fine-tune: the variants' own `finetune` entries are not validated."""
 
     @model_validator(mode="after")
     def _variants_fit(self) -> ConfigWithoutFinetuning:
@@ -100,22 +99,22 @@ class ConfigWithoutFinetuning(Config):
 
 
 def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneSection:
-    """The section `finetune` with a variant's own entries put in, however deep."""
+    """Return section `finetune` with a variant's own entries merged in; raise UserError if one of them is invalid."""
     return parse(
         FinetuneSection, merged(section.model_dump(), variant.finetune), f"variants ({variant.label}).finetune"
     )
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None, kind: type[Config] = Config) -> Config:
-    """Read a configuration file, or take the defaults, and put ``section.key=value`` entries in; values are YAML.
+    """Read a configuration file and apply overrides.
 
     Args:
-        path: of the file.
-        overrides: the entries.
-        kind: what is checked.
+        path: the file, or None for the defaults.
+        overrides: entries ``section.key=value``; values are YAML.
+        kind: class to validate against.
 
     Raises:
-        UserError: the file is missing or no YAML, or the configuration is bad.
+        UserError: the file is missing or not valid YAML, or the configuration is invalid.
     """
     values = {} if path is None else read_yaml(path)
     for change in overrides or []:

@@ -16,14 +16,15 @@ class DataSection(Section):
     Attributes:
         source: digits (scikit-learn), cifar10 or cifar100 (torchvision's layout at `path`), or imagefolder (a folder,
             .tar, .tar.gz or .zip of SPLIT/CLASS/*.jpg|png or CLASS/*.jpg|png at `path`).
-        path: where they are.
-        image_size: bring every image to this height and width, by scaling and by cutting off what is too long; by
-            default all must have the same already.
-        channels: 1 for grey, 3 for colour; by default what the images are, and 3 for networks of torchvision.
-        validation: fraction of the training data cut off for validation, where the source has no such split.
-        test: the same for the test split, cut off first.
-        seed: draws what is cut off.
-        mean, std: per channel, for pixels in [0, 1]; by default those of the training split.
+        path: path or s3:// URI of the images; digits needs none.
+        image_size: scale and centre-crop all images to this height and width in pixels; by default they must all have
+            the same size.
+        channels: 1 for grey, 3 for colour; by default 3 for torchvision networks, otherwise as in the images.
+        validation: fraction of the training images to split off for validation if the source has no validation split.
+        test: fraction of the training images to split off for testing, before `validation`, if the source has no test
+            split.
+        seed: seed of these random splits.
+        mean, std: per channel, for pixels in [0, 1]; by default computed from the training split.
     """
 
     source: Literal["digits", "cifar10", "cifar100", "imagefolder"] = "digits"
@@ -42,7 +43,7 @@ class DataSection(Section):
         return whole(value)
 
     @model_validator(mode="after")
-    def _has_a_place(self) -> DataSection:
+    def _path_is_set(self) -> DataSection:
         if self.source != "digits" and self.path is None:
-            raise ValueError(f"path is missing: source {self.source} needs to be told where its images are")
+            raise ValueError(f"path is missing; set it to the location of the {self.source} images")
         return self

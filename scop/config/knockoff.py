@@ -1,4 +1,4 @@
-"""Section `knockoff`: what scores are made of."""
+"""Section `knockoff`: how channels are scored."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GaussianSection(Section):
     """Second-order Model-X knockoffs.
 
     Attributes:
-        components: so many principal components are drawn anew; at most half as many as there are images.
-        distance: of a knockoff from its original, in (0, 1]; their correlation is 1 - distance.
+        components: number of principal components that are drawn at random; limited to half the number of images.
+        distance: distance between a knockoff and its original, in (0, 1]; their correlation is 1 - distance.
     """
 
     components: PositiveInt = 256
@@ -27,10 +27,10 @@ class GeneratorSection(Section):
 
     Attributes:
         epochs: passes over the training split.
-        width: channels of its first level.
-        lr: of AdamW, at its peak.
-        images: so many are drawn; knockoffs are taken from them.
-        steps: from noise to an image.
+        width: number of channels at the first level of its U-Net; a multiple of 8.
+        lr: peak learning rate of AdamW.
+        images: number of images to generate; knockoffs are drawn from these.
+        steps: integration steps from noise to image.
     """
 
     epochs: PositiveInt = 20
@@ -41,11 +41,11 @@ class GeneratorSection(Section):
 
 
 class SensitivitySection(Section):
-    """How accuracy depends on the rate of one layer alone.
+    """Accuracy with only one layer pruned, measured for each layer in turn.
 
     Attributes:
-        rates: at which each layer is pruned in turn; none by default, then nothing is measured.
-        images: of the validation split, or of the training split where there is none.
+        rates: prune rates to measure; by default none, and nothing is measured.
+        images: maximum number of images, from the validation split, or from the training split if there is none.
     """
 
     rates: list[Fraction] = []
@@ -53,26 +53,28 @@ class SensitivitySection(Section):
 
 
 class KnockoffSection(Section):
-    """The knockoff phase.
+    """The knockoff phase, which scores the channels.
 
     Attributes:
-        source: where knockoff images come from: shuffle, other images of the batch; gaussian; generator; or
-            package.module:factory of your own, where factory(batches) returns source(images, labels), which returns
-            knockoff images of that shape.
-        score: fisher, the information of gates that are held at `mixing`, or published, of gates that are trained; see
-            `scop.knockoffs.phase`.
+        source: where knockoff images come from: shuffle, which takes other images of the batch; gaussian; generator; or
+            your own package.module:factory, where factory(batches) returns a function of (images, labels) that returns
+            knockoff images of the same shape.
+        score: fisher, the Fisher information of gates held at `mixing`; or published, from trained gates, as in the
+            paper; see `scop.knockoffs.phase`.
         mixing: share of the real features in the mixture, for score fisher.
-        batch_norm: its statistics in this phase: frozen, the running ones; own, those of each stream's batch; or joint,
-            those of real images and knockoffs together.
-        epochs: passes over the training split; by default as many as show score fisher 10,240 images, which may be part
-            of one, and 20 for score published, as in the paper.
-        batch_size: images in a batch, two or more; all there are where they are fewer.
-        lr, betas: of Adam on the gates, for score published.
-        gaussian, generator: settings of these sources.
-        sensitivity: accuracy against the rate of one layer at a time.
-        crop_padding, flip: augmentation.
-        precision: see `TrainingSection`.
-        seed: of order, augmentation and knockoffs.
+        batch_norm: batch norm statistics in this phase: frozen, the running statistics; own, those of each stream's
+            batch; joint, those of real images and knockoffs together.
+        epochs: passes over the training split; by default 20 for score published, as in the paper, and enough for
+            10,240 images for score fisher, which may be less than one pass.
+        batch_size: images per batch, at least 2; limited to the number of training images.
+        lr: learning rate of Adam on the gates, for score published.
+        betas: betas of Adam on the gates, for score published.
+        gaussian: settings of source gaussian.
+        generator: settings of source generator.
+        sensitivity: accuracy with one layer pruned at a time.
+        crop_padding, flip: augmentation, as in section `dense`.
+        precision: as in section `dense`.
+        seed: seed of data order, augmentation and knockoffs.
     """
 
     source: str = "shuffle"

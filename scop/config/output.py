@@ -1,4 +1,4 @@
-"""Sections `run`, `evaluate` and `export`: where things go, what is measured, what is delivered."""
+"""Sections `run`, `evaluate` and `export`: a run's name and storage, latency measurement, exported models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from scop.config.values import LONGEST_NAME, NAME, Fraction, PositiveFloat, Posi
 
 
 class RunSection(Section):
-    """How the run is named.
+    """Name and storage of the run.
 
     Attributes:
-        name: name of the pipeline run; made of the configuration's file name by default.
-        experiment: the MLflow experiment; models are registered as EXPERIMENT-VARIANT.
-        checkpoints: folder or s3:// URI for checkpoints; with the runs by default. One that was killed goes on from
-            there when it is started again.
-        keep_checkpoints: so many of each training are kept until it succeeds.
-        artifact_root: folder or s3:// URI for the artifacts of a new MLflow experiment; as the server has it, or with
-            the runs, by default.
+        name: name of the pipeline run, to which its start time is appended; by default that of the configuration file.
+        experiment: MLflow experiment; models are registered as EXPERIMENT-VARIANT.
+        checkpoints: folder or s3:// URI for checkpoints, from which an interrupted training resumes; by default next to
+            the runs.
+        keep_checkpoints: number of checkpoints kept per training until it succeeds.
+        artifact_root: folder or s3:// URI for the artifacts of a new MLflow experiment; by default that of the MLflow
+            server, or next to the runs if there is no server.
     """
 
     name: Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)] | None = None
@@ -31,12 +31,12 @@ class RunSection(Section):
 
 
 class EvaluateSection(Section):
-    """Measuring.
+    """Measurement of latency.
 
     Attributes:
-        batch_sizes: latency is measured at each.
-        repeats: timed passes of dense and of pruned, alternately.
-        threads: CPU threads for latency; all by default.
+        batch_sizes: batch sizes at which latency is measured.
+        repeats: number of timed forward passes of each network; the dense and the pruned network alternate.
+        threads: number of CPU threads; by default all.
     """
 
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 64]
@@ -45,14 +45,14 @@ class EvaluateSection(Section):
 
 
 class ExportSection(Section):
-    """The deliverables.
+    """The exported models.
 
     Attributes:
-        tolerance: largest difference allowed between the PyTorch model and what is loaded again, in logits; as a share
-            of the largest logit where that is above 1.
-        max_top1_drop: `scop promote` takes a model whose top-1 accuracy on the test split is lower than the dense one's
-            by at most this share.
-        register_model: enter the ONNX model into MLflow's registry with the alias `candidate`.
+        tolerance: maximum difference in logits between the pruned PyTorch model and its exported files; relative to the
+            largest logit if that is above 1.
+        max_top1_drop: maximum drop in top-1 accuracy on the test split at which `scop promote` accepts a model; 0.01 is
+            one percentage point.
+        register_model: register the ONNX model in MLflow with the alias `candidate`.
     """
 
     tolerance: PositiveFloat = 1e-4

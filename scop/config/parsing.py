@@ -1,7 +1,7 @@
-"""Reading and validating configuration: YAML files, entries put in, and what is wrong in one line.
+"""Reading and validating configuration: YAML files, overrides, and error messages of one line.
 
-Sections are pydantic models; pydantic finds the mistake, this says it with the entry's path, its value and, for a
-misspelt key, the one that was meant.
+Sections are pydantic models. pydantic finds the mistake; this module reports it with the entry's path, its value and,
+for a misspelt key, the most similar valid key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A section's entries with others put in, however deep."""
+    """Return a section's entries with changes merged in, nested mappings included."""
     both = {key: values[key] for key in changes if isinstance(values.get(key), Mapping)}
     deeper = {key: merged(old, changes[key]) for key, old in both.items() if isinstance(changes[key], Mapping)}
     return {**values, **changes, **deeper}
@@ -37,13 +37,13 @@ def parse(kind: type[S], values: Mapping[str, Any], where: str = "", what: str =
     """Validate a section.
 
     Args:
-        kind: of section.
-        values: its entries.
-        where: the path of the section, for the message.
-        what: what holds it, for the message.
+        kind: class of the section.
+        values: entries of the section.
+        where: path of the section, for the message.
+        what: what contains the section, for the message.
 
     Raises:
-        UserError: names the first bad entry, its value and what would be right.
+        UserError: an entry is invalid; the message names the first one, its value and what is valid.
     """
     try:
         return kind.model_validate(dict(values))
@@ -58,7 +58,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str, what: st
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, first["loc"][:-1])
         hint = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        meant = f"did you mean {hint[0]!r}?" if hint else f"known here: {', '.join(sorted(known))}"
+        meant = f"did you mean {hint[0]!r}?" if hint else f"valid keys: {', '.join(sorted(known))}"
         return f"{what} key {field!r} is unknown ({meant})"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
@@ -72,7 +72,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str, what: st
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys that a section knows at a path within it."""
+    """Return the valid keys at a path within a section."""
     current: Any = kind
     for part in path:
         if isinstance(part, int):
@@ -95,19 +95,19 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-# YAML is imported where it is read: training by Python alone, on a machine that has little else, does without.
+# YAML is imported inside the functions that read it: training from Python does not need the package.
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; raises UserError where it does not."""
+    """Read a YAML file; raise UserError if it does not hold a mapping."""
     import yaml
 
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _without_doubles())
+        values = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8") from error
+        raise UserError(f"{path} is not a UTF-8 text file") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -115,8 +115,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _without_doubles() -> Any:
-    """YAML's safe loader, but that it refuses a mapping which has a key twice, of which it would heed the last."""
+def _strict_loader() -> Any:
+    """Return a variant of YAML's safe loader that refuses duplicate keys; the original silently uses the last one."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -124,9 +124,9 @@ def _without_doubles() -> Any:
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(problem=f"{key!r} is there twice", problem_mark=node.start_mark)
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(problem=f"duplicate key {key!r}", problem_mark=node.start_mark)
         found: dict[Any, Any] = loader.construct_mapping(node, deep=True)
         return found
 
@@ -135,7 +135,7 @@ def _without_doubles() -> Any:
 
 
 def override(values: dict[str, Any], change: str) -> None:
-    """Put a ``section.key=value`` entry into a configuration's values; raises UserError where there is no place."""
+    """Set a ``section.key=value`` entry in a configuration's values, in place; raise UserError if it is invalid."""
     import yaml
 
     key, equals, text = change.partition("=")
@@ -146,7 +146,7 @@ def override(values: dict[str, Any], change: str) -> None:
     target: Any = values
     try:
         for part, following in pairwise(parts):
-            if isinstance(target, dict) and target.get(part) is None:  # left out, or said to be none
+            if isinstance(target, dict) and target.get(part) is None:  # missing or null
                 target[part] = [{}] if following == "0" else {}
             target = target[int(part) if isinstance(target, list) else part]
         target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)

@@ -1,4 +1,4 @@
-"""Sections `dense` and `finetune`: what is trained, how, and what it learns from a teacher."""
+"""Sections `dense` and `finetune`: training, and distillation from the dense network."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from scop.config.parsing import Section
 from scop.config.values import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Precision, Seed, whole
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
-"""The built-in networks and their depths (He et al., 2016, section 4.2), known here without importing PyTorch."""
+"""The built-in networks and their depths (He et al., 2016, section 4.2), listed here without importing PyTorch."""
 
 
 class TrainingSection(Section):
-    """One training run; the ground for dense training and fine-tuning.
+    """Settings shared by dense training and fine-tuning.
 
     Attributes:
-        epochs: passes over the training split; 0 trains nothing.
-        batch_size: images in a batch.
-        optimizer: sgd (Nesterov) or adamw.
-        lr: the learning rate's peak.
-        momentum: of SGD.
-        weight_decay: on weights of convolutions and linear layers; norms and biases have none.
-        schedule: of the learning rate after warm-up: cosine, poly (power 0.9) and one_cycle end near 0, step divides by
-            10 at half and at three quarters.
-        warmup_epochs: the rate rises linearly from near 0 for so long; may be a fraction.
-        label_smoothing: share of the label's probability spread over all classes.
-        crop_padding: shift images by up to so many pixels each way.
-        flip: mirror half of the images.
-        precision: bf16 autocast, fp32, or auto: bf16 where the device has it natively.
-        compile: run through torch.compile.
-        sync_batch_norm: where several processes train, batch norms see the whole batch and not each its share; then the
-            network does not depend on how many there are, but for rounding and dropout.
-        keep: the weights of the last epoch, or of the best one on the validation split.
-        ema: what is kept is an exponential moving average of the weights with this decay a step, such as 0.999; 0 for
-            none.
-        seed: of initial weights, order and augmentation.
+        epochs: passes over the training split; 0 skips training.
+        batch_size: images per batch, over all processes.
+        optimizer: sgd (with Nesterov momentum) or adamw.
+        lr: peak learning rate.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of convolutions and linear layers; not applied to norms and biases.
+        schedule: learning rate after warm-up: cosine, poly (power 0.9) and one_cycle fall to about 0; step divides by
+            10 at half and again at three quarters; constant keeps the peak.
+        warmup_epochs: epochs in which the learning rate rises linearly from near 0; may be a fraction.
+        label_smoothing: share of the label's probability that is spread over all classes.
+        crop_padding: maximum random shift of an image in each direction, in pixels.
+        flip: mirror a random half of the images.
+        precision: bf16 (autocast), fp32, or auto, which is bf16 if the device supports it natively.
+        compile: use torch.compile.
+        sync_batch_norm: if several processes train, compute batch norm statistics over the whole batch instead of each
+            process's share; the result then does not depend on the number of processes, except for rounding and
+            dropout.
+        keep: last, the weights of the last epoch; or best, those of the best epoch on the validation split.
+        ema: decay per step of an exponential moving average of the weights, such as 0.999; the average becomes the
+            result. 0 disables it.
+        seed: seed of initial weights, data order and augmentation.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 10
@@ -65,14 +66,15 @@ class TrainingSection(Section):
 
 
 class DenseSection(TrainingSection):
-    """The dense network, trained or given.
+    """The dense network, trained here or loaded from a file.
 
     Attributes:
-        model: resnet20 to resnet110 (CIFAR), torchvision:NAME, or package.module:function, which takes num_classes and
-            returns the network.
-        arguments: further arguments for the factory.
-        weights: a .safetensors file or a state dict saved by torch.save; then nothing is trained.
-        pretrained: such a file to start training from; its last layer may be for other classes, then that begins anew.
+        model: resnet20, resnet32, resnet44, resnet56 or resnet110 (for CIFAR), torchvision:NAME, or
+            package.module:function, which takes num_classes and returns the network.
+        arguments: further keyword arguments of that function.
+        weights: file with trained weights, .safetensors or a state dict saved by torch.save; training is skipped.
+        pretrained: file of the same kind to start training from; a last layer for another number of classes is
+            reinitialised.
     """
 
     model: str = "resnet20"
@@ -83,26 +85,27 @@ class DenseSection(TrainingSection):
     @field_validator("arguments")
     @classmethod
     def _whole_numbers(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """KFP hands all numbers over as doubles; a factory wants its whole numbers back."""
+        """Convert whole numbers back to integers: KFP passes all numbers as doubles, but factories expect integers."""
         return {key: whole(entry) for key, entry in value.items()}
 
     @model_validator(mode="after")
     def _one_file(self) -> DenseSection:
         if self.weights is not None and self.pretrained is not None:
-            raise ValueError("give weights, which are taken as they are, or pretrained, from which training starts")
+            raise ValueError("set either weights (training is skipped) or pretrained (training starts from it)")
         return self
 
 
 class DistillationSection(Section):
-    """Learning from the dense network, see `scop.training.distillation`.
+    """Distillation from the dense network; see `scop.training.distillation`.
 
     Attributes:
-        weight: share of the distillation loss, 0 for none.
-        temperature: softens both networks' answers.
-        attention: weight of the distance between both networks' attention maps, stage by stage, 0 for none.
-        attention_until: share of the epochs in which attention is learned, the first ones.
-        mirror: the dense network's answer is the mean of those to an image and to its mirror image, which is right more
-            often than either; for images that mean the same mirrored, so `flip` has to be true.
+        weight: weight of the distillation loss; the loss on the labels has the rest. 0 disables it.
+        temperature: temperature of both networks' softmax in the distillation loss.
+        attention: weight of the mean distance between both networks' attention maps at the end of each stage. 0
+            disables it.
+        attention_until: fraction of the epochs, counted from the first, in which attention maps are distilled.
+        mirror: average the dense network's logits over an image and its mirror image; the mean is right more often than
+            either. Requires `flip: true`, since mirrored images must have the same meaning.
     """
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -113,12 +116,13 @@ class DistillationSection(Section):
 
 
 class FinetuneSection(TrainingSection):
-    """Training of the pruned network.
+    """Fine-tuning of the pruned network.
 
     Attributes:
-        recalibration_batches: before training, batch norm statistics are taken anew from so many batches.
-        round_epochs: epochs after each of a variant's rounds but the last, which has `epochs`.
-        distillation: learning from the dense network.
+        recalibration_batches: number of batches from which batch norm statistics are recomputed before training. 0
+            disables it.
+        round_epochs: epochs after each pruning round of a variant except the last, which has `epochs`.
+        distillation: distillation from the dense network.
     """
 
     recalibration_batches: Annotated[int, Field(ge=0)] = 50
@@ -128,5 +132,5 @@ class FinetuneSection(TrainingSection):
     @model_validator(mode="after")
     def _mirrored_both(self) -> FinetuneSection:
         if self.distillation.mirror and not self.flip:
-            raise ValueError("distillation.mirror needs flip: true: the images must mean the same mirrored")
+            raise ValueError("distillation.mirror needs flip: true, since mirrored images must have the same meaning")
         return self

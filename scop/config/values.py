@@ -1,4 +1,4 @@
-"""What entries of the configuration may be: ranges of numbers, names, choices."""
+"""Types of configuration entries: number ranges, names, choices."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 LONGEST_NAME = 60
-"""Characters of a run's or a variant's name."""
+"""Maximum length of the name of a run or variant, in characters."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-"""What names runs, experiments and variants: it becomes part of paths and of registered models' names."""
+"""Pattern for names of runs, experiments and variants, which become part of paths and of registered models' names."""
 
 ResidualRule = Literal["scatter", "inner", "coupled"]
 Method = Literal["scop", "random", "l1", "bn_gamma", "fpgm", "scratch", "none"]
@@ -26,7 +26,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 def _below_one(value: float) -> float:
     if not 0 <= value < 1:
-        raise ValueError("must lie in [0, 1): 0 or more, and below 1")
+        raise ValueError("must be in [0, 1): at least 0 and below 1")
     return value
 
 
@@ -34,7 +34,7 @@ Fraction = Annotated[float, AfterValidator(_below_one)]
 
 
 def whole(value: Any) -> Any:
-    """The value with every whole number in it an integer, however deep."""
+    """Return the value with every whole number in it converted to an integer, also in nested mappings and lists."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Section `variants`: what is pruned, how much, by what rule."""
+"""Section `variants`: what is pruned, how much, and by which rule."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from scop.config.values import (
 
 
 class BudgetSection(Section):
-    """What the pruned network may cost; one of the three. The rate is solved for.
+    """Maximum cost of the pruned network, from which the prune rate is found; set one of params, macs and latency_ms.
 
     Attributes:
-        params, macs: at most so many; where that is at most 1, this share of the dense network's.
-        latency_ms: a pass takes so long or up to 3 % less, in float32, on the device that selects, measured there; up
-            to 1 % more counts as so long, for no measurement is surer.
-        batch_size: images in a pass.
-        threads: of the CPU; all by default.
+        params: maximum number of parameters; a value up to 1 is a share of the dense network's.
+        macs: maximum number of multiply-accumulates per image; a value up to 1 is a share of the dense network's.
+        latency_ms: maximum latency of a forward pass in float32, measured on the device that selects channels; the
+            search stops within -3 %/+1 % of it, the accuracy of the measurement.
+        batch_size: images per forward pass, for latency_ms.
+        threads: number of CPU threads, for latency_ms; by default all.
     """
 
     params: PositiveFloat | None = None
@@ -40,40 +41,41 @@ class BudgetSection(Section):
     @model_validator(mode="after")
     def _one(self) -> BudgetSection:
         if len(self.given) != 1:
-            raise ValueError("give one of params, macs and latency_ms")
+            raise ValueError("set exactly one of params, macs and latency_ms")
         return self
 
     @property
     def given(self) -> dict[str, float]:
-        """What is limited, and to what."""
+        """The limits that are set, by name."""
         limits = {"params": self.params, "macs": self.macs, "latency_ms": self.latency_ms}
         return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 class VariantSection(Section):
-    """One way of pruning the dense network; a run may have several.
+    """One way to prune the dense network; a run may have several variants.
 
     Attributes:
-        name: names it in tables; made of method and rate or budget by default.
-        method: scop; the controls random, l1, bn_gamma and fpgm; scratch, a network of such widths with random weights,
-            trained by section `finetune` from the beginning; or none, which removes nothing.
-        selection: uniform, the same rate in each layer, as in the paper; global, which keeps more accuracy at the same
-            MACs, the lowest scores of all layers for the share of their layer that is left, and under a budget for what
-            a channel costs of it; knockoff_plus, what the knockoff filter does not keep at `fdr`.
-        prune_rate: fraction of the channels removed, in each layer or of all.
-        fdr: false-discovery rate among the channels that stay, for knockoff_plus.
-        budget: what the network may cost; the rate is solved for, or the false-discovery rate.
-        include: patterns of layers' names, such as layer3.*; only these are pruned.
-        exclude: the same; these are not.
-        rates: pattern -> rate for these layers, whatever the others' is.
-        floor: at least this share of each layer's channels stays, for global and knockoff_plus.
-        residual: the rule for residual streams: scatter, inner or coupled, see the README.
-        round_to: bring kept counts to a multiple of this; 8 suits CPUs and GPUs.
-        min_channels: at least so many channels stay in each layer.
-        rounds: prune and fine-tune so many times, a step of the way each time; scores are taken anew in between.
-        seed: of the random control.
-        seeds: one network for each, NAME-seed0 and so on: what can be told from chance takes three and more.
-        finetune: entries of section `finetune` that are different for this variant.
+        name: name in paths and tables; by default made of the method and the rate or budget.
+        method: scop; a control: random, l1, bn_gamma or fpgm; scratch, a pruned network with random weights, trained
+            with section `finetune`; or none, which removes nothing.
+        selection: which channels are removed: uniform, the same share of each layer, as in the paper; global, the
+            lowest scores of all layers, which keeps more accuracy at the same MACs (a score is divided by the share of
+            its layer that is left and, under a budget, by the channel's cost); knockoff_plus, those that the knockoff
+            filter does not keep at `fdr`.
+        prune_rate: fraction of the channels to remove, of each layer or, for global, of all layers together.
+        fdr: false-discovery rate among the kept channels, for knockoff_plus.
+        budget: limit on the cost of the network, used instead of `prune_rate` or `fdr`.
+        include: patterns of layer names, such as layer3.*; only these layers are pruned.
+        exclude: patterns of layer names; these layers are not pruned.
+        rates: fixed prune rates for certain layers, such as {layer3.*: 0.3}; they also hold under a budget.
+        floor: minimum share of each layer's channels to keep, for global and knockoff_plus.
+        residual: rule for residual streams: scatter, inner or coupled; see the README.
+        round_to: round the number of kept channels to a multiple of this; 8 suits CPUs and GPUs.
+        min_channels: minimum number of channels to keep in each layer.
+        rounds: number of rounds of pruning and fine-tuning; each goes an equal step and scores the channels again.
+        seed: seed of method random.
+        seeds: train one network per seed, named NAME-seed0 and so on; to tell an effect from chance, use three or more.
+        finetune: entries of section `finetune` to override for this variant.
     """
 
     name: Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)] | None = None
@@ -108,7 +110,7 @@ class VariantSection(Section):
 
     @property
     def each_seed(self) -> list[VariantSection]:
-        """A variant for each of `seeds`, by which it selects at random and is fine-tuned; itself without any."""
+        """One variant per entry of `seeds`, which seeds its random selection and fine-tuning; itself if none is set."""
         if not self.seeds:
             return [self]
         return [
@@ -127,13 +129,15 @@ class VariantSection(Section):
     def _names_of_seeds(self) -> VariantSection:
         longest = max((one.label for one in self.each_seed), key=len)
         if len(longest) > LONGEST_NAME:
-            raise ValueError(f"name becomes {longest!r} with its seed, which is longer than {LONGEST_NAME} characters")
+            raise ValueError(
+                f"with its seed the name becomes {longest!r}, longer than {LONGEST_NAME} characters; shorten it"
+            )
         return self
 
     @model_validator(mode="after")
     def _scores_that_fit(self) -> VariantSection:
         if self.selection == "knockoff_plus" and self.method not in ("scop", "none"):
-            raise ValueError(f"selection knockoff_plus needs knockoffs, and method {self.method} has none")
+            raise ValueError(f"selection knockoff_plus needs knockoffs; method {self.method} has none, use method scop")
         if self.method == "scratch" and (self.selection != "uniform" or self.rounds > 1):
-            raise ValueError("method scratch has no weights to select by: it takes selection uniform and one round")
+            raise ValueError("method scratch has no trained weights to rank; use selection: uniform and rounds: 1")
         return self

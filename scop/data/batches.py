@@ -1,7 +1,7 @@
-"""Batches of small images, resident on the training device, that cost next to nothing.
+"""Batches of small images, resident on the training device, at almost no cost.
 
-The split lives on the device as uint8. A batch is one gather that crops, flips and reflects by index arithmetic, then a
-normalisation; there are no worker processes. The layout follows airbench (Keller Jordan, 2024).
+The split is on the device as uint8. A batch is one gather, which crops, flips and reflects by index arithmetic, and a
+normalisation; there are no worker processes. The design follows airbench (Keller Jordan, 2024).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from scop.compute.distributed import WHOLE, Share
+from scop.compute.distributed import WHOLE, Shard
 from scop.data.dataset import DatasetInfo, Split
 from scop.errors import UserError
 
@@ -22,7 +22,7 @@ class Augmentation(BaseModel):
     """Random changes to training images.
 
     Attributes:
-        crop_padding: shift by up to this many pixels each way; what comes in from outside is reflected.
+        crop_padding: maximum shift in each direction, in pixels; the border is reflected.
         flip: mirror half of the images left to right.
     """
 
@@ -36,21 +36,21 @@ class Batches:
     """Batches of a split, resident on a device.
 
     Iterating yields (images, labels): images float (B, C, H, W), normalised, in channels-last memory format; labels
-    int64 (B,). With an augmentation the order is shuffled anew each epoch and a last partial batch is left out; the
-    order and the changes depend on seed and epoch alone, so training that is resumed sees what it would have seen, and
-    several processes see together what one would have seen.
+    int64 (B,). With an augmentation each epoch is shuffled and an incomplete last batch is dropped. Order and changes
+    depend on seed and epoch alone: a resumed training sees the same images as an undisturbed one, and several processes
+    together see the same images as one.
 
     Args:
         split: the images.
         info: the dataset's description, for mean and standard deviation.
-        batch_size: images in a batch, all shares together.
-        device: where images are kept and batches made.
-        augmentation: for training; None gives the images in their order, all of them.
+        batch_size: images in a batch, over all processes.
+        device: where images are stored and batches are computed.
+        augmentation: for training; None yields all images in order.
         seed: of order and augmentation.
-        share: of each batch, that is this process's; without augmentation every so-manieth image.
+        shard: this process's part of each batch; without augmentation, every n-th image.
 
     Raises:
-        UserError: fewer training images than a batch, padding as wide as the image, or shares of unequal size.
+        UserError: fewer training images than a batch, padding as wide as the image, or shards of unequal size.
     """
 
     def __init__(
@@ -61,27 +61,29 @@ class Batches:
         device: torch.device,
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        share: Share = WHOLE,
+        shard: Shard = WHOLE,
     ) -> None:
         if augmentation is not None and len(split) < batch_size:
             raise UserError(f"{len(split)} training images are fewer than a batch: batch_size is {batch_size}")
-        rank, shares = share
-        if augmentation is not None and batch_size % shares:
-            raise UserError(f"batch_size {batch_size} cannot be shared by {shares} processes; take a multiple of them")
+        rank, shards = shard
+        if augmentation is not None and batch_size % shards:
+            raise UserError(
+                f"batch_size {batch_size} cannot be divided among {shards} processes; use a multiple of {shards}"
+            )
         smallest = min(split.images.shape[2:])
         if augmentation is not None and augmentation.crop_padding >= smallest:
             raise UserError(f"crop_padding {augmentation.crop_padding} must be below the image's {smallest} pixels")
-        # Training draws from all images, whatever its share of the batch; measuring goes through the share in order.
+        # Training draws from all images, whatever its shard of the batch; evaluation goes through its shard in order.
         images, labels = (
             (split.images, split.labels)
             if augmentation is not None
-            else (split.images[rank::shares], split.labels[rank::shares])
+            else (split.images[rank::shards], split.labels[rank::shards])
         )
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)
-        self._own = slice(rank * batch_size // shares, (rank + 1) * batch_size // shares)
+        self._own = slice(rank * batch_size // shards, (rank + 1) * batch_size // shards)
         self.batch_size, self.device, self.augmentation, self.seed = batch_size, device, augmentation, seed
-        # Pixels are scaled and normalised in one step: x / 255 is folded into mean and deviation.
+        # Pixels are scaled and normalised in one operation: the division by 255 is part of mean and deviation.
         self._mean = torch.tensor(info.mean, device=device).view(1, -1, 1, 1) * 255
         self._scale = 1 / (torch.tensor(info.std, device=device).view(1, -1, 1, 1) * 255)
         self.input_shape = tuple(split.images.shape[1:])
@@ -93,7 +95,7 @@ class Batches:
         return -(-len(self.labels) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives; without it, iterations count up by themselves."""
+        """Set the epoch of the next iteration; by default each iteration is the next epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,10 +112,10 @@ class Batches:
             yield self._normalise(images), self.labels[order[own]]
 
     def _drawn(self, augmentation: Augmentation) -> tuple[Tensor, Tensor, Tensor]:
-        """An epoch's random numbers: the order of its images (N,), their shifts (N, 2), and which are flipped (N,).
+        """Return an epoch's random numbers: order of the images (N,), shifts (N, 2), and flips (N,).
 
-        All at once, so that a GPU waits for nothing within the epoch; and of every share, so that they are the same
-        however many there are.
+        They are drawn at once, so that a GPU does not wait within the epoch, and for all processes, so that they do not
+        depend on the number of processes.
         """
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         count, pad = len(self.labels), augmentation.crop_padding
@@ -123,14 +125,14 @@ class Batches:
         return order.to(self.device), shift.to(self.device), flipped.to(self.device)
 
     def _gathered(self, augmentation: Augmentation, chosen: Tensor, shift: Tensor, flipped: Tensor) -> Tensor:
-        """Images (B,) of the split, shifted (B, 2) and flipped (B,), by one gather: uint8 (B, C, H, W)."""
+        """Return images (B,) of the split, shifted by (B, 2) and flipped by (B,), in one gather: uint8 (B, C, H, W)."""
         if not augmentation.crop_padding and not augmentation.flip:
             return self.images[chosen]
         _, height, width = self.input_shape
         rows = _reflect(torch.arange(height, device=self.device) + shift[:, :1], height)
         columns = _reflect(torch.arange(width, device=self.device) + shift[:, 1:], width)
         columns = torch.where(flipped[:, None], columns.flip(1), columns)
-        # Indices around a slice put the channels last: (B, H, W, C), which is the memory format wanted anyway.
+        # Indices around a slice put the channels last: (B, H, W, C), which is the desired memory format.
         return self.images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -139,10 +141,10 @@ class Batches:
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Bring indices in (-size, 2 * size - 1) back into [0, size) as by a mirror at the outermost pixels."""
+    """Map indices in (-size, 2 * size - 1) to [0, size) by reflection at the outermost pixels."""
     return (size - 1 - (size - 1 - index.abs()).abs()).abs()
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """One generator seed of two numbers, such that neighbours share nothing."""
+    """Combine two numbers to one seed, such that neighbours are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "big")

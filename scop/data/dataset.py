@@ -1,6 +1,6 @@
 """The dataset artifact: small images as one uint8 array per split, memory-mapped from disk.
 
-Batches are made of it by `scop.data.batches`; this module knows no torch, so that preparing data need not wait for it.
+`scop.data.batches` makes batches of it. This module does not import PyTorch, which would slow down data preparation.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 class DatasetInfo(BaseModel):
-    """What `dataset.json` says of a dataset.
+    """Description of a dataset, the content of `dataset.json`.
 
     Attributes:
-        source: where the images come from, in words.
-        classes: class names, by label.
+        source: name of the source.
+        classes: class names, indexed by label.
         shape: (C, H, W) of every image.
-        mean, std: of the training split per channel, for pixels in [0, 1].
-        counts: images in each split.
-        content: sha256 over all pixels and labels: the dataset's identity.
+        mean, std: per channel, for pixels in [0, 1]; those of the training split unless the configuration sets them.
+        counts: number of images in each split.
+        content: sha256 of all pixels and labels; identifies the dataset.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,7 +46,7 @@ class DatasetInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Split:
-    """One split: images uint8 (N, C, H, W), labels int64 (N,), on the CPU and usually memory-mapped."""
+    """One split: images uint8 (N, C, H, W) and labels int64 (N,), usually memory-mapped."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -57,7 +57,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset of small images, split into train, validation and test; validation may be empty."""
+    """A dataset of small images in splits train, validation and test; validation may be empty."""
 
     info: DatasetInfo
     splits: Mapping[SplitName, Split]
@@ -76,15 +76,19 @@ def make_dataset(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> Dataset:
-    """Put a dataset together, cutting a validation split from the training data where none is given.
+    """Build a dataset from its splits.
 
     Args:
-        validation: a split, or the fraction of each class to cut from the training data.
-        seed: draws the images that are cut.
-        mean, std: per channel, for pixels in [0, 1]; those of the training split by default.
+        source: name of the source.
+        classes: class names, indexed by label.
+        train: the training split.
+        test: the test split.
+        validation: the validation split, or the fraction of each class to split off from the training split.
+        seed: seed of this random split.
+        mean, std: per channel, for pixels in [0, 1]; by default those of the training split.
 
     Raises:
-        UserError: a class lacks images in a split.
+        UserError: a class has no image in a split, or mean or std has the wrong number of entries.
     """
     if not isinstance(validation, Split):
         train, validation = cut(train, validation, seed, classes)
@@ -96,7 +100,7 @@ def make_dataset(
     channels = train.images.shape[1]
     for key, given in (("mean", mean), ("std", std)):
         if given is not None and len(given) != channels:
-            raise UserError(f"data.{key} has {len(given)} entries, but the images have {channels} channels")
+            raise UserError(f"data.{key} has length {len(given)}, not {channels}; give one number per channel")
     own_mean, own_std = _statistics(train.images)
     info = DatasetInfo(
         source=source,
@@ -111,12 +115,12 @@ def make_dataset(
 
 
 def cut(train: Split, fraction: float, seed: int, classes: list[str]) -> tuple[Split, Split]:
-    """Cut the given fraction of each class off: what stays, and what was cut, both in the order of the images."""
+    """Split off a random fraction of each class; return the remaining and the split-off images, both in order."""
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(train), dtype=bool)
     for label in range(len(classes)):
         members = np.flatnonzero(train.labels == label)
-        # At least one image of each class in both parts, however small the class.
+        # Both parts get at least one image of each class that has two or more.
         count = min(max(round(fraction * len(members)), 1), len(members) - 1) if fraction else 0
         chosen[generator.permutation(members)[: max(count, 0)]] = True
     if not chosen.any():
@@ -125,12 +129,12 @@ def cut(train: Split, fraction: float, seed: int, classes: list[str]) -> tuple[S
 
 
 def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel in [0, 1], exactly, from the histogram of the 256 values."""
+    """Return mean and standard deviation per channel, for pixels in [0, 1]; exact, from a histogram of 256 values."""
     values = np.arange(256) / 255
     means, deviations = [], []
     for channel in range(images.shape[1]):
         counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, len(images), 4096):  # bincount makes an int64 copy of what it counts
+        for start in range(0, len(images), 4096):  # in parts: bincount makes an int64 copy of its input
             counts += np.bincount(images[start : start + 4096, channel].ravel(), minlength=256)
         mean = float((counts * values).sum() / counts.sum())
         variance = float((counts * (values - mean) ** 2).sum() / counts.sum())
@@ -149,7 +153,7 @@ def _content_hash(splits: Mapping[SplitName, Split]) -> str:
 
 
 def save_dataset(dataset: Dataset, folder: Path) -> None:
-    """Write a dataset artifact: two arrays per split, `dataset.json`, and the manifest last."""
+    """Write a dataset artifact: two arrays per split, `dataset.json` and, last, the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, split in dataset.splits.items():
         np.save(folder / f"{name}.images.npy", split.images)
@@ -159,16 +163,16 @@ def save_dataset(dataset: Dataset, folder: Path) -> None:
 
 
 def load_dataset(folder: Path) -> Dataset:
-    """Open a dataset artifact; arrays stay on disk until they are read.
+    """Open a dataset artifact; arrays are memory-mapped.
 
     Raises:
-        UserError: the folder is not a whole dataset.
+        UserError: the folder does not hold a complete dataset.
     """
     read_folder(folder, kind="dataset")
     try:
         return _read_dataset(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no dataset that this version can read: {error}") from error
+        raise UserError(f"{folder} does not hold a dataset that this version of scop can read: {error}") from error
 
 
 def _read_dataset(folder: Path) -> Dataset:

@@ -1,7 +1,7 @@
-"""Where images come from: scikit-learn's digits, CIFAR in torchvision's layout, and folders or archives of images.
+"""Sources of images: scikit-learn's digits, CIFAR in torchvision's layout, and folders or archives of images.
 
-Archives are never unpacked. Their members are read one after the other, decoded in memory and packed, so there is no
-path for a member to escape to; links, devices and paths that point elsewhere are refused all the same, by name.
+Archives are never extracted to disk: their members are read in order and decoded in memory, so a member's path cannot
+escape. Archives with links, devices or paths that point outside are refused anyway; the error names the member.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _SPLIT_NAMES = {
 _CHUNK = 512
 _ORIENTATION = 0x0112
 _UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error)
-"""What Pillow raises at damaged files."""
+"""Exceptions that Pillow raises for damaged files."""
 
 
 def load_source(section: DataSection) -> Dataset:
-    """Read the images that the configuration's section `data` names.
+    """Read the images of a configuration's section `data`.
 
     Raises:
-        UserError: they are missing, damaged or incomplete; the message names the file.
+        UserError: images are missing, damaged or incomplete; the message names the file.
     """
     match section.source:
         case "digits":
@@ -58,10 +58,10 @@ def load_source(section: DataSection) -> Dataset:
 
 
 def peek(section: DataSection) -> tuple[tuple[int, int, int], int]:
-    """The shape (C, H, W) that images will have, and the number of classes, without decoding more than one image.
+    """Return the shape (C, H, W) of the images and the number of classes; at most one image is decoded.
 
     Raises:
-        UserError: there are none, or the first cannot be decoded.
+        UserError: there are no images, or the first one cannot be decoded.
     """
     if section.source == "digits":
         side = section.image_size or 8
@@ -73,14 +73,14 @@ def peek(section: DataSection) -> tuple[tuple[int, int, int], int]:
     for name, content in _members(path):
         if not classes:
             decoder.settle(name, content)
-        classes.add(_place(name, path)[1])
+        classes.add(_split_and_class(name, path)[1])
     if decoder.shape is None or decoder.channels is None:
         raise UserError(f"{path} has no images under SPLIT/CLASS/ or CLASS/")
     return (decoder.channels, *decoder.shape), len(classes)
 
 
 def _digits(section: DataSection) -> Dataset:
-    """1,797 handwritten digits of 8x8 grey pixels (UCI, Alpaydin and Kaynak 1998); a fifth is the test split."""
+    """Read 1,797 handwritten digits of 8x8 grey pixels (UCI, Alpaydin and Kaynak 1998); a fifth is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -90,7 +90,7 @@ def _digits(section: DataSection) -> Dataset:
     if section.image_size:
         images = np.stack([_resize_array(image, section.image_size) for image in images])
     labels = digits.target.astype(np.int64)
-    # The split is the data set's, not the run's: it does not depend on the configuration's seed.
+    # The test split is the same in all runs: it does not depend on the configuration's seed.
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     train, test = np.sort(train), np.sort(test)
     return _assemble(
@@ -115,7 +115,7 @@ def _cifar(section: DataSection) -> Dataset:
     root = _existing(section)
     make = datasets.CIFAR10 if section.source == "cifar10" else datasets.CIFAR100
     try:
-        # torchvision compares the files' checksums with the published ones before it reads them.
+        # torchvision checks the files against the published checksums before it reads them.
         parts = [make(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise UserError(
@@ -161,7 +161,7 @@ def _image_folder(section: DataSection) -> Dataset:
         while chunk := list(islice(members, _CHUNK)):
             decoder.settle(*chunk[0])
             for (name, _), image in zip(chunk, pool.map(decoder, *zip(*chunk, strict=True)), strict=True):
-                pixels[_place(name, path)].append(image)
+                pixels[_split_and_class(name, path)].append(image)
             bar.update(len(chunk))
     classes = sorted({class_name for _, class_name in pixels})
     splits = sorted({split for split, _ in pixels})
@@ -170,7 +170,9 @@ def _image_folder(section: DataSection) -> Dataset:
     for split in splits:
         for class_name in classes:
             if not pixels.get((split, class_name)):
-                raise UserError(f"{path}: class {class_name!r} has no image in split {split!r}; it must be in each")
+                raise UserError(
+                    f"{path}: class {class_name!r} has no image in split {split!r}; each split needs all classes"
+                )
     made = {split: _stack([pixels.pop((split, name)) for name in classes]) for split in splits}
     train, test = made["train"], made.get("test")
     if test is None:
@@ -183,8 +185,8 @@ def _stack(by_class: list[list[np.ndarray]]) -> Split:
     return Split(np.stack([image for images in by_class for image in images]), labels)
 
 
-def _place(name: str, path: Path) -> tuple[str, str]:
-    """(split, class) of a member's path: it ends in SPLIT/CLASS/FILE, or is CLASS/FILE, which is for training."""
+def _split_and_class(name: str, path: Path) -> tuple[str, str]:
+    """Return the split and class of a path that ends in SPLIT/CLASS/FILE, or is CLASS/FILE, which means training."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -194,14 +196,18 @@ def _place(name: str, path: Path) -> tuple[str, str]:
         return "train", parts[0]
     if len(parts) < 3 or parts[-3] not in _SPLIT_NAMES:
         raise UserError(
-            f"{path}: {name!r} lies neither at SPLIT/CLASS/FILE, with SPLIT train, validation or test, nor at "
-            "CLASS/FILE"
+            f"{path}: {name!r} must be at SPLIT/CLASS/FILE, where SPLIT is train, validation or test, or at CLASS/FILE"
         )
     return _SPLIT_NAMES[parts[-3]], parts[-2]
 
 
 class _Decoder:
-    """Turns an encoded image into uint8 (C, H, W); size and channels are those of the first image unless given."""
+    """Decodes images to uint8 (C, H, W).
+
+    Args:
+        size: height and width to scale and crop to; by default all images must have the size of the first one.
+        channels: 1 or 3; by default that of the first image.
+    """
 
     def __init__(self, size: int | None, channels: int | None) -> None:
         self.size, self.channels = size, channels
@@ -209,9 +215,9 @@ class _Decoder:
         self.shape: tuple[int, int] | None = (size, size) if size else None
 
     def settle(self, name: str, encoded: bytes) -> None:
-        """Take from the first image what the configuration leaves open."""
+        """Take size and channels from the first image if they are not set."""
         image = self._open(name, encoded)
-        across = self._orientation(name, image) >= 5  # turned by a quarter
+        across = self._orientation(name, image) >= 5  # EXIF: rotated by 90 degrees
         self.shape = self.shape or ((image.width, image.height) if across else (image.height, image.width))
         self.channels = self.channels or (1 if _is_grey(image.mode) else 3)
 
@@ -221,14 +227,14 @@ class _Decoder:
         image = self._open(name, encoded)
         if self.guessed and self.channels == 1 and not _is_grey(image.mode):
             raise UserError(
-                f"image {name!r} has colour but the first one is grey; set data.channels, to 3 or to 1, to bring all "
-                "to one kind"
+                f"image {name!r} has colour but the first one is grey; set data.channels to 3 or 1 to convert all "
+                "images"
             )
         turned = self._orientation(name, image) != 1
         try:
             if turned:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits; converting would cut off at 255
+            if image.mode.startswith("I"):  # 16 bits; `convert` would clip at 255
                 image = image.point(lambda value: value / 256)
             image = image.convert("RGB" if self.channels == 3 else "L")
         except _UNREADABLE as error:
@@ -239,7 +245,7 @@ class _Decoder:
             assert self.shape is not None
             raise UserError(
                 f"image {name!r} is {image.width}x{image.height} but the first is {self.shape[1]}x{self.shape[0]}; "
-                "set data.image_size to bring all to one size"
+                "set data.image_size to scale all images to one size"
             )
         array = np.asarray(image)
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
@@ -258,17 +264,17 @@ class _Decoder:
         try:
             return Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG"))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {name!r} cannot be decoded: it is no JPEG or PNG file") from error
+            raise UserError(f"image {name!r} cannot be decoded: it is not a JPEG or PNG file") from error
 
 
 def _is_grey(mode: str) -> bool:
-    """Whether an image of this mode of Pillow's has no colour: 1, L, LA, I and I;16."""
+    """Whether images of this Pillow mode have no colour: 1, L, LA, I and I;16."""
     return mode[:1] in ("1", "L", "I") and mode != "LAB"
 
 
 def _existing(section: DataSection) -> Path:
     if section.path is None:
-        raise UserError(f"data.path is not set, but source {section.source!r} reads from it")
+        raise UserError(f"data.path is not set; source {section.source!r} requires it")
     path = Path(section.path).expanduser()
     if not path.exists():
         raise UserError(f"data.path {path} does not exist")
@@ -276,7 +282,7 @@ def _existing(section: DataSection) -> Path:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every image file, in the order of a folder's names or of an archive's members."""
+    """Yield (name, content) of every image, sorted by path in a folder, in the archive's own order otherwise."""
     if path.is_dir():
         return _folder_members(path)
     if zipfile.is_zipfile(path):
@@ -294,7 +300,7 @@ def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _files_below(folder: Path, above: set[Path]) -> Iterator[Path]:
-    """All files, by way of links to folders too, but for those that lead back up."""
+    """Yield all files below a folder; follow links to folders, except those that lead back to a parent."""
     own = folder.resolve()
     for entry in folder.iterdir() if own not in above else ():
         if entry.is_dir():
@@ -327,16 +333,16 @@ def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _is_image(name: str) -> bool:
-    """Whether a path names an image; the shadows that macOS puts into archives do not.
+    """Whether a path names an image; the metadata files that macOS adds to archives are not images.
 
     Raises:
-        UserError: it names one of a kind that is not read; left out, its class might vanish without a word.
+        UserError: the image has an unsupported format; if it were skipped, its class might disappear silently.
     """
     path = PurePosixPath(name)
     if path.name.startswith("._") or "__MACOSX" in path.parts:
         return False
     if path.suffix.lower() in _OTHER_IMAGES:
-        raise UserError(f"image {name!r} is neither JPEG nor PNG, and no other kind is read; convert it, or remove it")
+        raise UserError(f"image {name!r} is neither JPEG nor PNG, the supported formats; convert or remove it")
     return path.suffix.lower() in _SUFFIXES
 
 
@@ -350,6 +356,6 @@ def _readable(path: Path, members: Iterable[tuple[str, bytes]]) -> Iterator[tupl
     try:
         yield from members
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        raise UserError(f"archive {path} is damaged or of an unknown kind: {error}") from error
+        raise UserError(f"archive {path} is damaged or has an unknown format: {error}") from error
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"archive {path} cannot be read: {error}") from error

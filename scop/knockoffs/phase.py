@@ -1,31 +1,32 @@
 """The knockoff phase of SCOP (Tang et al., NeurIPS 2020, arXiv 2010.10732).
 
-Every batch x gets a knockoff batch x~ that looks like it but says nothing about its labels. Both run through the frozen
-network. Behind each convolution under test, channel j of the real stream becomes ``s_j real + (1 - s_j) knockoff``, s_j
-its gate; the knockoff stream stays pure. The loss is that of the real stream. Two scores can be made of it.
+Every batch x gets a knockoff batch x~ that looks like it but carries no information about its labels. Both run through
+the frozen network. After each scored convolution, channel j of the real stream becomes ``s_j real + (1 - s_j)
+knockoff``, where s_j is its gate; the knockoff stream is not mixed. The loss is that of the real stream. There are two
+scores.
 
 ``fisher``
-    The gates stay at a mixing point s, 0.8 say, and for each example the derivative g of its loss by each gate is
-    taken. A channel's score is the root of the empirical Fisher information of its gate,
+    The gates are held at a mixing point s, such as 0.8. For each image, g is the derivative of its loss with respect to
+    a gate. A channel's score is the root of the empirical Fisher information of its gate,
 
         sqrt(F_j), F_j = E[g_j^2]:
 
-    how much it matters to an image's loss, either way, whether the feature is the real one; in units of the loss, so
-    that what channels of different layers cost can be held against it. (Where the gates are at a minimum of the loss,
-    F is the curvature there, and half of it times the step's square is what the step costs. At a mixing point they are
-    not, and this is no estimate of a loss but a ranking, which is judged by what it selects.) It wants one pass over
-    some thousand examples and no training. At s = 1 it would ask what one channel is worth while all others are whole;
-    at a mixing point it asks while the others are weakened too, as in the pruned network.
+    how strongly, in either direction, the loss of an image depends on whether the feature is real. The score is in
+    units of the loss, so it can be weighed against the cost of channels in different layers. (At a minimum of the loss,
+    F is the curvature, and a step of the gate increases the loss by half of F times the squared step. A mixing point is
+    not a minimum, so the score does not estimate a loss: it is a ranking, judged by what it selects.) It takes one pass
+    over some thousand images and no training. At s = 1 it would measure what a channel is worth while all others are
+    intact; at a mixing point the others are weakened too, as in the pruned network.
 
 ``published``
-    The gates are trained within [0, 1], from 0.5, and scored by ``W_j = |gamma_j| (s_j - (1 - s_j))``, gamma the weight
-    of the convolution's batch norm. On a real network most gates end near 1, so that it ranks much like |gamma|: see
-    docs/knockoffs.md.
+    The gates are trained within [0, 1], starting at 0.5, and the score is ``W_j = |gamma_j| (s_j - (1 - s_j))``, where
+    gamma is the weight of the convolution's batch norm. On a real network most gates end near 1, so the ranking is
+    close to that of |gamma|; see docs/experiments.md.
 
-Where the batch norms are **frozen** they use their running statistics. So they are affine, and an affine map commutes
-with a mixture whose weights sum to 1: mixing before the batch norm, as the paper has it, equals mixing behind it, and
-the batch norm can be folded into the convolution. The knockoff stream needs no gradient, the weights need none, and the
-dense model is never touched, since all of this happens on a copy. A step costs about as much as a plain training step.
+**Frozen** batch norms use their running statistics, so they are affine. An affine map commutes with a mixture whose
+weights sum to 1: mixing before the batch norm, as in the paper, equals mixing after it, and the batch norm can be
+folded into the convolution. Neither the knockoff stream nor the weights need gradients. The dense model is not changed,
+since all of this runs on a copy. A step costs about as much as a plain training step.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ from scop.knockoffs.two_streams import TwoStreams, frozen_copy
 from scop.models.history import EpochRecord
 from scop.pruning.graph import ChannelGraph, gamma, out_channels
 from scop.selection.scores import Scores
-from scop.training.loop import CheckpointStore, TrainingBatches, fit
+from scop.training.checkpointing import Checkpointing
+from scop.training.learning_rate import Schedule
+from scop.training.loop import TrainingBatches, fit
 
 IMAGES_FOR_FISHER = 10_240
-"""So many give scores that differ by less than those of two seeds do, see docs/knockoffs.md."""
+"""More images change a pruned network's top-1 by less than another seed does; see docs/experiments.md."""
 
 EPOCHS_AS_PUBLISHED = 20
 
@@ -67,23 +70,23 @@ def train_knockoffs(
     source: KnockoffSource | str | None = None,
     device: torch.device | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
-    checkpoints: CheckpointStore | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    checkpointing: Checkpointing | None = None,
     **settings: Any,
 ) -> Scores:
-    """Let every channel compete with its knockoff, and score it.
+    """Score every channel by comparing its real features with knockoff features.
 
     Args:
-        model: the trained dense network; it is left bit for bit as it was.
-        batches: (images, labels), one iteration an epoch; images as the network takes them.
-        section: the settings, or give them one by one as keywords: ``epochs=2, mixing=0.7``.
-        source: makes knockoffs, or the name of what does; that of the settings by default.
+        model: the trained dense network; it is not changed.
+        batches: (images, labels), one iteration per epoch; images as the network takes them.
+        section: the settings, by default those of `KnockoffSection`.
+        source: a function that makes knockoffs, or the name of a source; by default that of the settings.
         device: where to compute.
-        on_epoch: told of every epoch.
-        checkpoints, stopping: see `scop.training.loop.fit`.
+        on_epoch: called after every epoch.
+        checkpointing: see `scop.training.loop.fit`.
+        settings: settings that override those of `section`, such as ``epochs=2, mixing=0.7``.
 
     Raises:
-        UserError: no layer can be pruned, a setting is bad, or the knockoffs are the images themselves.
+        UserError: no layer can be pruned, a setting is invalid, or all knockoffs equal their images.
     """
     if isinstance(source, str):
         source, settings = None, settings | {"source": source}
@@ -91,7 +94,7 @@ def train_knockoffs(
     device = device or pick_device()
     per_batch, channels, height, width = _batch_shape(batches)
     graph = ChannelGraph(model, (channels, height, width))
-    source = source or make_source(section, batches, device, checkpoints, stopping)
+    source = source or make_source(section, batches, device, checkpointing)
     epochs, batches = _passes(section, batches, per_batch)
     competition = Competition(model, graph, source, device, section)
 
@@ -103,29 +106,28 @@ def train_knockoffs(
         competition,
         batches,
         competition.optimizer(),
-        epochs=epochs,
+        Schedule(epochs),
         label="knockoff",
         seed=section.seed,
         on_epoch=after_epoch,
-        checkpoints=checkpoints,
-        stopping=stopping,
+        checkpointing=checkpointing,
     )
     score, error, signed = competition.gates.scores()
     if not any(values.any() for values in score.values()):
         raise UserError(
-            "all scores are 0: no knockoff differs from its image; a batch wants several images to be shuffled"
+            "all scores are 0: no knockoff differs from its image; source shuffle needs several images per batch"
         )
     gates = competition.gates.values()
     return Scores(score, error, signed, gates, section.score, (channels, height, width), history)
 
 
 def _passes(section: KnockoffSection, batches: TrainingBatches, per_batch: int) -> tuple[int, TrainingBatches]:
-    """How many epochs there are, and of which batches."""
+    """Return the number of epochs and the batches of each."""
     if section.epochs is not None:
         return section.epochs, batches
     if section.score == "published":
         return EPOCHS_AS_PUBLISHED, batches
-    wanted = -(-IMAGES_FOR_FISHER // (per_batch * distributed.share()[1]))
+    wanted = -(-IMAGES_FOR_FISHER // (per_batch * distributed.shard()[1]))
     if wanted < len(batches):
         return 1, _First(batches, wanted)
     return -(-wanted // len(batches)), batches
@@ -151,23 +153,23 @@ class _First:
 def _batch_shape(batches: TrainingBatches) -> tuple[int, ...]:
     if not isinstance(batches, Sized) or isinstance(batches, Iterator):
         raise UserError(
-            f"batches must have a length and start anew for each epoch, as a DataLoader or a list does, not a "
-            f"{type(batches).__name__}"
+            f"batches must have a length and support repeated iteration, like a DataLoader or a list; a "
+            f"{type(batches).__name__} does not"
         )
     first = next(iter(batches), None)
     if first is None:
-        raise UserError("batches are empty: there is nothing to train the gates on")
+        raise UserError("batches are empty: the knockoff phase needs at least one batch")
     return tuple(first[0].shape)
 
 
 def gated_layers(graph: ChannelGraph) -> list[str]:
-    """The convolutions whose channels compete.
+    """Return the names of the convolutions whose channels are scored, sorted.
 
-    Those that `scatter` prunes, as in the paper, and every member of a coupled group that has none of these, so that
-    each rule finds scores.
+    These are the convolutions that rule `scatter` prunes, as in the paper, and all members of coupled groups that
+    contain none of them, so that scores exist under every rule.
 
     Raises:
-        UserError: no rule prunes any.
+        UserError: no rule prunes any convolution.
     """
     gated = {conv for prunable in graph.survey("scatter")[0] for conv in prunable.convs}
     for prunable in graph.survey("coupled")[0] if gated else graph.prunable("coupled"):
@@ -177,7 +179,7 @@ def gated_layers(graph: ChannelGraph) -> list[str]:
 
 
 def _gamma(model: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
-    """As `scop.selection.controls` has it, ones where there is none: (channels,)."""
+    """Return the absolute batch norm weights of a layer's channels (channels,), or ones if it has no batch norm."""
     found = gamma(model, graph, layer)
     return torch.ones(out_channels(model.get_submodule(layer))) if found is None else found
 
@@ -186,11 +188,12 @@ class Competition:
     """The objective of the knockoff phase: the loss of the real stream, into which the gates mix knockoffs.
 
     Args:
-        model: the dense network; a copy of it is looked at.
+        model: the dense network; it is copied.
         graph: its channels.
         source: makes knockoffs.
         device: where to compute.
-        section: the settings, or give them one by one as keywords.
+        section: the settings, by default those of `KnockoffSection`.
+        settings: settings that override those of `section`.
     """
 
     def __init__(
@@ -210,7 +213,7 @@ class Competition:
         self.gates.to(device)
         network = frozen_copy(model, graph, self.dtype, section.batch_norm)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        shared = distributed.several() and section.batch_norm != "frozen"
+        shared = distributed.is_distributed() and section.batch_norm != "frozen"
         self._batch_norms = SynchronisedBatchNorms() if shared else nullcontext()
         with torch.no_grad(), autocast(device, self.dtype):
             images = torch.zeros(2, *graph.input_shape, device=device)
@@ -218,7 +221,11 @@ class Competition:
         self._streams = distributed.parallel(streams, device)
 
     def make_gates(self, gammas: Mapping[str, Tensor]) -> Gates:
-        """Gates for the settings' score: layer -> |gamma| (channels,)."""
+        """Return the gates for the configured score.
+
+        Args:
+            gammas: layer -> |gamma| (channels,).
+        """
         section = self.section
         if self.trained:
             return TrainedGates(gammas, section.epochs or EPOCHS_AS_PUBLISHED)
@@ -229,7 +236,7 @@ class Competition:
         return self.gates
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam for gates that are trained; the others stay where they are."""
+        """Return Adam for trained gates; held gates get a learning rate of 0."""
         if self.trained:
             return torch.optim.Adam(self.gates.parameters(), lr=self.section.lr, betas=self.section.betas)
         return torch.optim.SGD(self.gates.parameters(), lr=0.0)
@@ -247,5 +254,5 @@ class Competition:
         self.gates.after_step()
 
     def after_epoch(self, record: EpochRecord) -> None:
-        """To be called before a checkpoint is written."""
+        """Update the gates' statistics; must be called before a checkpoint is written."""
         self.gates.after_epoch(record.epoch)

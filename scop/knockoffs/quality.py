@@ -1,10 +1,10 @@
-"""How good knockoffs are: whether swapping them in would be noticed, and what they still say about the originals.
+"""Quality of knockoffs: whether swaps with the originals can be detected, and how much they reveal about the originals.
 
-Knockoffs are valid where the pair (x, x~) has the same distribution after any set of coordinates was swapped between
-the two (exchangeability; Candès et al., 2018, definition 3.1), and where x~ says nothing about the label that x does
-not. They are powerful where x~ is unlike x. Each part of that is measured. Which coordinates are swapped matters:
-another image altogether passes in principal components, which are uncorrelated, and not in pixels, of which each is
-missed by its neighbours. So swaps are tried in both.
+Knockoffs are valid if swapping any set of coordinates between x and x~ leaves the distribution of the pair unchanged
+(exchangeability; Candès et al., 2018, definition 3.1), and if x~ carries no information about the label that x does not
+carry. They are powerful if x~ is unlike x. Each of these properties is measured. The choice of swapped coordinates
+matters: if x~ is a different image, swaps of principal components, which are uncorrelated, go undetected, but swaps of
+pixels, which correlate with their neighbours, do not. So both are tested.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TwoSamples:
     """A test of whether two samples come from one distribution.
 
     Attributes:
-        statistic: the energy distance between them (Székely and Rizzo, 2013), 0 for the same distribution.
-        p: the share of random exchanges with as large a statistic; small where the samples differ.
+        statistic: energy distance between the samples (Székely and Rizzo, 2013); 0 for the same distribution.
+        p: permutation p-value: the share of random exchanges with a statistic at least as large.
     """
 
     statistic: float
@@ -42,18 +42,18 @@ class TwoSamples:
 
 @dataclass(frozen=True)
 class Quality:
-    """What is known of a source's knockoffs.
+    """Measured quality of a source's knockoffs.
 
     Attributes:
-        pairs: so many were looked at.
-        swap_all: of pairs against pairs in which everything was swapped.
-        swap_half: the same, a random half of the principal components swapped.
-        swap_pixels: the same of images shrunk to 4x4, a random half of their pixels swapped.
-        correlation: of originals and knockoffs, the mean of the absolute values over principal components.
-        correlation_expected: what that would be for independent ones.
-        label_agreement: the share of knockoffs that the dense network takes for the class of the original.
-        label_agreement_expected: what that would be if they were independent.
-        label_p: the share of permutations of the labels with as large an agreement; small where knockoffs tell classes.
+        pairs: number of pairs of original and knockoff in the sample.
+        swap_all: test of the pairs against the pairs with all principal components swapped.
+        swap_half: the same test with a random half of the principal components swapped.
+        swap_pixels: the same test on images shrunk to 4x4, with a random half of the pixels swapped.
+        correlation: mean absolute correlation between originals and knockoffs, over principal components.
+        correlation_expected: expected value of this for independent images.
+        label_agreement: share of knockoffs for which the dense network predicts the original's label.
+        label_agreement_expected: expected value of this for knockoffs that are independent of the label.
+        label_p: permutation p-value of the label agreement; small if knockoffs reveal the label.
     """
 
     pairs: int
@@ -67,11 +67,11 @@ class Quality:
     label_p: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a nested dict for JSON."""
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """For MLflow, flat."""
+        """Return a flat dict for MLflow."""
         return {
             "knockoff_swap_all_p": self.swap_all.p,
             "knockoff_swap_half_p": self.swap_half.p,
@@ -86,14 +86,14 @@ class Quality:
 def measure_quality(
     source: KnockoffSource, model: nn.Module, batches: TrainingBatches, device: torch.device, seed: int = 0
 ) -> Quality:
-    """Look at a source's knockoffs of up to 1,500 images.
+    """Measure the quality of a source's knockoffs on up to 1,500 images.
 
     Args:
         source: makes knockoffs.
         model: the dense network, on the device and in eval mode.
         batches: (images, labels), images as the network takes them.
         device: where to compute.
-        seed: of the samples drawn; the source draws from torch's own generators.
+        seed: seed of the tests; the source itself uses PyTorch's global generators.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = autocast_dtype(device, "auto")
@@ -123,7 +123,7 @@ def measure_quality(
         swap_half=swap_test(z, z_knock, _half(z.shape[1], generator), generator),
         swap_pixels=swap_test(small, small_knock, _half(small.shape[1], generator), generator),
         correlation=float(_correlation(z, z_knock).abs().mean()),
-        # Of independent samples a correlation has the standard deviation 1 / sqrt(n), and is about normal.
+        # The correlation of independent samples is about normal, with standard deviation 1 / sqrt(n).
         correlation_expected=math.sqrt(2 / math.pi / len(z)),
         label_agreement=agreement,
         label_agreement_expected=expected,
@@ -132,26 +132,26 @@ def measure_quality(
 
 
 def _new_pairs(images: Tensor, knockoffs: Tensor, seen: set[int]) -> list[int]:
-    """The places of pairs of which neither image is in the sample yet, as itself or as a knockoff.
+    """Return the indices of the pairs whose images are not in the sample yet, neither as original nor as knockoff.
 
-    An image that is there twice makes the parts of the sample look more alike than they are. All, where each image is
-    its own knockoff.
+    A repeated image would make parts of the sample look more alike than they are. If no pair is new, for example if
+    each image is its own knockoff, all indices are returned.
     """
     chosen = []
-    for place, pair in enumerate(zip(images, knockoffs, strict=True)):
+    for index, pair in enumerate(zip(images, knockoffs, strict=True)):
         hashes = {hash(image.numpy().tobytes()) for image in pair}
         if len(hashes) == 2 and not hashes & seen:
             seen |= hashes
-            chosen.append(place)
+            chosen.append(index)
     return chosen or list(range(len(images)))
 
 
-# Scales and bases are those of both samples together: if they were those of the originals, the knockoffs alone would
-# be strangers to them, however good.
+# Scales and bases are computed from both samples together. Computed from the originals alone, they would describe the
+# originals better than the knockoffs, however good the knockoffs are.
 
 
 def _components(real: Tensor, knock: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both as coordinates of unit variance: (n, D) -> (n, K)."""
+    """Return both samples as principal components of unit variance: (n, D) -> (n, K)."""
     both = torch.cat([real, knock])
     mean, rank = both.mean(0), min(_COMPONENTS, len(both) - 1, both.shape[1])
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +162,7 @@ def _components(real: Tensor, knock: Tensor, generator: torch.Generator) -> tupl
 
 
 def _shrunk(real: Tensor, knock: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at 4x4 pixels, each pixel of unit variance: (n, C, H, W) -> (n, C * 16)."""
+    """Return both samples at 4x4 pixels, each pixel with unit variance: (n, C, H, W) -> (n, C * 16)."""
     small, small_knock = (F.adaptive_avg_pool2d(images, _SHRUNK).flatten(1) for images in (real, knock))
     both = torch.cat([small, small_knock])
     mean, deviation = both.mean(0), both.std(0).clamp_min(1e-6)
@@ -170,45 +170,45 @@ def _shrunk(real: Tensor, knock: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _half(count: int, generator: torch.Generator) -> Tensor:
-    """A random half, bool (count,)."""
+    """Return a mask of a random half, bool (count,)."""
     return torch.rand(count, generator=generator).argsort() < count / 2
 
 
 def swap_test(z: Tensor, z_knock: Tensor, swap: Tensor, generator: torch.Generator) -> TwoSamples:
-    """Whether pairs would notice that some of their coordinates were swapped.
+    """Test whether swapping some coordinates within pairs changes their distribution.
 
-    The statistic is the energy distance of the pairs from the pairs swapped, ``2 E|P - Q| - E|P - P'| - E|Q - Q'|``.
-    If nobody can tell the two apart, neither can anybody tell which of a pair's two versions went into which sample;
-    so the two are exchanged at random, pair by pair, which gives the statistic's distribution.
+    The statistic is the energy distance between pairs and swapped pairs, ``2 E|P - Q| - E|P - P'| - E|Q - Q'|``. If
+    the distributions are equal, a pair and its swapped version can be exchanged between the two samples. Random
+    exchanges, pair by pair, give the distribution of the statistic.
 
     Args:
-        z, z_knock: (n, K).
-        swap: which coordinates, bool (K,).
-        generator: draws the exchanges.
+        z, z_knock: originals and knockoffs (n, K).
+        swap: coordinates to swap, bool (K,).
+        generator: source of the random exchanges.
     """
     pairs = torch.cat([z, z_knock], 1)
     swapped = torch.cat([torch.where(swap, z_knock, z), torch.where(swap, z, z_knock)], 1)
     both = torch.cat([pairs, swapped])
     distances = torch.cdist(both, both)
     signs = torch.randint(2, (1 + _PERMUTATIONS, len(z)), generator=generator) * 2.0 - 1
-    signs[0] = 1  # as it is
-    # With a the signed weights of the samples, the statistic is -a' D a.
+    signs[0] = 1  # the observed samples
+    # With signed weights a of the samples and distances D, the statistic is -a' D a.
     weights = torch.cat([signs, -signs], 1) / len(z)
     statistics = -((weights @ distances) * weights).sum(1)
-    # Samples that are alike have statistics of 0, but for rounding, which must not decide.
+    # Identical samples have statistics of 0 up to rounding errors, which must not decide.
     rounding = 1e-6 * float(distances.mean())
     as_large = int((statistics[1:] >= statistics[0] - rounding).sum())
     return TwoSamples(float(statistics[0]), (1 + as_large) / (1 + _PERMUTATIONS))
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Column by column: (n, K), (n, K) -> (K,)."""
+    """Return the correlation of each column: (n, K), (n, K) -> (K,)."""
     x, y = x - x.mean(0), y - y.mean(0)
     return (x * y).sum(0) / (x.norm(dim=0) * y.norm(dim=0)).clamp_min(1e-12)
 
 
 def _agreement(labels: Tensor, predicted: Tensor, generator: torch.Generator) -> tuple[float, float, float]:
-    """Share of predictions that equal the label, what chance would give, and a permutation p-value."""
+    """Return the share of predictions that equal the label, its mean over permutations, and a permutation p-value."""
     observed = float((labels == predicted).double().mean())
     by_chance = torch.tensor(
         [

@@ -1,16 +1,16 @@
-"""Where knockoff images come from.
+"""Sources of knockoff images.
 
-A knockoff x~ of an image x must look like x to the network and say nothing about its label. A *source* makes knockoffs
-for a batch; a *factory* makes a source from the training batches, and is what a configuration names:
+A knockoff x~ of an image x must look like x to the network but carry no information about its label. A *source* makes
+knockoffs for a batch; a *factory* makes a source from the training batches. A configuration names one of these:
 
 ``shuffle``
-    The batch in another order: real images, of other examples. Independent of x, and of exactly its distribution.
+    The batch in another order: real images of other examples, independent of x and with exactly its distribution.
 ``gaussian``
     Second-order Model-X knockoffs (Candès et al., 2018, section 3.4.2) in the basis of the principal components.
 ``generator``
-    Images from a small generative model trained here, see `scop.knockoffs.generator`; the paper used a GAN.
+    Images from a small generative model that is trained first, see `scop.knockoffs.generator`; the paper used a GAN.
 ``package.module:factory``
-    One of your own: ``factory(batches)`` returns ``source(images, labels)``.
+    Your own: ``factory(batches)`` returns a function ``source(images, labels)``.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from torch import Tensor
 from scop.config import GaussianSection, KnockoffSection
 from scop.errors import UserError
 from scop.models.factories import import_user_module
-from scop.training.loop import CheckpointStore, TrainingBatches
+from scop.training.checkpointing import Checkpointing
+from scop.training.loop import TrainingBatches
 
 KnockoffSource = Callable[[Tensor, Tensor], Tensor]
-"""Makes knockoff images (B, C, H, W) of real ones (B, C, H, W) and their labels (B,)."""
+"""Returns knockoff images (B, C, H, W) for real images (B, C, H, W) and their labels (B,)."""
 
 SourceFactory = Callable[[TrainingBatches], KnockoffSource]
-"""Makes a source from the batches that the gates will see."""
+"""Returns a source for the batches of the knockoff phase."""
 
 _SAMPLE = 2**26
-"""Numbers, of the images that principal components are estimated from: 256 MiB, 21,845 images of 3x32x32."""
+"""Values, over all images, from which principal components are estimated: 256 MiB, 21,845 images of 3x32x32."""
 
 
 def make_source(
     section: KnockoffSection,
     batches: TrainingBatches,
     device: torch.device,
-    checkpoints: CheckpointStore | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    checkpointing: Checkpointing | None = None,
 ) -> KnockoffSource:
-    """The source that a configuration names.
+    """Return the source that a configuration names.
 
     Args:
-        section: says which, and its settings.
+        section: the source's name and settings.
         batches: (images, labels), images as the network takes them.
         device: where to compute.
-        checkpoints, stopping: for sources that train; see `scop.training.loop.fit`.
+        checkpointing: for sources that train; see `scop.training.loop.fit`.
 
     Raises:
-        UserError: there is no such source, or it cannot be made of these images.
+        UserError: the source is unknown, cannot be imported, or its factory does not return a function.
     """
     match section.source:
         case "shuffle":
@@ -64,9 +64,8 @@ def make_source(
         case "generator":
             from scop.knockoffs.generator import train_generator
 
-            generated = train_generator(
-                batches, section, device, checkpoints and checkpoints.part("generator"), stopping
-            )
+            own = checkpointing and checkpointing.part("generator")
+            generated = train_generator(batches, section, device, own)
             return partial(draw, generated)
     source = _own_factory(section.source)(batches)
     if not callable(source):
@@ -90,12 +89,12 @@ def _own_factory(name: str) -> SourceFactory:
 
 
 def shuffle(images: Tensor, labels: Tensor) -> Tensor:
-    """The batch in another order: real images of other examples, but for one in a batch, on average, that stays."""
+    """Return the batch in random order; on average, one image of a batch is its own knockoff."""
     return images[torch.randperm(len(images), device=images.device)]
 
 
 def draw(bank: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """For each image one of a bank's (N, C, H, W), whichever."""
+    """Return a random image of a bank (N, C, H, W) for each image."""
     return bank[torch.randint(len(bank), (len(images),), device=bank.device)].to(images.device)
 
 
@@ -103,17 +102,18 @@ def draw(bank: Tensor, images: Tensor, labels: Tensor) -> Tensor:
 class Gaussian:
     """Second-order Model-X knockoffs in the basis of the principal components.
 
-    There the covariance is diagonal, so that the optimisation of section 3.4.2 has a solution in closed form: with
-    coordinates z of variances lambda, a knockoff
+    In this basis the covariance is diagonal, so the optimisation of section 3.4.2 has a closed-form solution. For
+    coordinates z with variances lambda, the knockoff is
 
-        z~_j = (1 - d) z_j + sqrt(d (2 - d) lambda_j) e_j,   e_j standard normal,
+        z~_j = (1 - d) z_j + sqrt(d (2 - d) lambda_j) e_j,   e_j standard normal.
 
-    has the mean and the covariance of z, covariance with z_i that z_j has for i != j (none), and the correlation 1 - d
-    with z_j; d = 1 is the solution that leaves no correlation. What lies outside the basis, the finest detail, comes
-    from another image of the batch, so that the whole knockoff has the images' second moments.
+    It has the mean and covariance of z. Its covariance with z_i, i != j, equals that of z_j, which is 0. Its
+    correlation with z_j is 1 - d; d = 1 is the solution without correlation. The part of the image outside the basis,
+    its finest detail, is taken from another image of the batch, so that the whole knockoff has the images' second
+    moments.
 
     Attributes:
-        mean: (D,), D numbers in an image.
+        mean: (D,), where D is the number of values in an image.
         basis: (D, K), orthonormal columns.
         deviations: (K,), the square roots of lambda.
         distance: d, in (0, 1].
@@ -126,7 +126,7 @@ class Gaussian:
 
     @classmethod
     def fit(cls, batches: TrainingBatches, section: GaussianSection, seed: int = 0) -> Gaussian:
-        """Estimate mean and principal components from training batches; at least two images for each component."""
+        """Estimate mean and principal components from training batches, with at least two images per component."""
         images = _sample(batches)
         components = min(section.components, images.shape[1], max(1, len(images) // 2))
         mean = images.mean(0)
@@ -136,7 +136,7 @@ class Gaussian:
         return cls(mean, basis, singular / math.sqrt(len(images) - 1), section.distance)
 
     def to(self, device: torch.device) -> Gaussian:
-        """The same on another device, on which the images will be."""
+        """Return a copy on another device, where the images are."""
         return Gaussian(self.mean.to(device), self.basis.to(device), self.deviations.to(device), self.distance)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class Gaussian:
 
 
 def _sample(batches: TrainingBatches) -> Tensor:
-    """Images (N, D) of the first epoch, as many as `_SAMPLE` allows."""
+    """Return images (N, D) of the first epoch, until they have `_SAMPLE` values."""
     found: list[Tensor] = []
     if hasattr(batches, "set_epoch"):
         batches.set_epoch(0)

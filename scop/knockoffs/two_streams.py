@@ -1,4 +1,4 @@
-"""A frozen network through which images and their knockoffs run side by side; see `scop.knockoffs.phase`."""
+"""A frozen network that processes images and their knockoffs in two streams; see `scop.knockoffs.phase`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from scop.pruning.graph import ChannelGraph
 
 
 class TwoStreams(nn.Module):
-    """The frozen network with the gates between its two streams.
+    """The frozen network, with gates that mix the knockoff stream into the real stream.
 
     Args:
-        network: without gradients.
-        gates: of its layers.
-        images: some of the right shape (B, C, H, W), to try it on.
-        joint: both streams go through the network as one batch, so that batch norms see both.
+        network: the network, without gradients; hooks are added to it.
+        gates: gates of its layers.
+        images: images of the right shape (B, C, H, W), for a trial run.
+        joint: run both streams as one batch, so that batch norms see both.
 
     Shape:
         real images, knockoff images (B, C, H, W) -> logits of the real stream (B, classes).
@@ -32,7 +32,7 @@ class TwoStreams(nn.Module):
     def __init__(self, network: nn.Module, gates: Gates, images: Tensor, joint: bool = False) -> None:
         super().__init__()
         self.network, self.joint = network, joint
-        self._gates = nn.ParameterList(gate for _, gate in gates.named())  # for those who ask what is trained
+        self._gates = nn.ParameterList(gate for _, gate in gates.named())  # so that `parameters` lists them
         self._features: dict[str, Tensor] = {}
         self._mixing: bool = False
         for layer, _ in gates.named():
@@ -55,7 +55,7 @@ class TwoStreams(nn.Module):
         return logits
 
     def _meet(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Forward hook: keep the knockoff stream's feature map; mix it into the real stream's."""
+        """Forward hook: keep the knockoff stream's feature map, and later mix it into the real stream's."""
         if not self._mixing:
             self._features[layer] = output
             return output.clone() if layer in self._overwritten else output
@@ -65,21 +65,21 @@ class TwoStreams(nn.Module):
         return _channels_back(module, mixed)
 
     def _meet_within(self, layer: str, gates: Gates, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """The same where one half of the batch are knockoffs; the gradient goes on through them too."""
+        """Forward hook for one batch of real images and knockoffs; gradients flow through the knockoffs too."""
         real, knockoff = _channels_second(module, output).chunk(2)
         gate = gates.opened(layer, len(real))[..., None, None].to(output.dtype)
         mixed = torch.cat([torch.lerp(knockoff, real, gate.expand_as(real)), knockoff])
         return _channels_back(module, mixed)
 
     def _find_overwritten(self, images: Tensor) -> set[str]:
-        """Layers whose output the network changes in place (by a functional ``relu_``, say) after it was kept."""
+        """Return the layers whose output the network later changes in place, for example by a functional ``relu_``."""
         self.network(images)
         kept, self._features = self._features, {}
         return {layer for layer, output in kept.items() if output._version > 0}
 
 
 def _channels_second(module: nn.Module, features: Tensor) -> Tensor:
-    """A feature map as (N, C, H, W), which a linear layer puts out as (N, H, W, C)."""
+    """Return a feature map as (N, C, H, W); that of a linear layer is (N, H, W, C)."""
     return features.movedim(-1, 1) if isinstance(module, nn.Linear) else features
 
 
@@ -90,7 +90,7 @@ def _channels_back(module: nn.Module, features: Tensor) -> Tensor:
 class _Mix(torch.autograd.Function):
     """``s real + (1 - s) knockoff`` per channel, with gradients for the real stream and the gates.
 
-    Written out because autograd would keep both streams and make the knockoff's gradient, which nobody needs.
+    A custom function, because autograd would store both streams and compute the knockoff's unused gradient.
 
     Shape:
         real, knockoff (N, C, H, W), gate (C,) or (N, C) -> (N, C, H, W).
@@ -114,7 +114,7 @@ class _Mix(torch.autograd.Function):
 
 
 def frozen_copy(model: nn.Module, graph: ChannelGraph, dtype: torch.dtype, batch_norm: BatchNormMode) -> nn.Module:
-    """A copy without gradients, whose batch norms use running statistics and are folded, or those of the batch."""
+    """Return a copy without gradients; batch norms are folded if frozen, and use batch statistics otherwise."""
     if batch_norm == "frozen":
         return folded_copy(model, graph, dtype)
     live = copy.deepcopy(model).float().eval().requires_grad_(False)

@@ -1,7 +1,6 @@
-"""Models on disk: `model.safetensors` for the weights, `model.json` for the rest, and a manifest. No pickle.
+"""Models on disk: weights in `model.safetensors`, the description in `model.json`, and a manifest. No pickle.
 
-A pruned model is rebuilt from its factory, its cuts and its weights; neither the dense weights nor the plan's data are
-needed.
+A pruned model is rebuilt from its factory, cuts and weights, without the dense weights.
 """
 
 from __future__ import annotations
@@ -44,30 +43,30 @@ def save_model(
     """Write a model folder.
 
     Args:
-        model: a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, or any other with `factory`.
-        folder: is created; what it holds of a model is replaced.
-        factory, arguments: how to build the dense network, where the model does not carry that itself.
-        history: the epochs of its training, for reports.
-        device: where it was trained, for them too.
-        others: further files, in the folder already, that belong to the model.
+        model: a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, or any other network if `factory`
+            is given.
+        folder: created if missing; an earlier model in it is replaced.
+        factory, arguments: how to build the dense network; by default as the model's spec says.
+        history: records of the training epochs, for reports.
+        device: device of the training, for reports.
+        others: names of further files of the model that are already in the folder.
 
     Raises:
-        UserError: nothing tells how to build the network again, its factory cannot be imported, or the folder cannot be
-            written.
+        UserError: the factory is unknown or cannot be imported, or the folder cannot be written.
     """
     spec = spec_of(model)
     if factory is not None:
         spec = (spec or ModelSpec()).model_copy(update={"factory": factory, "arguments": dict(arguments or {})})
     if spec is None or spec.factory is None:
         raise UserError(
-            f"save_model cannot tell how to build this {type(model).__name__} again: make it by scop.make_model(NAME), "
-            "or say save_model(..., factory='package.module:function', arguments={...})"
+            f"save_model needs the factory of this {type(model).__name__}: build the model with scop.make_model(NAME), "
+            "or call save_model(..., factory='package.module:function', arguments={...})"
         )
-    find_factory(spec.factory)  # better refused now than when it is to be loaded
+    find_factory(spec.factory)  # fail now, not when the model is loaded
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # While it is being written it is not whole; and an older model's history is not this one's.
+        # Without a manifest, a half-written folder counts as incomplete. The old history belongs to another model.
         for name in (MANIFEST, HISTORY, TIMINGS):
             (folder / name).unlink(missing_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -81,7 +80,7 @@ def save_model(
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share memory (tied weights), which safetensors does not store."""
+    """Copy tensors that share memory with another one (tied weights): safetensors refuses to store them."""
     seen: set[int] = set()
     result = {}
     for key, value in state.items():
@@ -91,13 +90,13 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """Build the model of a folder, in eval mode on the CPU; `scop.pruning.spec.spec_of` tells what it is.
+    """Load a model from a folder, in eval mode on the CPU; `scop.pruning.spec.spec_of` returns its description.
 
-    It calls the factory that `model.json` names, which may be any function that can be imported: as code, a folder has
-    to come from somebody whom one trusts. `model.onnx` and `model.pt2` need no factory.
+    This calls the factory that `model.json` names, which can be any importable function. As with code, load only
+    folders from sources that you trust. `model.onnx` and `model.pt2` need no factory.
 
     Raises:
-        UserError: the folder is not a whole model, or its factory is gone or has changed.
+        UserError: the folder is not a complete model, or its factory is missing or has changed.
     """
     folder = Path(folder)
     read_folder(folder, kind="model")
@@ -117,29 +116,30 @@ def load_model(folder: str | Path) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a state dict from a .safetensors file or one that torch.save made, into the model.
+    """Load a state dict into the model, from a .safetensors file or a file written by ``torch.save``.
 
-    A leading ``module.`` (DataParallel) is stripped; a state dict under the key ``state_dict`` or ``model`` is found.
+    A leading ``module.`` (DataParallel) is stripped. The state dict may be nested under the key ``state_dict`` or
+    ``model``.
 
     Raises:
-        UserError: the file is missing, damaged or unsafe, or its keys or shapes are not the model's.
+        UserError: the file is missing, damaged or unsafe, or its keys or shapes do not match the model.
     """
     _assign(model, _read_state(Path(path)), Path(path))
 
 
 def load_pretrained(model: nn.Module, path: str | Path, classes: int) -> list[str]:
-    """Load weights from which training is to start, into the model; see `load_weights`.
+    """Load weights into the model as the starting point of training; the file's number of classes may differ.
 
     Args:
-        model: with a last layer for so many classes.
-        path: of the file.
-        classes: the size of the model's answer.
+        model: the network, with `classes` outputs.
+        path: the weights file, as for `load_weights`.
+        classes: number of classes of the model.
 
     Returns:
-        The names of the layers that the file has for another number of classes; they stay as they are.
+        The names of the layers that have another number of classes in the file; these layers keep their weights.
 
     Raises:
-        UserError: the file is missing, damaged or unsafe, or does not fit in more than that.
+        UserError: the file is missing, damaged or unsafe, or differs from the model in more than the number of classes.
     """
     state, own = _read_state(Path(path)), model.state_dict()
     of_the_head = {key for key, mine in own.items() if mine.dim() and len(mine) == classes}
@@ -159,57 +159,59 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except SafetensorError as error:
-        raise UserError(f"weights {path} are damaged or no safetensors file: {error}") from error
+        raise UserError(f"weights {path} are damaged or not a safetensors file: {error}") from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"weights {path} are no state dict that can be loaded without pickled code: {reason}"
-        ) from error
+        raise UserError(f"weights {path} cannot be loaded with torch.load(weights_only=True): {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"weights {path} hold no state dict (a mapping of names to tensors)")
+        raise UserError(f"weights {path} contain no state dict (a mapping of names to tensors)")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
-    # Files written before PyTorch 0.4.1 lack these counters, which nothing needs.
+    # Files written before PyTorch 0.4.1 lack these counters. Nothing here uses them.
     counters = {key for key in own if key.endswith("num_batches_tracked")}
     missing, extra = sorted(own.keys() - state.keys() - counters), sorted(state.keys() - own.keys())
     if missing or extra:
         near = difflib.get_close_matches((missing or extra)[0], extra if missing else list(own), n=1)
         raise UserError(
-            f"weights {path} do not fit the model: "
+            f"weights {path} do not match the model: "
             + "; ".join(
-                f"{what} {len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                f"{what} keys ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
                 for what, keys in (("missing", missing), ("unknown", extra))
                 if keys
             )
-            + (f"; {near[0]!r} looks alike" if near else "")
+            + (f"; closest name: {near[0]!r}" if near else "")
         )
     for key, value in state.items():
         if value.shape != own[key].shape:
             ours, theirs = "x".join(map(str, own[key].shape)), "x".join(map(str, value.shape))
             raise UserError(
-                f"weights {path} do not fit the model: {key!r} is {theirs}, the model's is {ours} (weights for other "
-                "classes can be trained on: dense.pretrained)"
+                f"weights {path} do not match the model: {key!r} has shape {theirs} in the file and {ours} in the "
+                "model (to start from weights for another number of classes, use dense.pretrained)"
             )
     model.load_state_dict(state, strict=False)
 
 
 def load_surgery(folder: Path) -> dict[str, float]:
-    """What fine-tuning recorded of the surgery; raises UserError where the folder's model was not pruned by it."""
+    """Return the figures of the surgery that fine-tuning wrote to a model folder.
+
+    Raises:
+        UserError: the folder has no such record, so it is not the output of fine-tuning.
+    """
     path = folder / SURGERY
     if not path.is_file():
-        raise UserError(f"{folder} holds no pruned model (there is no {SURGERY}); give the output of finetune")
+        raise UserError(f"{folder} holds no pruned model ({SURGERY} is missing); use the output of finetune")
     figures: dict[str, float] = json.loads(path.read_text())
     return figures
 
 
 def save_settings(folder: Path, *made_of: Path, **sections: Mapping[str, Any]) -> None:
-    """Write down the sections by which an artifact was made, with those of the artifacts that it was made of."""
+    """Record the settings that produced an artifact, together with those of the artifacts in `made_of`."""
     settings: dict[str, Any] = {}
     for ancestor in made_of:
         settings |= load_settings(ancestor)
@@ -218,7 +220,7 @@ def save_settings(folder: Path, *made_of: Path, **sections: Mapping[str, Any]) -
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
-    """The sections by which an artifact was made, by name; empty where that was not written down."""
+    """Return the settings that produced an artifact, by section name; empty if none were recorded."""
     path = folder / SETTINGS
     settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return settings

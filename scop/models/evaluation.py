@@ -1,4 +1,4 @@
-"""Measuring networks: accuracy, parameters, multiply-accumulates, latency."""
+"""Measurements of networks: accuracy, parameters, multiply-accumulates, latency."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from scop.compute.device import autocast
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What a network gets right.
+    """Accuracy of a network on a set of images.
 
     Attributes:
-        top1, top5: in [0, 1]; top5 is top-k with k the number of classes where that is less than 5.
+        top1, top5: fractions in [0, 1]; with fewer than 5 classes, top5 is top-k for k classes.
         loss: mean cross-entropy.
-        confusion: int64 (classes, classes): rows are true labels, columns predictions.
-        right: bool (images,): which were answered rightly, in their order.
+        confusion: int64 (classes, classes): rows are true labels, columns are predictions.
+        right: bool (images,): whether each image is classified correctly, in the order of the batches.
     """
 
     top1: float
@@ -42,7 +42,17 @@ def measure_accuracy(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Accuracy:
-    """Run the network in eval mode over all batches; its mode is restored afterwards."""
+    """Evaluate the network on all batches, in eval mode; its training mode is restored afterwards.
+
+    Args:
+        model: the network, on the device.
+        batches: images (N, C, H, W) and labels (N,), on the device.
+        device: where to compute.
+        dtype: type in which convolutions and matrix products compute.
+
+    Raises:
+        ValueError: there are no batches.
+    """
     was_training = model.training
     model.eval()
     hits5 = total_loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -61,7 +71,7 @@ def measure_accuracy(
         confusion = pairs if confusion is None else confusion + pairs
     model.train(was_training)
     if confusion is None:
-        raise ValueError("there are no batches to measure accuracy on")
+        raise ValueError("accuracy cannot be measured: there are no batches")
     every, side = torch.cat(right).cpu(), int(len(confusion) ** 0.5)
     count = len(every)
     return Accuracy(
@@ -74,18 +84,18 @@ def measure_accuracy(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in the network's parameters, weights and biases alike."""
+    """Return the number of scalar parameters: weights and biases."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image (half of PyTorch's count of FLOPs).
+    """Return the multiply-accumulates of convolutions and matrix products for one image: half of PyTorch's FLOP count.
 
-    The network's memory format makes no difference to the count, nor is the network changed.
+    The count does not depend on the network's memory format. The network is not changed.
     """
-    # In channels-last memory scattered channels are added by a convolution with zeros and ones, which is no work of
-    # the network's: contiguous, they are not.
+    # In channels-last memory, scattered channels are added by a convolution with a 0/1 matrix, which is not part of
+    # the network and must not count. In contiguous memory there is no such convolution.
     network = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
     parameter = next(network.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
@@ -96,7 +106,7 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one forward pass, in milliseconds."""
+    """Median and 95th percentile of the duration of a forward pass, in milliseconds."""
 
     p50: float
     p95: float
@@ -111,17 +121,21 @@ def measure_latency(
     repeats: int = 30,
     threads: int | None = None,
 ) -> dict[str, Latency]:
-    """Forward passes in float32, channels last, on random images.
+    """Measure forward passes in float32, channels last, on random images.
 
-    The models take turns, so that what else the machine does hits all alike; each has three passes to warm up first.
+    The models run alternately, so that other load on the machine affects all of them equally. Each model first runs
+    three passes to warm up.
 
     Args:
-        models: by name.
-        input_shape: (C, H, W).
-        batch_size: images in a pass.
-        device: where the models are moved.
-        repeats: timed passes of each.
-        threads: of the CPU; all by default.
+        models: the networks in float32, by name; they are moved to the device and set to eval mode.
+        input_shape: (C, H, W) of an image.
+        batch_size: number of images in a pass.
+        device: where to measure.
+        repeats: number of timed passes of each model.
+        threads: number of CPU threads; by default PyTorch's current setting.
+
+    Returns:
+        The latency of each model, by name.
     """
     with _threads(threads):
         placed = {

@@ -1,4 +1,4 @@
-"""Export to ONNX and to PyTorch's .pt2, each loaded again and compared with the model that it came from."""
+"""Export to ONNX and to PyTorch's .pt2; each file is loaded again and compared with the original model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ INPUT, OUTPUT = "images", "logits"
 
 
 def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write an ONNX file with a dynamic batch and run it in onnxruntime.
+    """Write an ONNX file with a dynamic batch size, run it in onnxruntime and compare the logits.
 
     Args:
-        model: the network, in float32.
-        images: (B, C, H, W) with B of at least 2, normalised, to compare on.
-        path: the file, which holds the weights too.
+        model: the network; a float32 copy is exported.
+        images: normalised images (B, C, H, W) for the comparison, with B at least 2.
+        path: the file to write; it includes the weights.
 
     Returns:
-        The largest difference between the logits of PyTorch and of onnxruntime, see `logit_difference`.
+        The largest difference between the logits of PyTorch and onnxruntime, as defined by `logit_difference`.
     """
     import onnxruntime
 
@@ -48,7 +48,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
 
 
 def export_pt2(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write a .pt2 file with a dynamic batch, load and run it; arguments and result as for `export_onnx`."""
+    """Write a .pt2 file with a dynamic batch size, load it and compare; arguments and result as for `export_onnx`."""
     model = _prepared(model)
     with _quiet():
         program = torch.export.export(
@@ -64,30 +64,31 @@ def _prepared(model: nn.Module) -> nn.Module:
 
 
 def _argument(model: nn.Module) -> str:
-    """The name of the forward's first argument, under which the batch's dimension is declared dynamic."""
+    """Return the name of the forward's first argument, needed to declare its batch dimension dynamic."""
     import inspect
 
     return next(iter(inspect.signature(model.forward).parameters))
 
 
 def logit_difference(one: Tensor, other: Tensor) -> Tensor:
-    """The largest difference of two networks' logits: a scalar, NaN if there is one among them.
+    """Return the largest absolute difference between two networks' logits, a scalar; NaN if any logit is NaN.
 
-    As a share of the largest logit where that is above 1, since rounding errors grow with what is rounded.
+    If the largest logit of `one` exceeds 1, the difference is relative to it, since rounding errors grow with the
+    values.
     """
-    # torch's maximum, unlike Python's, lets a NaN through.
+    # Unlike Python's max, torch's propagates NaN.
     return (one - other).abs().max() / one.abs().max().clamp(min=1)
 
 
 @torch.inference_mode()
 def _largest_difference(model: nn.Module, images: Tensor, other) -> float:  # type: ignore[no-untyped-def]
-    """Over the whole batch, and over its first image alone: the batch must really be dynamic."""
+    """Compare on the whole batch and on its first image alone, to check that the batch size is dynamic."""
     return float(torch.stack([logit_difference(model(part), other(part)) for part in (images, images[:1])]).max())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' progress report and warnings, which say nothing about the result."""
+    """Suppress the exporters' progress output and warnings, which say nothing about the result."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

@@ -1,6 +1,6 @@
-"""Networks: the CIFAR ResNets, and factories by name for everything else.
+"""Networks: the CIFAR ResNets, and a lookup of other factories by name.
 
-A factory is named in the configuration by one of
+The configuration names a factory in one of these forms:
 
 * ``resnet20``, ``resnet32``, ``resnet44``, ``resnet56``, ``resnet110``: the CIFAR ResNets below;
 * ``torchvision:resnet50``: any classification model of torchvision, with random weights;
@@ -26,7 +26,7 @@ from scop.pruning.spec import ModelSpec, attach_spec
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the stride sits on the first one."""
+    """Two 3x3 convolutions and a shortcut; the first convolution has the stride."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 20, 32, 44, 56 or 110.
-        num_classes: size of the output.
-        in_channels: channels of the input, 3 for colour and 1 for grey images.
+        num_classes: number of outputs.
+        in_channels: number of input channels: 3 for colour, 1 for grey images.
 
     Shape:
-        (N, in_channels, H, W) -> (N, num_classes), any H and W of at least 4.
+        (N, in_channels, H, W) -> (N, num_classes), with H and W at least 4.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
@@ -89,11 +89,12 @@ def make_model(factory: str, **arguments: Any) -> nn.Module:
     """Build the network that ``factory`` names, with random weights.
 
     Args:
-        factory: a name as the module's docstring lists them.
-        arguments: what the factory takes, ``num_classes`` and, where it has it, ``in_channels``.
+        factory: a name in one of the forms listed at the top of this module.
+        arguments: keyword arguments of the factory: ``num_classes``, ``in_channels`` if it accepts that, and others.
 
     Raises:
-        UserError: no such factory, or it does not take these arguments.
+        UserError: the factory does not exist, does not accept these arguments or returns no module, or the arguments
+            are not JSON values.
     """
     make = find_factory(factory)
     try:
@@ -105,25 +106,34 @@ def make_model(factory: str, **arguments: Any) -> nn.Module:
     try:
         return attach_spec(model, ModelSpec(factory=factory, arguments=arguments))
     except ValidationError as error:
-        raise UserError(f"arguments of model {factory!r} must be what JSON can hold, not {arguments}") from error
+        raise UserError(
+            f"arguments of model {factory!r} must be JSON values (numbers, strings, lists, dicts), not {arguments}"
+        ) from error
 
 
 def network_for(section: DenseSection, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The network of a configuration for images of a shape (C, H, W), with random weights.
+    """Build the network that a configuration names, with random weights.
+
+    Args:
+        section: the settings of the dense network.
+        shape: (C, H, W) of an image.
+        classes: number of classes.
 
     Raises:
-        UserError: there is no such network, or it is not made for so many channels.
+        UserError: the factory does not exist, or does not accept the arguments or C channels.
     """
     arguments = {"num_classes": classes, **section.arguments}
     if accepts_channels(section.model):
         arguments.setdefault("in_channels", shape[0])
     elif section.model.startswith("torchvision:") and shape[0] != 3:
-        raise UserError(f"dense.model {section.model!r} takes colour images, these are grey; set data.channels: 3")
+        raise UserError(
+            f"dense.model {section.model!r} accepts only colour images, but these are grey; set data.channels: 3"
+        )
     return make_model(section.model, **arguments)
 
 
 def accepts_channels(factory: str) -> bool:
-    """Whether the factory has an ``in_channels`` argument (torchvision's models are for 3 channels only)."""
+    """Whether the factory has an ``in_channels`` argument; torchvision's models accept only 3 channels."""
     try:
         return "in_channels" in inspect.signature(find_factory(factory)).parameters
     except ValueError:
@@ -138,28 +148,32 @@ def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
 
 
 def find_factory(name: str) -> Callable[..., nn.Module]:
-    """The callable that a factory's name stands for; raises UserError where there is none."""
+    """Return the factory with this name.
+
+    Raises:
+        UserError: the name is unknown, or the factory cannot be imported.
+    """
     if name in CIFAR_RESNETS:
         return _cifar_resnet(CIFAR_RESNETS[name])
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(
-            f"model {name!r} is unknown (known: {', '.join(CIFAR_RESNETS)}; others are 'torchvision:NAME' or "
-            "'package.module:function')"
+            f"model {name!r} is unknown; use {', '.join(CIFAR_RESNETS)}, 'torchvision:NAME' or "
+            "'package.module:function'"
         )
     if module == "torchvision":
         return _torchvision_factory(attribute)
     try:
         found = getattr(import_user_module(module), attribute)
     except ImportError as error:
-        raise UserError(f"model {name!r}: cannot import {module!r} ({error}); is it on PYTHONPATH?") from error
+        raise UserError(f"model {name!r}: cannot import {module!r} ({error}); check PYTHONPATH") from error
     except AttributeError as error:
         raise UserError(f"model {name!r}: module {module!r} has no {attribute!r}") from error
     return found
 
 
 def import_user_module(name: str) -> Any:
-    """Import a user's module; a console script, unlike ``python -m``, does not look into the current folder."""
+    """Import a user's module, also from the current folder: console scripts, unlike ``python -m``, do not search it."""
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
@@ -169,7 +183,7 @@ def import_user_module(name: str) -> Any:
 def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
     from torchvision import models
 
-    # torchvision.models itself lists the classifiers; detection, segmentation and video live in submodules.
+    # The classifiers are in torchvision.models itself; detection, segmentation and video are in submodules.
     classifiers = models.list_models(module=models)
     if name not in classifiers:
         hint = difflib.get_close_matches(name, classifiers, n=1)
@@ -178,7 +192,7 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
     builder = models.get_model_builder(name)
 
     def make(num_classes: int = 1000, **arguments: Any) -> nn.Module:
-        # Inception and GoogLeNet return a tuple in training unless their auxiliary heads are off.
+        # Inception and GoogLeNet return a tuple in training mode unless their auxiliary heads are disabled.
         if "aux_logits" in inspect.signature(_builder_class(builder)).parameters:
             arguments.setdefault("aux_logits", False)
         if name in ("inception_v3", "googlenet"):
@@ -189,7 +203,7 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
 
 
 def _builder_class(builder: Callable[..., nn.Module]) -> Any:
-    """The class that a builder of torchvision instantiates, for its constructor's parameters."""
+    """Return the class that a torchvision builder instantiates; its constructor has the parameters."""
     annotation = inspect.signature(builder).return_annotation
     if isinstance(annotation, str):
         annotation = getattr(inspect.getmodule(builder), annotation, builder)

@@ -11,17 +11,20 @@ import torch
 from scop.compute.device import describe_device
 from scop.storage.manifest import TIMINGS
 
+HISTORY = "history.json"
+
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch: means over its batches, and the validation split's figures where there is one.
+    """One epoch: means over its batches, and the metrics of the validation split if there is one.
 
     Attributes:
         epoch: counted from 1.
-        lr: at the epoch's end.
-        loss, top1: on the training batches as they were trained on; top1 in [0, 1], None where nothing is classified.
+        lr: learning rate at the end of the epoch.
+        loss: mean over the training batches.
+        top1: accuracy on the training batches, in [0, 1]; None without logits.
         validation_loss, validation_top1: after the epoch.
-        seconds: for training, validation left out.
+        seconds: duration of the training, without validation.
     """
 
     epoch: int
@@ -34,15 +37,12 @@ class EpochRecord:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All figures that there are, by name, without the epoch's number."""
+        """All known values by name, without the epoch's number."""
         return {key: value for key, value in asdict(self).items() if value is not None and key != "epoch"}
 
 
-HISTORY = "history.json"
-
-
 def save_history(history: list[EpochRecord], folder: Path, device: torch.device | None = None) -> None:
-    """Write the epochs of a training: history.json; and what no rerun reproduces, seconds and device: timings.json."""
+    """Write the epochs to history.json, and what differs in every run (seconds, device) to timings.json."""
     records = [{key: value for key, value in asdict(record).items() if key != "seconds"} for record in history]
     (folder / HISTORY).write_text(json.dumps(records, indent=1) + "\n")
     timings = {"epoch_seconds": [record.seconds for record in history]}
@@ -51,7 +51,7 @@ def save_history(history: list[EpochRecord], folder: Path, device: torch.device 
 
 
 def load_history(folder: Path) -> list[EpochRecord]:
-    """The epochs of a training; empty where none were recorded."""
+    """Read the epochs of a training run; an empty list if none were recorded."""
     if not (folder / HISTORY).exists():
         return []
     seconds = json.loads((folder / TIMINGS).read_text())["epoch_seconds"]
@@ -60,7 +60,7 @@ def load_history(folder: Path) -> list[EpochRecord]:
 
 
 def trained_on(folder: Path) -> str | None:
-    """The device of a training; None where it was not recorded, or there was none."""
+    """Return the device of a training run, or None if it was not recorded."""
     path = folder / TIMINGS
     device = json.loads(path.read_text()).get("device") if path.exists() else None
     return None if device is None else str(device)

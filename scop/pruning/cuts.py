@@ -1,4 +1,4 @@
-"""Cuts: which channels each layer loses under a plan, and the layers shrunk by them."""
+"""Cuts: which channels each layer loses under a plan, and how the layers are shrunk."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Cuts = Mapping[str, LayerCut]
 
 
 def cuts_of(graph: ChannelGraph, plan: ChannelPlan) -> dict[str, LayerCut]:
-    """Every layer that the plan reaches, with what it loses.
+    """Return the cut of every layer that the plan affects, by layer name.
 
     Raises:
-        UserError: the plan and the graph do not fit.
+        UserError: the plan does not match the graph.
     """
     out: dict[str, set[int]] = {}
     into: dict[str, set[int]] = {}
@@ -59,28 +59,32 @@ def _agreed_removal(prunable: Prunable, plan: ChannelPlan) -> list[int]:
     removals = {tuple(plan.removed(conv)) for conv in present}
     if len(removals) > 1 or len(present) < len(prunable.convs):
         raise UserError(
-            f"layers {', '.join(map(repr, prunable.convs))} share their channels, so a plan must keep the same in all"
+            f"layers {', '.join(map(repr, prunable.convs))} share their channels: keep the same channels in all of them"
         )
     removed = list(removals.pop())
     if removed and prunable.blocks > 1:
         block = prunable.channels // prunable.blocks
         counts = [sum(channel // block == b for channel in removed) for b in range(prunable.blocks)]
         if len(set(counts)) > 1:
-            raise UserError(f"layer {prunable.name!r}: each of its {prunable.blocks} groups must lose equally many")
+            raise UserError(
+                f"layer {prunable.name!r} has {prunable.blocks} groups: remove the same number of channels from each"
+            )
     return removed
 
 
 def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
-    """Shrink the model's layers in place, and return it.
+    """Shrink the model's layers in place and return the model.
 
     Raises:
-        UserError: a cut names a layer that the model lacks, or one that is too small for it.
+        UserError: a cut names a layer that is not in the model, or channels that the layer does not have.
     """
     for name, cut in cuts.items():
         try:
             layer = model.get_submodule(name)
         except AttributeError as error:
-            raise UserError(f"layer {name!r} is to be cut but is not in the model") from error
+            raise UserError(
+                f"layer {name!r} has a cut but is not in the model; was the cut made for another network?"
+            ) from error
         width = layer_width(layer)
         frozen = [name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad]
         try:
@@ -89,8 +93,10 @@ def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
             if cut.out:
                 _pruner(layer).prune_out_channels(layer, cut.out)
         except (IndexError, RuntimeError) as error:
-            raise UserError(f"layer {name!r} does not fit its cut ({error}); is this another network?") from error
-        for parameter in frozen:  # Torch-Pruning makes new ones
+            raise UserError(
+                f"layer {name!r} does not match its cut ({error}); was the cut made for another network?"
+            ) from error
+        for parameter in frozen:  # Torch-Pruning creates new, trainable ones
             layer.get_parameter(parameter).requires_grad_(False)
         if cut.scatter:
             make_scattering(layer, cut.out, width)
@@ -98,24 +104,25 @@ def apply_cuts(model: nn.Module, cuts: Cuts) -> nn.Module:
 
 
 @torch.no_grad()
-def regrow(pruned: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of the dense network with the pruned one's weights at their places, and zeros where channels went.
+def expand(pruned: nn.Module, dense: nn.Module) -> nn.Module:
+    """Return a copy of the dense network with the pruned network's weights, and zeros for the removed channels.
 
-    It computes what the pruned network does, so that its channels can be scored and pruned again.
+    It computes the same function as the pruned network, so that its channels can be scored and pruned again.
     """
     spec = spec_of(pruned)
     assert spec is not None
-    # Cut numbers that tell their own places, and they tell where those that stayed came from, whatever the layer.
+    # Fill a copy of the dense network with each tensor's flat indices and cut it: the remaining indices are the
+    # positions of the pruned network's weights, for any type of layer.
     numbered = copy.deepcopy(dense).cpu().double()
     for module in numbered.modules():
-        for name, tensor in module.named_buffers(recurse=False):  # a mask or a table holds no such numbers
+        for name, tensor in module.named_buffers(recurse=False):  # a boolean or small integer type cannot hold them
             setattr(module, name, tensor.double())
     for tensor in numbered.state_dict().values():
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
-    places, weights = apply_cuts(numbered, spec.cuts).state_dict(), pruned.state_dict()
+    positions, weights = apply_cuts(numbered, spec.cuts).state_dict(), pruned.state_dict()
     grown = copy.deepcopy(dense).cpu()
     for name, tensor in grown.state_dict().items():
-        tensor.zero_().put_(places[name].long(), weights[name].cpu())
+        tensor.zero_().put_(positions[name].long(), weights[name].cpu())
     return grown
 
 
@@ -132,7 +139,7 @@ def _prune_inputs(layer: nn.Module, removed: list[int]) -> None:
     if not (isinstance(layer, nn.Conv2d) and layer.groups > 1):
         _pruner(layer).prune_in_channels(layer, removed)
         return
-    # A grouped convolution: each group keeps its own inputs, which Torch-Pruning takes to be the same in all.
+    # Each group of a grouped convolution keeps its own inputs; Torch-Pruning assumes the same inputs in all groups.
     gone = set(removed)
     width = layer.in_channels // layer.groups
     kept = [[c for c in range(width) if g * width + c not in gone] for g in range(layer.groups)]

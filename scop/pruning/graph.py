@@ -1,16 +1,16 @@
-"""Which channels of a network can go, and what goes with them.
+"""Which channels of a network can be removed, and which other layers that affects.
 
-The network is traced with Torch-Pruning's dependency graph. Convolutions whose output channels must be removed
-together form a `ChannelGroup`; nothing is ever found by a layer's name. A linear layer that runs at each place of a
-feature map (N, H, W, C), as ConvNeXt's do, is a 1x1 convolution by another name and counts as one. A rule for residual
-streams then says which groups are pruned, and how:
+The network is traced with Torch-Pruning's dependency graph; layers are never identified by their names. Convolutions
+whose output channels must be removed together form a `ChannelGroup`. A linear layer on a feature map (N, H, W, C), as
+in ConvNeXt, is equivalent to a 1x1 convolution and counts as one. A residual rule selects which groups are pruned, and
+how:
 
 ``scatter``
-    Every group outside a residual stream, and the last convolution of each residual branch on its own: the stream
-    keeps its width, and the branch's remaining channels are added to it at their places. Stems and shortcuts stay
-    whole. The rule of the paper.
+    Every group outside a residual stream, and the last convolution of each residual branch on its own. The stream
+    keeps its width, and the branch's remaining channels are added to it at their original indices. Stems and shortcuts
+    are not pruned. This is the paper's rule.
 ``inner``
-    Only the groups outside a residual stream.
+    Only groups outside a residual stream, except the stem.
 ``coupled``
     Every group; all convolutions that write to one residual stream lose the same channels.
 """
@@ -36,10 +36,10 @@ from scop.pruning.dependency_graph import trace
 RESIDUAL_RULES: tuple[ResidualRule, ...] = get_args(ResidualRule)
 
 Side = Literal["out", "in"]
-"""Whether channels leave a layer's output or its input. Layers that have only one kind of channel use "out"."""
+"""Whether a layer loses output or input channels. Layers with only one kind of channel, such as norms, use "out"."""
 
 _OP = tp.ops.OPTYPE
-# What a group may run through: layers that Torch-Pruning can cut and that `surgery` restores on loading.
+# Types of nodes that a group may contain: Torch-Pruning can cut them, and loading a model can repeat the cut.
 _SUPPORTED = {
     _OP.CONV,
     _OP.DEPTHWISE_CONV,
@@ -56,11 +56,11 @@ class ChannelGroup:
     """Output channels that can only be removed together.
 
     Attributes:
-        convs: the convolutions that produce the channels, in the model's order; the first one names the group.
-        channels: how many channels each of them has.
-        residual: the channels are those of a residual stream: an addition joins several producers.
-        blocks: the channels form this many equal blocks, of which each must keep the same number (the groups of a
-            grouped convolution); 1 where there are none.
+        convs: the convolutions that produce the channels, in model order; the first one names the group.
+        channels: number of output channels of each convolution.
+        residual: whether the channels form a residual stream, that is, an addition joins several convolutions.
+        blocks: number of equal blocks of channels (the groups of a grouped convolution) that must all keep the same
+            number of channels; 1 if there are none.
         refusal: why the group cannot be pruned, or None.
     """
 
@@ -77,7 +77,14 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Prunable:
-    """One decision of the selection: the convolutions that lose the same channels, and whether by scattering."""
+    """Convolutions that lose the same channels: one decision of the selection.
+
+    Attributes:
+        convs: the convolutions, in model order; the first one names the decision.
+        channels: number of output channels of each convolution.
+        blocks: number of equal blocks of channels, as in `ChannelGroup`.
+        scatter: whether the remaining channels are scattered into a residual stream, which keeps its width.
+    """
 
     convs: tuple[str, ...]
     channels: int
@@ -90,18 +97,18 @@ class Prunable:
 
 
 class ChannelGraph:
-    """The channels of a model and what depends on them.
+    """The channels of a model and the layers that depend on them.
 
     Args:
         model: any network whose forward takes one image batch; it is not changed.
         input_shape: (C, H, W) of one image.
 
     Raises:
-        UserError: the model cannot be run on such an input.
+        UserError: the model does not run on such images, or its channels cannot be traced.
     """
 
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
-        # Traced on a copy in float32 on the CPU: tracing needs gradients and leaves the model in eval mode.
+        # Trace a copy in float32 on the CPU: tracing needs gradients and leaves the model in eval mode.
         self._model = copy.deepcopy(model).float().cpu().requires_grad_(True).eval()
         self.input_shape = tuple(input_shape)
         self._names = {module: name for name, module in self._model.named_modules()}
@@ -116,11 +123,11 @@ class ChannelGraph:
         self._nodes: dict[nn.Module, Any] = self._dependencies.module2node
 
     def _example(self) -> torch.Tensor:
-        # Two images: a batch of one makes some networks squeeze the batch dimension away.
+        # Two images, since some networks squeeze the batch dimension of a batch of one.
         return torch.randn(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
 
     def _count_calls(self) -> dict[nn.Module, int]:
-        """How often each layer runs in one forward pass; a layer that runs twice has no channels of its own."""
+        """Count how often each layer runs in one forward pass; a layer that runs twice cannot be pruned."""
         calls: dict[nn.Module, int] = {}
 
         def count(module: nn.Module, _: Any, output: Any) -> None:
@@ -128,7 +135,7 @@ class ChannelGraph:
             if isinstance(module, nn.Linear) and output.dim() == 4:
                 self._pointwise.add(module)
 
-        # A parametrised layer has children, which make its weights.
+        # A parametrised layer has children, which compute its weights.
         layers = (m for m in self._model.modules() if isinstance(m, nn.Conv2d | nn.Linear) or not list(m.children()))
         hooks = [layer.register_forward_hook(count) for layer in layers]
         try:
@@ -144,9 +151,9 @@ class ChannelGraph:
 
     @cached_property
     def _idle(self) -> dict[str, set[int]]:
-        """Convolutions that no example reaches, and the numbers of channels that they take and give.
+        """Convolutions that did not run on the example images, with their numbers of input and output channels.
 
-        A forward that looks at its input may come to them another time.
+        They may run on other images, if the forward depends on its input.
         """
         layers = (module for module in self._names if isinstance(module, nn.Conv2d) and module not in self._calls)
         return {self._names[layer]: {layer.in_channels, layer.out_channels} for layer in layers}
@@ -155,8 +162,8 @@ class ChannelGraph:
 
     @cached_property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """All channel groups that a convolution produces, in the model's order."""
-        order = {name: place for place, name in enumerate(self._names.values())}
+        """All channel groups, in model order."""
+        order = {name: index for index, name in enumerate(self._names.values())}
         return tuple(sorted(self._find_groups(), key=lambda group: order[group.name]))
 
     def _find_groups(self) -> Iterator[ChannelGroup]:
@@ -165,11 +172,10 @@ class ChannelGraph:
             if module in seen or not self._produces(module):
                 continue
             channels = out_channels(module)
-            prune = self._dependencies.get_pruner_of_module(module).prune_out_channels
             try:
-                items = list(self._dependencies.get_pruning_group(module, prune, list(range(channels))))
-            except (IndexError, KeyError, ValueError):  # Torch-Pruning loses its way
-                refusal = "its channels pass through a split, slice, shuffle or joining that cannot be followed"
+                items = self._dependencies.affected(module, range(channels))
+            except (IndexError, KeyError, ValueError):  # Torch-Pruning cannot map the channels
+                refusal = "its channels pass through a split, slice, shuffle or concatenation that cannot be traced"
                 yield ChannelGroup((self._names[module],), channels, residual=False, refusal=refusal)
                 continue
             seen.update(dep.target.module for dep, _ in items if self._writes(dep))
@@ -177,7 +183,7 @@ class ChannelGraph:
                 yield group
 
     def _produces(self, module: nn.Module) -> bool:
-        """Whether a layer has output channels of its own, and not those of its input."""
+        """Whether a layer has output channels of its own instead of those of its input."""
         return module in self._pointwise or (isinstance(module, nn.Conv2d) and not _is_depthwise(module))
 
     def _describe(self, items: Any) -> ChannelGroup | None:
@@ -196,9 +202,9 @@ class ChannelGraph:
         for dep, indices in items:
             writes = dep.target.module in producers and self._dependencies.is_out_channel_pruning_fn(dep.handler)
             if writes and list(indices) != list(range(channels)):
-                refusal = refusal or "its channels meet those of another layer at different places"
+                refusal = refusal or "its channels are combined with another layer's at different offsets"
         if idle := next((name for name, widths in self._idle.items() if channels in widths), None):
-            refusal = refusal or f"{idle!r}, which may read or write them, did not run on an example image"
+            refusal = refusal or f"{idle!r}, which may read or write its channels, did not run on the example images"
         names = sorted(self._names[p] for p in producers)
         ordered = tuple(name for name in self._names.values() if name in names)
         residual = any(_is_add(dep.target) for dep, _ in items) and len(producers) > 1
@@ -208,7 +214,7 @@ class ChannelGraph:
         node, module = dep.target, dep.target.module
         name = self._names.get(module) or self._parameter_names.get(module)
         if node.type == _OP.OUTPUT or not node.outputs:
-            # A group reaches a layer without consumers only by its output channels: they are the network's answer.
+            # If the group writes to a layer without consumers, its channels are the network's output.
             return "its channels are the network's output" if self._writes(dep) else None
         convolution = isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d)
         if node.type not in _SUPPORTED or convolution:
@@ -216,7 +222,7 @@ class ChannelGraph:
             what = f"a {kind}" if name is None else f"{name!r} ({kind})"
             return f"its channels pass through {what}, which is not supported"
         if module in self._tied:
-            return f"{name!r} has parameters that another layer has too"
+            return f"{name!r} shares parameters with another layer"
         if parametrize.is_parametrized(module):
             return f"{name!r} is parametrised"
         if prelu := next((out.module for out in node.outputs if out.type == _OP.PRELU), None):
@@ -235,28 +241,28 @@ class ChannelGraph:
     def _writes(self, dep: Any) -> bool:
         return dep.target.type == _OP.OUTPUT or self._dependencies.is_out_channel_pruning_fn(dep.handler)
 
-    # -- what a rule prunes ---------------------------------------------------------------------------------------
+    # -- residual rules -------------------------------------------------------------------------------------------
 
     def prunable(self, rule: ResidualRule) -> tuple[Prunable, ...]:
-        """The decisions that a selection takes under a residual rule, in the model's order.
+        """Return the layers that can be pruned under a residual rule, in model order.
 
         Raises:
-            UserError: there is nothing to prune; the message says why.
+            UserError: there are none; the message gives the reasons.
         """
         found, refusals = self.survey(rule)
         if not found:
-            reasons = "; ".join(refusals[:4]) or "it has no convolution"
+            reasons = "; ".join(refusals[:4]) or "the network has no convolution"
             other = "" if rule == "coupled" else "; try residual: coupled"
             raise UserError(f"no prunable layer under residual rule {rule!r} ({reasons}){other}")
         return found
 
     def survey(self, rule: ResidualRule) -> tuple[tuple[Prunable, ...], list[str]]:
-        """What a rule prunes, in the model's order, and for each group that it leaves whole the reason."""
+        """Return what a rule can prune, in model order, and a line ``layer: reason`` for each unpruned group."""
         found: list[Prunable] = []
         refusals: list[str] = []
         streams = any(group.residual for group in self.groups)
         for group in self.groups:
-            # The stream stays as it is, so it does not matter what else happens to its channels.
+            # The stream keeps its width, so a refusal of the whole group does not matter.
             ends = [conv for conv in group.convs if self._ends_branch(conv)] if rule == "scatter" else []
             if group.residual and ends:
                 found += [Prunable((conv,), self._width(conv), self._groups_of(conv), scatter=True) for conv in ends]
@@ -269,13 +275,13 @@ class ChannelGraph:
             elif not group.residual or rule == "coupled":
                 found.append(Prunable(group.convs, group.channels, group.blocks, scatter=False))
             else:
-                simply = " to which no branch is simply added" if rule == "scatter" else ""
-                refusals.append(f"{group.name}: part of a residual stream{simply}")
-        order = {name: place for place, name in enumerate(self._names.values())}
+                direct = " to which no branch is added directly" if rule == "scatter" else ""
+                refusals.append(f"{group.name}: part of a residual stream{direct}")
+        order = {name: index for index, name in enumerate(self._names.values())}
         return tuple(sorted(found, key=lambda p: order[p.name])), refusals
 
-    def left_whole(self, rule: ResidualRule) -> list[str]:
-        """What a rule leaves whole, a line for each reason: ``layer1.2.conv2 and 4 others: part of a ...``."""
+    def unpruned(self, rule: ResidualRule) -> list[str]:
+        """Return what a rule does not prune, one line per reason: ``layer1.2.conv2 and 4 others: part of a ...``."""
         by_reason: dict[str, list[str]] = {}
         for refusal in self.survey(rule)[1]:
             name, _, reason = refusal.partition(": ")
@@ -289,7 +295,7 @@ class ChannelGraph:
         return int(getattr(self._model.get_submodule(conv), "groups", 1))
 
     def batch_norm(self, conv: str) -> str | None:
-        """The name of the batch norm that alone reads the convolution's output, or None."""
+        """Return the name of the batch norm that is the only reader of the convolution's output, or None."""
         node = self._nodes.get(self._model.get_submodule(conv))
         if node is None or len(node.outputs) != 1 or node.outputs[0].type != _OP.BN:
             return None
@@ -311,7 +317,7 @@ class ChannelGraph:
         return self._nodes[self._model.get_submodule(name)]
 
     def _depth(self, node: Any) -> int:
-        """Convolutions on the longest path from the input up to and with this node."""
+        """Return the number of convolutions on the longest path from the input to this node, inclusive."""
         return self._depths[node]
 
     @cached_property
@@ -321,7 +327,7 @@ class ChannelGraph:
         entered: set[Any] = set()
         while stack:
             node = stack[-1]
-            # A layer that runs twice is one node, so there can be cycles: what was entered already is not waited for.
+            # A layer that runs twice is one node, so there can be cycles: do not wait for nodes entered before.
             waiting = [source for source in node.inputs if source not in depths and source not in entered]
             entered.add(node)
             if waiting:
@@ -332,17 +338,16 @@ class ChannelGraph:
             stack.pop()
         return depths
 
-    # -- what a removal reaches -----------------------------------------------------------------------------------
+    # -- affected layers ------------------------------------------------------------------------------------------
 
     def reach(self, conv: str, removed: list[int]) -> Iterator[tuple[str, Side, list[int]]]:
-        """Every layer that changes when output channels of ``conv`` are removed, with the channels that it loses.
+        """Yield every layer that changes when output channels of ``conv`` are removed, with the channels it loses.
 
         Yields:
-            (layer name, side, channel indices), the indices those of the unpruned layer.
+            (layer name, side, channel indices in the unpruned layer).
         """
         module = self._model.get_submodule(conv)
-        prune = self._dependencies.get_pruner_of_module(module).prune_out_channels
-        for dep, indices in self._dependencies.get_pruning_group(module, prune, removed):
+        for dep, indices in self._dependencies.affected(module, removed):
             target = dep.target.module
             if target not in self._names:
                 continue  # an operation without parameters
@@ -352,7 +357,7 @@ class ChannelGraph:
 
 
 def _tied(model: nn.Module) -> set[nn.Module]:
-    """The layers that share a parameter with another one, which cannot be cut for one of them alone."""
+    """Return the layers that share a parameter with another layer; they cannot be cut independently."""
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -366,7 +371,7 @@ def _listed(names: list[str]) -> str:
 
 
 def out_channels(layer: nn.Module) -> int:
-    """How many channels a convolution, or a linear layer that acts as one, puts out."""
+    """Return the number of output channels of a convolution, or of a linear layer that acts as one."""
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # type: ignore[return-value]
 
 
@@ -385,7 +390,7 @@ def _is_add(node: Any) -> bool:
 
 
 def _flattens(node: Any) -> bool:
-    """Whether a reshape only flattens (N, C, H, W) to (N, C*H*W), or does nothing."""
+    """Whether a reshape only flattens (N, C, H, W) to (N, C*H*W), or has no effect."""
     sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", None) or getattr(node.grad_fn, "_saved_self_sizes", None)
     return sizes is not None and len(sizes) in (2, 4) and all(_takes_flat(out) for out in node.outputs)
 
@@ -397,7 +402,7 @@ def _takes_flat(node: Any) -> bool:
 
 
 def gamma(model: nn.Module, graph: ChannelGraph, conv: str) -> Tensor | None:
-    """|gamma| (channels,), on the CPU, or None where the layer has no batch norm or that no weight."""
+    """Return |gamma| (channels,) of a layer's batch norm, on the CPU; None without batch norm or without gamma."""
     norm = graph.batch_norm(conv)
     weight = None if norm is None else model.get_submodule(norm).weight
     return None if weight is None else weight.detach().abs().float().cpu()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The channel plan: which output channels of which convolutions stay. The result of selection, the input of surgery."""
+"""The channel plan: the kept output channels of each convolution. Selection returns it, surgery carries it out."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from scop.pruning.graph import out_channels
 
 
 class ChannelPlan(BaseModel):
-    """Kept output channels, layer by layer.
+    """The kept output channels of each convolution.
 
     Attributes:
         input_shape: (C, H, W) of the images for which the plan was made.
-        residual: the rule for residual streams under which the plan is carried out.
-        kept: for each pruned convolution the indices that stay, ascending.
-        channels: for each pruned convolution how many channels it had.
-        method, selection: what selected them, for the record.
-        prune_rate: the rate that was asked for, or that meets a budget; for knockoff_plus that which came of it.
-        unsure: for each convolution with known standard errors the channels whose scores lie within two of them of the
-            cut: others might have gone as well.
-        latency_ms: of the network that it leaves, measured when a budget of latency was met.
+        residual: the residual rule of the plan.
+        kept: for each pruned convolution, the indices of the kept channels, ascending.
+        channels: for each pruned convolution, its number of channels before pruning.
+        method, selection: how the channels were selected, for the record.
+        prune_rate: the requested rate, or the rate that meets the budget; for knockoff_plus the resulting rate.
+        unsure: for each convolution whose scores have standard errors, the channels within two standard errors of the
+            cut, whose selection is uncertain.
+        latency_ms: measured latency of the pruned network in milliseconds, if the budget is a latency.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,12 +53,12 @@ class ChannelPlan(BaseModel):
         return self
 
     def removed(self, layer: str) -> list[int]:
-        """The channels of a layer that go, ascending."""
+        """Return the removed channels of a layer, ascending."""
         kept = set(self.kept[layer])
         return [channel for channel in range(self.channels[layer]) if channel not in kept]
 
     def doubtful(self, layer: str) -> tuple[list[int], list[int]]:
-        """The channels of a layer that stay and those that go of which the selection was not sure, ascending."""
+        """Return the kept and the removed channels of a layer whose selection is uncertain, each ascending."""
         kept = set(self.kept[layer])
         unsure = self.unsure.get(layer, [])
         return [c for c in unsure if c in kept], [c for c in unsure if c not in kept]
@@ -68,7 +68,7 @@ class ChannelPlan(BaseModel):
         return all(len(kept) == self.channels[name] for name, kept in self.kept.items())
 
     def check(self, model: nn.Module) -> None:
-        """Raise UserError unless every layer of the plan is one of the model with that many channels."""
+        """Raise UserError unless the model has every layer of the plan, with the same number of channels."""
         layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
         for name, channels in self.channels.items():
             if name not in layers:
@@ -86,7 +86,7 @@ class ChannelPlan(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> ChannelPlan:
-        """Read a plan; raises UserError where it is not one."""
+        """Read a plan from a JSON file; raises UserError if the file is missing or not a valid plan."""
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, ValidationError) as error:

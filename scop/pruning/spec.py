@@ -1,4 +1,4 @@
-"""What it takes, besides the weights, to build a network again: factory, arguments, and what was cut from it."""
+"""The spec of a network: what is needed, besides its weights, to rebuild it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from scop.pruning.plan import ChannelPlan
 
 
 class LayerCut(BaseModel):
-    """What one layer loses, in indices of the unpruned layer.
+    """The channels that one layer loses, as indices in the unpruned layer.
 
     Attributes:
-        out: removed output channels (the channels, for layers that have one kind only).
+        out: removed output channels; for layers with only one kind of channel, such as norms, the removed channels.
         into: removed input channels.
-        scatter: the remaining output channels are added at their old places to a residual stream of full width.
+        scatter: whether the remaining output channels are added to a full-width residual stream, at their original
+            indices.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,15 +26,15 @@ class LayerCut(BaseModel):
 
 
 class ModelSpec(BaseModel):
-    """The description of a network.
+    """The description from which a network is rebuilt.
 
     Attributes:
-        factory, arguments: see `scop.models.factories.make_model`; None where nobody has said how the network is made.
-        cuts: what surgery took away, layer by layer; empty for a dense network.
-        plan: the plan behind the cuts.
+        factory, arguments: see `scop.models.factories.make_model`; the factory is None if it is unknown.
+        cuts: the channels that surgery removed, by layer; empty for a dense network.
+        plan: the plan from which the cuts were made.
         input_shape: (C, H, W) of an image.
-        mean, std: of the images per channel, for pixels in [0, 1].
-        classes: class names, by output.
+        mean, std: per channel, of pixels in [0, 1].
+        classes: class names, in the order of the outputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,12 +50,12 @@ class ModelSpec(BaseModel):
 
 
 def spec_of(model: nn.Module) -> ModelSpec | None:
-    """The spec of a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, else None."""
+    """Return the spec of a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, else None."""
     spec: ModelSpec | None = model.__dict__.get("scop_spec")
     return spec
 
 
 def attach_spec(model: nn.Module, spec: ModelSpec) -> nn.Module:
-    """Have a network carry its spec; copies of it carry it too."""
+    """Attach a spec to a network and return the network; copies of the network keep it."""
     model.__dict__["scop_spec"] = spec
     return model

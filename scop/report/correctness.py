@@ -1,4 +1,4 @@
-"""On which images a network is right, as text: by that, two networks are compared image by image."""
+"""Per-image correctness of a network as compact text, for comparing two networks image by image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 
 def packed(right: NDArray[np.bool_]) -> str:
-    """COUNT:BITS, compressed, in base64; ten thousand images take about a thousand characters.
+    """Encode per-image correctness as "COUNT:BITS"; BITS is zlib-compressed and in base64.
+
+    10,000 images take about 1,000 characters.
 
     Args:
         right: bool (images,), in the order of the split.
@@ -20,7 +22,7 @@ def packed(right: NDArray[np.bool_]) -> str:
 
 
 def unpacked(text: str) -> NDArray[np.bool_]:
-    """What `packed` made text of."""
+    """Decode the output of `packed`: bool (images,)."""
     count, _, compressed = text.partition(":")
     bits = zlib.decompress(base64.b64decode(compressed))
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=int(count)).astype(bool)

@@ -1,4 +1,4 @@
-"""What the metrics of a result mean: their titles, units, and which way is better."""
+"""The metrics of a result: titles, units, and whether higher is better."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from scop.report.formatting import human
 
 Kind = Literal["share", "difference", "count", "bytes", "milliseconds", "seconds", "ratio", "number"]
 
-_NAMES = {"top1": "top-1", "top5": "top-5", "macs": "MACs", "params": "parameters", "bytes": "file", "loss": "loss"}
+_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "macs": "MACs",
+    "params": "parameters",
+    "bytes": "file size",
+    "loss": "loss",
+}
 _KINDS: dict[str, Kind] = {"top1": "share", "top5": "share", "macs": "count", "params": "count", "bytes": "bytes"}
 _OTHERS: dict[str, tuple[str, Kind]] = {
     "train_seconds": ("training", "seconds"),
@@ -26,11 +33,12 @@ class Metric:
     """A metric of a `scop.report.results.Result`.
 
     Attributes:
-        key: its name there.
-        title: for people.
-        kind: of number: shares and differences of shares lie within 0 and 1, bytes are bytes.
-        higher_is_better: whether more of it is; None where nobody knows.
-        of_device: whether it depends on the device that it was measured on.
+        key: name in `Result.metrics`.
+        title: name for display.
+        kind: kind of value, which sets its unit and format. Shares are fractions in [0, 1], differences are
+            differences of shares.
+        higher_is_better: whether a higher value is better; None if unknown.
+        of_device: whether the value depends on the device that latency was measured on.
     """
 
     key: str
@@ -40,7 +48,7 @@ class Metric:
     of_device: bool = False
 
     def shown(self, value: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         match self.kind:
             case "share":
                 return f"{value:.2%}"
@@ -59,17 +67,17 @@ class Metric:
         return f"{value:.4g}"
 
     def shown_deviation(self, value: float) -> str:
-        """A standard deviation: of accuracies in points, else with the metric's own unit."""
+        """Format a standard deviation: of shares in percentage points, of other kinds in the metric's unit."""
         return f"{100 * value:.2f}" if self.kind in ("share", "difference") else self.shown(value)
 
     def change(self, value: float, before: float) -> float | None:
-        """A difference of shares, the ratio of anything else; None where there is no ratio."""
+        """Return the difference for shares, the ratio for other kinds; None for a ratio to 0."""
         if self.kind in ("share", "difference"):
             return value - before
         return value / before if before else None
 
     def shown_change(self, change: float) -> str:
-        """What `change` gave."""
+        """Format a value that `change` returned."""
         return f"{_unsigned_zero(100 * change):+.2f}" if self.kind in ("share", "difference") else f"{change:.2f}x"
 
 
@@ -78,7 +86,7 @@ def _unsigned_zero(value: float) -> float:
 
 
 def describe(key: str) -> Metric:
-    """What a metric is; of one that is not known nobody can say which way is better."""
+    """Return the description of a metric; `higher_is_better` is None for an unknown one."""
     if key in _OTHERS:
         title, kind = _OTHERS[key]
         return Metric(key, title, kind, of_device=True)
@@ -97,7 +105,7 @@ def describe(key: str) -> Metric:
     if found := _LATENCY.fullmatch(rest):
         quantile = "" if found[2] == "p50" else f", {found[2]}"
         return Metric(key, f"{prefix}latency, batch {found[1]}{quantile}", "milliseconds", of_device=True)
-    if rest in _OTHERS:  # on another device than latency was measured on: parameter trained_on
+    if rest in _OTHERS:  # not `of_device`: training may run on another device, see parameter trained_on
         title, kind = _OTHERS[rest]
         return Metric(key, prefix + title, kind)
     kind = _KINDS.get(rest, "number")
@@ -106,6 +114,6 @@ def describe(key: str) -> Metric:
 
 
 def smallest_batch(keys: Iterable[str]) -> list[str]:
-    """Latency and speed-up at the smallest batch size that was measured."""
+    """Return the keys of median latency and speed-up at the smallest measured batch size; empty if there are none."""
     sizes = sorted(int(found[1]) for key in keys if (found := _SPEEDUP.fullmatch(key)))
     return [f"pruned_latency_ms_batch{sizes[0]}_p50", f"speedup_batch{sizes[0]}"] if sizes else []

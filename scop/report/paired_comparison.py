@@ -1,9 +1,9 @@
-"""Is one way of pruning better than another? Differences pair by pair, and an interval for their mean.
+"""Paired comparison of pruning recipes: mean difference in accuracy, with a 95 % confidence interval.
 
-Two recipes are compared seed by seed: what the same dense network and the same order of images do to both drops out.
-Only networks that were trained alike are, and only at the same cost. What they differ in besides their method, such as
-the selection, is said: a lead may come from that. The mean difference has a 95 % interval for other seeds and for other
-test images of the kind. A claim is made only where it leaves 0 out.
+Two recipes are compared seed by seed, so the effects of the dense network and of the image order cancel. Only networks
+with the same training and the same cost are compared. Settings other than the method that differ, such as the
+selection, are reported, because they may explain the difference. The confidence interval covers other seeds and other
+test images from the same distribution. A recipe is called better or worse only if the interval excludes 0.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from scop.report.results import Result, Value
 
 _ACCURACY = "pruned_top1"
 _SAME_BUDGET = 0.03
-"""Costs may differ by this share and are the same budget."""
+"""Relative difference up to which two costs count as the same budget."""
 _COSTS = {"pruned_macs": "MACs", "pruned_params": "number of parameters"}
-"""What a budget may be of, in the order of preference; then latency, as the speed-up over the dense network."""
+"""Costs that define a budget, in order of preference. Latency, as the speed-up over the dense network, comes last."""
 _SPEED = "speedup_batch"
 _CONFIDENCE = 0.95
 _ROUNDING = 1e-9
 _ALIKE = ("network", "dense_seed", "seed")
-"""Parameters that both of a pair share, besides their training."""
+"""Parameters that both results of a pair must share, besides their training."""
 _CHOICE = ("selection", "residual", "floor", "round_to", "min_channels")
-"""Parameters that decide with the method which channels go; unknown in results of an earlier version."""
+"""Parameters that, with the method, decide which channels are removed; missing from results of earlier versions."""
 _OF_LAYERS = ("include", "exclude", "rates")
-"""The same, and left out where there are none."""
+"""Further such parameters, which a result has only if they are set."""
 _Key = tuple[Value | None, ...]
-"""What both of a pair have in common."""
+"""Data set and values of `_ALIKE`: equal for both results of a pair."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A recipe against another one, on the same data.
+    """Comparison of two recipes on the same data.
 
     Attributes:
         first, second: names of the variants.
-        difference: mean of the first's top-1 less the second's, a share.
-        low, high: its 95 % interval; None of one pair.
-        pairs: so many.
-        images: the interval is for other test images too, and not for other seeds on these alone.
-        same: what both cost the same of.
-        reference: the second is the unpruned network, fine-tuned just as long, and no control.
-        differing: in what else they differ than in the method, as "selection global against uniform".
+        difference: mean top-1 of the first minus that of the second, as a fraction.
+        low, high: 95 % confidence interval of `difference`; None for a single pair.
+        pairs: number of pairs.
+        images: whether the interval covers other test images, too; if not, it covers only other seeds.
+        same: the cost that both share, for display; empty if `reference`.
+        reference: whether the second is the unpruned network with the same fine-tuning, not a control.
+        differing: settings that differ besides the method, such as "selection: global vs. uniform".
     """
 
     first: str
@@ -68,32 +68,32 @@ class Paired:
 
     @property
     def told(self) -> bool:
-        """Whether the interval leaves 0 out; one of no width is none, but of differences that were rounded alike."""
+        """Whether the interval excludes 0. A zero width does not count: rounding made the differences equal."""
         return self.low is not None and self.high is not None and self.low < self.high and self.low * self.high > 0
 
     def __str__(self) -> str:
-        """A sentence that claims no more than the interval does."""
+        """The comparison as a sentence; it says "better" or "worse" only if the interval excludes 0."""
         points = f"{100 * self.difference:+.2f} points of top-1"
         if self.low is None or self.high is None:
-            return f"{self.first} against {self.second}: {points}, one pair, from which nothing can be told"
-        between = f"95% interval {100 * self.low:+.2f} to {100 * self.high:+.2f}"
-        what = f"{self.pairs} pairs" if self.images else f"{self.pairs} pairs, on these very test images"
+            return f"{self.first} vs. {self.second}: {points}; only one pair: not enough to compare"
+        between = f"95% CI {100 * self.low:+.2f} to {100 * self.high:+.2f}"
+        what = f"{self.pairs} pairs" if self.images else f"{self.pairs} pairs, for these test images only"
         evidence = f"{points} ({between}, {what})"
         if self.reference:
-            return f"{self.first} against {self.second}, which is not pruned and fine-tuned just as long: {evidence}"
-        same = f"at the same {self.same}" + (f", {self.differing}" if self.differing else "")
+            return f"{self.first} vs. {self.second} (unpruned, same fine-tuning): {evidence}"
+        same = f"at the same {self.same}" + (f" ({self.differing})" if self.differing else "")
         if not self.told:
-            return f"{self.first} against {self.second} {same}: {evidence}; no difference can be told"
+            return f"{self.first} vs. {self.second} {same}: {evidence}; no significant difference"
         word = "better" if self.difference > 0 else "worse"
         return f"{self.first} is {word} than {self.second} {same}: {evidence}"
 
 
 def compare_pairs(results: Sequence[Result]) -> list[Paired]:
-    """SCOP's recipes against each control at the same budget, and against the unpruned network.
+    """Compare each SCOP recipe with every control at the same budget, and with the unpruned network.
 
     Args:
-        results: any; those on other data, of another network, or trained in another way are never paired. But a
-            network from scratch may take its time.
+        results: any results. Results on different data, of different networks or with different training are never
+            paired. Networks trained from scratch are an exception: their training may differ.
     """
     recipes: dict[str, list[Result]] = {}
     for result in results:
@@ -107,28 +107,27 @@ def compare_pairs(results: Sequence[Result]) -> list[Paired]:
     for ours in every:
         if ours.method != "scop":
             continue
-        # All controls at once, for there may be thousands; what is missing equals nothing.
+        # Vectorised, because there may be thousands of controls. A missing cost is NaN, which equals nothing.
         equal = np.abs(np.array([ours.costs.get(key, np.nan) for key in keys]) / table - 1) <= _SAME_BUDGET
         reference = np.array([recipe.method == "none" for recipe in controls], bool)
         first = equal.argmax(axis=1)
-        for place in np.flatnonzero(equal.any(axis=1) | reference):
-            same = "" if reference[place] else _named(keys[first[place]])
-            found.append(_paired(ours, controls[place], same))
-    # Like with like first: there the method alone makes the difference.
+        for index in np.flatnonzero(equal.any(axis=1) | reference):
+            same = "" if reference[index] else _named(keys[first[index]])
+            found.append(_paired(ours, controls[index], same))
+    # Pairs that differ only in the method come first.
     key = attrgetter("first", "reference", "differing", "second")
     return sorted((one for one in found if one), key=key)
 
 
 class _Recipe:
-    """Results that differ in nothing but their seeds."""
+    """Results that differ only in their seeds."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         name, self.method = results[0].name, results[0].params.get("method")
         self.name = re.sub(r"-seed\d+$", "", name) if len(results) > 1 else name
         self.training, self.params = results[0].training, results[0].params
         self.costs = _costs(results)
-        # By what both of a pair have in common.
-        # Several with the same key differ in the scores' seeds or were run again; in a pair they count as their mean.
+        # Results with the same key differ in the seeds of their scores or are reruns; a pair uses their mean.
         same: dict[_Key, list[Result]] = {}
         for result in results:
             same.setdefault((result.dataset, *(result.params.get(key) for key in _ALIKE)), []).append(result)
@@ -138,14 +137,14 @@ class _Recipe:
         self._shares: dict[tuple[_Key, ...], NDArray[np.float32]] = {}
 
     def share_right(self, keys: tuple[_Key, ...]) -> NDArray[np.float32]:
-        """Of these results, how many are right on each test image: (images,), in [0, 1]."""
+        """Return the share of the results at `keys` that are right on each test image: (images,), in [0, 1]."""
         if keys not in self._shares:
             self._shares[keys] = np.mean([share_right(self.right[key]) for key in keys], axis=0)
         return self._shares[keys]
 
 
 def _costs(results: Sequence[Result]) -> dict[str, float]:
-    """Means of what networks of one recipe cost; speed-ups only where all were measured on one device."""
+    """Return the mean costs of the networks of one recipe; speed-ups only if all were measured on one device."""
     device = results[0].device if len({result.device for result in results}) == 1 else None
     keys = [key for key in results[0].metrics if key in _COSTS or (device and key.startswith(_SPEED))]
     named = {key: key if key in _COSTS else f"{device} {key}" for key in keys}
@@ -155,7 +154,7 @@ def _costs(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _named(cost: str) -> str:
-    """What two recipes cost the same of, for people."""
+    """Return the name of a cost for display."""
     return _COSTS.get(cost, f"latency (batch {cost.rpartition(_SPEED)[2]})")
 
 
@@ -188,15 +187,15 @@ def _differing(first: _Recipe, second: _Recipe) -> str:
     keys = [*(key for key in _CHOICE if key in first.params and key in second.params), *_OF_LAYERS]
     pairs = {key: (first.params.get(key, "none"), second.params.get(key, "none")) for key in keys}
     if "uniform" in pairs.get("selection", ()):
-        pairs.pop("floor", None)  # that selection does not look at it
-    return ", ".join(f"{key} {ours} against {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs)
+        pairs.pop("floor", None)  # a uniform selection ignores it
+    return ", ".join(f"{key}: {ours} vs. {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs)
 
 
 def share_right(answers: Sequence[str]) -> NDArray[np.float32]:
-    """How many of some networks are right on each test image: (images,), in [0, 1].
+    """Return the share of networks that are right on each test image: (images,), in [0, 1].
 
     Args:
-        answers: of each, as `scop.report.correctness` packs them.
+        answers: correctness of each network, as `scop.report.correctness.packed` encodes it.
     """
     return np.mean([unpacked(text) for text in answers], axis=0, dtype=np.float32)
 
@@ -204,26 +203,27 @@ def share_right(answers: Sequence[str]) -> NDArray[np.float32]:
 def interval(
     differences: Sequence[float], images: NDArray[np.floating[Any]] | None = None
 ) -> tuple[float | None, float | None]:
-    """The 95 % interval of the mean over pairs by Student's t; None for each where there is but one.
+    """Return the 95 % confidence interval of the mean difference by Student's t; (None, None) for fewer than two pairs.
 
-    Seeds differ by chance, and so do the images that happen to be in the test split: accuracies on few images may
-    agree to the last digit by several seeds, and would differ on others. The variances of both means are added, each
-    with the quantile of its own degrees of freedom (Banerjee, 1961): ``half^2 = sum of t_k^2 v_k``. The quantile of a
-    common number of them, as Welch has it, is too small for two or three seeds that happen to agree. What seeds do to
-    single images is in both variances, so the interval errs on the wide side.
+    Both the seeds and the images of the test split are samples. On few images, several seeds may give exactly the same
+    accuracy and still differ on other images. The interval therefore adds the variances of the mean over seeds and of
+    the mean over images, each with the t quantile of its own degrees of freedom (Banerjee, 1961):
+    ``half^2 = sum of t_k^2 v_k``. Welch's common degrees of freedom give a quantile that is too small if two or three
+    seeds agree by chance. The effect of seeds on single images is part of both variances, so the interval is
+    conservative.
 
     Args:
-        differences: in accuracy, pair by pair.
-        images: the same image by image, the one's `share_right` less the other's, in the same unit; where None, the
-            interval is for other seeds on the very same images.
+        differences: differences in accuracy, one per pair.
+        images: (images,), the first's `share_right` minus the second's. If None, the interval covers other seeds on
+            the same images only.
     """
     if len(differences) < 2:
         return None, None
-    from scipy.special import stdtrit  # Student's quantile; scipy.stats takes five times as long to import
+    from scipy.special import stdtrit  # Student's quantile; importing scipy.stats takes five times as long
 
     samples = [np.asarray(differences), *([] if images is None or len(images) < 2 else [images])]
     quantiles = [float(stdtrit(len(sample) - 1, (1 + _CONFIDENCE) / 2)) for sample in samples]
-    # Equal differences are so but for rounding, which is no variance.
+    # Differences that are equal up to rounding have zero variance.
     errors = [0.0 if np.ptp(s) < _ROUNDING else float(s.std(ddof=1)) / math.sqrt(len(s)) for s in samples]
     half = math.hypot(*(quantile * error for quantile, error in zip(quantiles, errors, strict=True)))
     mean = fmean(differences)

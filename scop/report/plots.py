@@ -1,4 +1,4 @@
-"""Pictures of a step's result, as PNG, for MLflow and for looking at a folder."""
+"""PNG plots of a step's results, for MLflow and the output folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _KEPT, _REMOVED = "#2563a8", "#d5dbe3"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # The object interface: pyplot would keep global state and look for a display.
+    # The object interface: pyplot keeps global state and looks for a display.
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["text.parse_math"] = False  # a class may be called $10_$20
+    rcParams["text.parse_math"] = False  # a class may be named $10_$20
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -28,14 +28,14 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def kept_channels(plan: ChannelPlan, path: Path) -> None:
-    """Kept and removed channels, a bar per layer."""
+    """Plot kept and removed channels, one bar per layer."""
     layers = list(plan.kept)
     figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
     kept = [len(plan.kept[layer]) for layer in layers]
     axes.barh(layers, [plan.channels[layer] for layer in layers], color=_REMOVED, label="removed")
     doubtful = [[len(part) for part in plan.doubtful(layer)] for layer in layers]
     unsure = {"xerr": list(zip(*doubtful, strict=True)), "error_kw": {"elinewidth": 0.8}} if plan.unsure else {}
-    axes.barh(layers, kept, color=_KEPT, label="kept; whiskers: not sure" if plan.unsure else "kept", **unsure)
+    axes.barh(layers, kept, color=_KEPT, label="kept (whiskers: uncertain)" if plan.unsure else "kept", **unsure)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel("channels")
@@ -45,9 +45,10 @@ def kept_channels(plan: ChannelPlan, path: Path) -> None:
 
 
 def comparable(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[float]], str]:
-    """Scores as they can be drawn on one axis, and the axis' title.
+    """Return the scores of all layers on one scale, and the title of its axis.
 
-    Where none is below 0 they are put in proportion to their layer's mean, and their logarithm taken, down to 1/1000.
+    If no score is negative, each is divided by its layer's mean, clipped below at 1/1000, and converted to log10.
+    Otherwise the scores are unchanged.
     """
     import numpy as np
 
@@ -57,13 +58,13 @@ def comparable(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[fl
     for layer, own in scores.items():
         share = np.asarray(own) / max(float(np.mean(own)), 1e-30)
         shown[layer] = np.log10(share.clip(min=1e-3)).tolist()
-    return shown, "knockoff score over its layer's mean, in powers of ten"
+    return shown, "log10 of knockoff score / mean of its layer"
 
 
 def score_histograms(
     scores: Mapping[str, Sequence[float]], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """The distribution of the scores in every layer: median, quartiles and range."""
+    """Plot the distribution of the scores of each layer as a box plot."""
     scores, title = comparable(scores)
     layers = list(scores)
     figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
@@ -83,7 +84,7 @@ def score_histograms(
 
 
 def sensitivity_curves(top1: Mapping[str, Sequence[float]], rates: Sequence[float], path: Path) -> None:
-    """Accuracy of the network with one layer pruned: a row per layer, a column per rate."""
+    """Plot top-1 with a single layer pruned: one row per layer, one column per rate."""
     import numpy as np
 
     layers, values = list(top1), np.asarray(list(top1.values()))
@@ -96,18 +97,18 @@ def sensitivity_curves(top1: Mapping[str, Sequence[float]], rates: Sequence[floa
         axes.text(
             column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color="white" if value > 0.5 else "#334"
         )
-    axes.set_xlabel("share of the layer's channels that is removed")
+    axes.set_xlabel("share of the layer's channels removed")
     axes.set_title("Top-1 with one layer pruned", loc="left", fontsize=10)
     figure.savefig(path)
 
 
 def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Path) -> None:
-    """Images above their knockoffs.
+    """Plot up to ten images above their knockoffs.
 
     Args:
         real, knockoffs: (B, C, H, W), normalised.
-        info: says how they were normalised.
-        path: of the picture.
+        info: mean and standard deviation of the normalisation.
+        path: PNG file to write.
     """
     import numpy as np
 
@@ -121,20 +122,20 @@ def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Pa
     picture = np.concatenate(rows)
     axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
     axes.axis("off")
-    axes.set_title("Images, and below them their knockoffs", loc="left", fontsize=10)
+    axes.set_title("Images (top) and their knockoffs (bottom)", loc="left", fontsize=10)
     figure.savefig(path)
 
 
 def confusion_matrix(
     counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Counts by true and predicted class."""
+    """Plot the counts by true and predicted class: (classes, classes), rows are true classes."""
     import numpy as np
 
     matrix = np.asarray(counts)
     side = min(12.0, max(3.5, 0.45 * len(classes) + 1.5))
     figure, axes = _figure(side, side)
-    # Colour by row share: what matters is which classes a class is taken for, however many images it has.
+    # Colour by row share, so that the colours do not depend on the number of images per class.
     share = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= 20:
@@ -147,5 +148,5 @@ def confusion_matrix(
                     axes.text(column, row, int(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title("Confusion on the test split, pruned network", loc="left", fontsize=10)
+    axes.set_title("Confusion matrix of the pruned network, test split", loc="left", fontsize=10)
     figure.savefig(path, metadata=metadata)

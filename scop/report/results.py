@@ -1,4 +1,4 @@
-"""One measured network, flat: the row that people compare, the same in MLflow, in a table and on a page."""
+"""Results of measured networks, as flat rows: the same in MLflow, in the table and on the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 Value = str | float | int | bool
 
-# What of the sections by which a network was made is a parameter of its own: section.key -> the parameter's name.
+# Settings that become parameters of a result: section.key -> name of the parameter.
 _OF_SECTIONS = {
     "dense.model": "network",
     "dense.weights": "dense_weights",
@@ -52,7 +52,7 @@ _OF_SECTIONS = {
     "finetune.distillation.mirror": "distillation_mirror",
 }
 SEEDS = ("seed", "dense_seed", "knockoff_seed", "variant_seed")
-"""Parameters in which results of one recipe differ."""
+"""Parameters that may differ between results of one recipe."""
 
 SIZES = ("params", "macs", "bytes")
 NETWORKS = ("dense", "pruned")
@@ -60,17 +60,18 @@ NETWORKS = ("dense", "pruned")
 
 @dataclass(frozen=True)
 class Result:
-    """A pruned network beside the dense one it came from.
+    """Settings and measurements of a pruned network and of its dense network.
 
     Attributes:
-        name: of the variant.
-        params: what it was made by: network, method, prune_rate, seed, ...
-        metrics: what was measured: dense_top1, pruned_top1, top1_drop, pruned_latency_ms_batch1_p50 (milliseconds), ...
+        name: name of the variant.
+        params: settings: network, method, prune_rate, seed, ...
+        metrics: measurements: dense_top1, pruned_top1, top1_drop, pruned_latency_ms_batch1_p50 (milliseconds), ...
         dataset: content hash of the data that accuracy was measured on.
-        device: that latency was measured on.
-        run: MLflow's id of the run that measured it.
-        place: of the evaluation, a path or URI, by which the step can be run again.
-        right: which test images the pruned network gets right, as `scop.report.correctness` packs it; None if unknown.
+        device: device that latency was measured on.
+        run: MLflow ID of the run that measured it.
+        uri: path or ``s3://`` URI of the evaluation, from which the step can be rerun.
+        right: per-image correctness of the pruned network on the test split, as `scop.report.correctness.packed`
+            encodes it; None if unknown.
     """
 
     name: str
@@ -79,34 +80,34 @@ class Result:
     dataset: str
     device: str
     run: str | None = None
-    place: str | None = None
+    uri: str | None = None
     right: str | None = None
 
     @property
     def identity(self) -> str:
-        """The same for results that differ in nothing but their seeds, and for no others.
+        """Key that is equal for results that differ only in their seeds.
 
-        It goes by the parameter `recipe`, a hash of all settings. Where there is none, an artifact of an earlier
-        version, a result is like no other one.
+        It consists of the data set and the parameter `recipe`, a hash of all settings. Artifacts of earlier versions
+        have no `recipe`; each of them has a key of its own.
         """
         if "recipe" not in self.params:
-            return f"{self.run} {self.place} {self.name}"
+            return f"{self.run} {self.uri} {self.name}"
         return f"{self.dataset} {self.params['recipe']}"
 
     @property
     def rerun(self) -> str | None:
-        """The command that measures it again; None where nobody knows where it is."""
-        return None if self.place is None else f"scop rerun {shlex.quote(self.place)}"
+        """Command that repeats the measurement; None if the evaluation's URI is unknown."""
+        return None if self.uri is None else f"scop rerun {shlex.quote(self.uri)}"
 
     @property
     def training(self) -> str | None:
-        """The same for results of networks that were trained alike, whatever was pruned; None where that is unknown."""
+        """Key that is equal for results with the same training, however they were pruned; None if unknown."""
         first, dash, _ = str(self.params.get("recipe", "")).partition("-")
         return first if dash else None
 
     @classmethod
-    def of(cls, evaluation: Mapping[str, Any], place: str | None = None) -> Result:
-        """What an evaluation says, as step evaluate has it, with the timings put in."""
+    def of(cls, evaluation: Mapping[str, Any], uri: str | None = None) -> Result:
+        """Return the result of an evaluation: the content of evaluation.json, merged by `with_timings`."""
         sections = evaluation.get("settings", {})
         made = {name: _entry(sections, path) for path, name in _OF_SECTIONS.items()}
         params = {
@@ -127,24 +128,24 @@ class Result:
             dataset=evaluation["dataset"]["content"],
             device=evaluation["device"],
             run=evaluation.get("run"),
-            place=place,
+            uri=uri,
             right=evaluation["pruned"].get("right"),
         )
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What the steps found out about one variant.
+    """Outputs of the steps evaluate and export for one variant.
 
     Attributes:
-        evaluation: the content of evaluation.json, the timings put in.
-        export: the content of export.json.
-        place: of the evaluation, a path or URI.
+        evaluation: content of evaluation.json, merged by `with_timings`.
+        export: content of export.json, with the URIs of the exported model as ``model`` and ``onnx``.
+        uri: path or URI of the evaluation.
     """
 
     evaluation: Mapping[str, Any]
     export: Mapping[str, Any]
-    place: str | None = None
+    uri: str | None = None
 
     @property
     def name(self) -> str:
@@ -152,11 +153,11 @@ class VariantResult:
 
     @property
     def result(self) -> Result:
-        """Its row."""
-        return Result.of(self.evaluation, self.place)
+        """The variant's result as a flat row."""
+        return Result.of(self.evaluation, self.uri)
 
     def summary(self) -> dict[str, Any]:
-        """The variant's entry in summary.json."""
+        """Return the variant's entry in summary.json."""
         figures = ("top1", "top5", "params", "macs", "bytes", "latency_ms")
         return {
             "name": self.name,
@@ -171,7 +172,10 @@ class VariantResult:
 
 
 def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation with what was timed, and by which run: it lies apart from what a rerun reproduces."""
+    """Merge the timings and the run's ID into an evaluation.
+
+    They are stored in a file of their own, because a rerun does not reproduce them.
+    """
     merged = {**evaluation, "run": timings.get("run"), "trained_on": timings.get("trained_on")}
     for network in NETWORKS:
         seconds = timings.get("train_seconds", {}).get(network)
@@ -180,10 +184,10 @@ def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> d
 
 
 def _recipe(sections: Mapping[str, Any]) -> str:
-    """A hash of all settings that a network was trained by, and one of all that it was made by.
+    """Return "TRAINING-ALL": a hash of the training settings and a hash of all settings.
 
-    Its name and the seeds are left out. What a variant changes of section finetune is in that section already; in
-    each of its rounds there are epochs of training too.
+    Names and seeds are excluded. The variant's entry `finetune` is excluded because section `finetune` already contains
+    it. `rounds` counts as a training setting because each round trains for some epochs.
     """
     without = {
         name: {key: value for key, value in section.items() if key not in ("seed", "name")}
@@ -200,7 +204,7 @@ def _hash(settings: Mapping[str, Any], digits: int) -> str:
 
 
 def _plain(value: Any) -> Value:
-    """Lists and mappings as text, which fits into a cell."""
+    """Convert lists and mappings to text for a table cell."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {entry}" for key, entry in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -216,7 +220,7 @@ def _entry(sections: Mapping[str, Any], path: str) -> Any:
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    # As a metric too, since MLflow keeps parameters as text, which it cannot search by size.
+    # The rate is a metric, too: MLflow stores parameters as text and cannot compare them as numbers.
     metrics: dict[str, float] = {"prune_rate": float(evaluation["prune_rate"])}
     for network in NETWORKS:
         figures = evaluation[network]

@@ -1,4 +1,4 @@
-"""How a step ends that does not come to its end: by an error, or told to stop."""
+"""How a step ends: its status, its exit code, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,69 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from enum import IntEnum, StrEnum
 
 from scop.errors import Stopped, UserError, first_line
-from scop.system.signals import handled
-
-TERMINATED = 128 + signal.SIGTERM
+from scop.system.signals import handle_stop_signals, restore_handlers
 
 
-def status_of(error: BaseException) -> str:
-    """What a record says of a step that ended by it."""
-    return "stopped" if isinstance(error, Stopped | Terminated) else "failed"
+class Status(StrEnum):
+    """The status in a step's record."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
 
 
-def code_of(error: BaseException) -> int:
-    """The exit code."""
-    return 2 if isinstance(error, UserError) else TERMINATED if status_of(error) == "stopped" else 1
+class ExitCode(IntEnum):
+    """The exit code of a step's process."""
+
+    SUCCESS = 0
+    FAILURE = 1
+    USER_ERROR = 2
+    NO_DEVICE = 3
+    HUNG_UP = 128 + signal.SIGHUP
+    INTERRUPTED = 128 + signal.SIGINT
+    TERMINATED = 128 + signal.SIGTERM
+
+
+class NoDeviceError(UserError):
+    """A GPU that the step was promised is missing."""
+
+
+class StepFailedError(Exception):
+    """A step failed for a reason that is not the user's mistake; its traceback has been logged."""
+
+
+class Terminated(SystemExit):
+    """A stop signal arrived while there was nothing to save."""
+
+    code: int
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
+
+    def __str__(self) -> str:
+        return "terminated"
+
+
+def status_of(error: BaseException) -> Status:
+    """Return the status of a step that ended by an exception."""
+    return Status.STOPPED if isinstance(error, Stopped | Terminated) else Status.FAILED
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Return the exit code of a step that ended by an exception."""
+    if isinstance(error, NoDeviceError):
+        return ExitCode.NO_DEVICE
+    if isinstance(error, UserError):
+        return ExitCode.USER_ERROR
+    return ExitCode(error.code) if isinstance(error, Stopped | Terminated) else ExitCode.FAILURE
 
 
 def reason_of(error: BaseException) -> str:
-    """In a line; of an error of a library's also what caused it at first."""
+    """Return an exception's reason in one line, with the original cause of a library's exception."""
     if not isinstance(error, Exception | Terminated):
         return type(error).__name__
     cause: BaseException = error
@@ -36,31 +79,26 @@ def reason_of(error: BaseException) -> str:
     return f"{first_line(error)} (because of {type(cause).__name__}: {first_line(cause)})"
 
 
-class Terminated(SystemExit):
-    """SIGTERM or Ctrl-C came at a time when there was nothing to save."""
-
-    def __str__(self) -> str:
-        return "told to stop"
-
-
 @contextlib.contextmanager
-def ending_when_told() -> Iterator[None]:
-    """Within, the signals to stop unwind the stack, so that the record says how the step ended."""
+def stop_signals_raise() -> Iterator[None]:
+    """Raise `Terminated` on a stop signal within the context, so that the step's record is written.
+
+    The first signal wins; later ones are ignored until the record is written. SIGKILL remains. In a thread other than
+    the main one nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before: dict[int, object] = {}
 
-    before: dict[int, Any] = {}
+    def end(number: int, _: object) -> None:
+        # Ctrl-C arrives twice: from the terminal and, as SIGTERM, from `scop run`.
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
 
-    def end(*_: object) -> None:
-        # Ctrl-C comes from the terminal and, as SIGTERM, from `scop run`. The record is written first; SIGKILL is left.
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        raise Terminated(TERMINATED)
-
-    before.update(handled(end))
+    before.update(handle_stop_signals(end))
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_handlers(before)

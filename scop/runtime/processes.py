@@ -1,8 +1,8 @@
-"""A training step run by several processes, one on each GPU of its pod or of several nodes, through torchrun.
+"""A training step run by several processes, one on each GPU of its pod or of several nodes, by torchrun's launcher.
 
-The process that KFP or Kubeflow Trainer started has the step's life: record, inputs from S3, tracking run, outputs.
-Only the work itself, the step's ``run``, is done by all of them: the first writes the outputs, what the others write is
-thrown away.
+The process that KFP or Kubeflow Trainer started keeps the record, fetches the inputs, opens the MLflow run and stores
+the outputs. Only the step's ``run`` is called by all processes: the first writes the outputs, and those of the others
+are discarded.
 """
 
 from __future__ import annotations
@@ -25,41 +25,45 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from scop.environment import THREADS_VARIABLE, StepEnvironment, TorchrunEnvironment, name_of
 from scop.errors import Stopped, UserError, first_line
-from scop.runtime.exit_codes import code_of
-from scop.runtime.places import each
+from scop.runtime.exit_codes import exit_code_of
+from scop.runtime.logs import log_nothing, log_to_standard_output
 from scop.runtime.registry import TRAINING_STEPS
 from scop.runtime.result import StepResult
 from scop.runtime.step import Context, find_step
+from scop.runtime.uris import map_values
 from scop.storage.checkpoints import Checkpoints
+from scop.system.progress import show_progress_on
 from scop.tracking.mlflow import MlflowTracker
 from scop.tracking.tracker import NoTracker, Tracker
 
-PROCESSES_VARIABLE = "SCOP_PROCESSES"
-"""So many processes train; on a cluster, the number of GPUs that a pod has."""
-
 _JOB, _RESULT = "job.json", "result.json"
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_FOR_ALL_NODES = 3600
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torchrun's launcher handles
+_POLL_SECONDS = 1.0
+_RENDEZVOUS_SECONDS = 3600
+"""How long the nodes wait for each other; each has pulled an image and fetched the inputs first."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # handled by torchrun's launcher
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Who trains together.
+    """Processes that train together.
 
     Attributes:
-        here: processes of this pod.
-        nodes: pods, this one included.
-        node: which of them this is, counted from 0.
+        here: number of processes in this pod.
+        nodes: number of pods.
+        node: index of this pod.
+        master: address of the first pod, HOST:PORT, if there are several.
     """
 
     here: int = 1
     nodes: int = 1
     node: int = 0
+    master: str | None = None
 
     @property
     def total(self) -> int:
+        """Number of processes in all pods."""
         return self.here * self.nodes
 
 
@@ -70,10 +74,11 @@ class Job(BaseModel):
         step: its name.
         config: its sections by name.
         sources, targets: the local folders that it reads and writes, by name.
-        places: of the inputs: absolute paths or URIs, by name.
-        checkpoints: place, fingerprint and number of those kept.
-        tracking_run: MLflow's id of the step's run, which is open.
-        unsent: the file for what could not be sent there.
+        input_uris: absolute paths or URIs of the inputs, by name.
+        checkpoints: URI, fingerprint and number of those kept.
+        environment: what the launcher has set.
+        mlflow_run: MLflow's id of the step's open run.
+        unsent: the file for what cannot be sent there.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,38 +87,38 @@ class Job(BaseModel):
     config: dict[str, Any]
     sources: dict[str, Path | list[Path]]
     targets: dict[str, Path]
-    places: dict[str, str | list[str]]
+    input_uris: dict[str, str | list[str]]
     checkpoints: tuple[str, str, int]
-    tracking_run: str | None
+    environment: StepEnvironment
+    mlflow_run: str | None
     unsent: Path
 
 
-def wanted(step: str) -> Processes:
-    """Who is to train together: as SCOP_PROCESSES says and, in a TrainJob, Kubeflow Trainer's own variables.
+def plan_processes(step: str, environment: StepEnvironment) -> Processes:
+    """Return the processes that run a step together: as SCOP_PROCESSES and Kubeflow Trainer's variables say.
 
     Raises:
-        UserError: they were asked for in a way that cannot be.
+        UserError: there are fewer GPUs than processes, or the step was started by torchrun.
     """
-    text = os.environ.get(PROCESSES_VARIABLE, "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{PROCESSES_VARIABLE} is {text!r}; it must be a number of processes, 1 or more")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"start the step without torchrun, with {PROCESSES_VARIABLE} set; it starts the processes itself"
-        )
+    torchrun, count = TorchrunEnvironment.read(), environment.processes
+    variable = name_of(StepEnvironment, "processes")
+    if torchrun.world_size > 1:
+        raise UserError(f"start the step without torchrun and set {variable}; the step starts the processes itself")
     if step not in TRAINING_STEPS:
         return Processes()
-    if int(text) > 1:
+    if count > 1:
         import torch
 
-        if torch.cuda.is_available() and torch.cuda.device_count() < int(text):
-            raise UserError(f"{PROCESSES_VARIABLE} is {text}, and there are {torch.cuda.device_count()} GPUs")
-    # PET: what torchrun itself reads where it is not told on its command line.
-    return Processes(int(text), int(os.environ.get("PET_NNODES", "1")), int(os.environ.get("PET_NODE_RANK", "0")))
+        if torch.cuda.is_available() and torch.cuda.device_count() < count:
+            raise UserError(f"{variable} is {count}, and there are {torch.cuda.device_count()} GPUs")
+    return Processes(count, torchrun.nodes, torchrun.node, f"{torchrun.master_address}:{torchrun.master_port}")
 
 
-def work_together(job: Job, processes: Processes) -> StepResult:
-    """Do the work by several processes; its result where the first of them runs, an empty one on the other nodes.
+def run_in_processes(job: Job, processes: Processes) -> StepResult:
+    """Run a step in several processes.
+
+    Returns:
+        The step's result on the node of the first process, an empty one on the others.
 
     Raises:
         UserError: the first that a process raised.
@@ -124,20 +129,19 @@ def work_together(job: Job, processes: Processes) -> StepResult:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its banners say less than we do
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes.here)))
-    meeting: dict[str, Any] = {
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own messages say more
+    os.environ.setdefault(THREADS_VARIABLE, str(max(1, len(os.sched_getaffinity(0)) // processes.here)))
+    rendezvous: dict[str, Any] = {
         "rdzv_backend": "c10d",
         "rdzv_endpoint": "localhost:0",
         "local_addr": "localhost",
         "run_id": uuid.uuid4().hex,
     }
     if processes.nodes > 1:
-        meeting = {
+        rendezvous = {
             "rdzv_backend": "static",
-            "rdzv_endpoint": f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}",
-            # Each node has fetched an image and the inputs before it comes here.
-            "rdzv_configs": {"rank": processes.node, "timeout": _SECONDS_FOR_ALL_NODES},
+            "rdzv_endpoint": processes.master,
+            "rdzv_configs": {"rank": processes.node, "timeout": _RENDEZVOUS_SECONDS},
             "run_id": "scop",
         }
     launch = LaunchConfig(
@@ -145,7 +149,7 @@ def work_together(job: Job, processes: Processes) -> StepResult:
         max_nodes=processes.nodes,
         nproc_per_node=processes.here,
         max_restarts=0,
-        **meeting,
+        **rendezvous,
     )
     with tempfile.TemporaryDirectory(prefix="scop-") as name:
         folder = Path(name)
@@ -155,7 +159,7 @@ def work_together(job: Job, processes: Processes) -> StepResult:
             elastic_launch(launch, sys.executable)("-m", "scop.runtime.processes", name)
         except (ChildFailedError, SignalException) as error:
             raise _reason(folder, error) from None
-        finally:  # the launcher keeps its own
+        finally:  # the launcher does not restore them
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -163,27 +167,34 @@ def work_together(job: Job, processes: Processes) -> StepResult:
 
 
 def _reason(folder: Path, error: Exception) -> Exception:
-    """What a process said that was the first to fail: when one ends, the others only find its connection closed."""
+    """The exception of the process that failed first: when one ends, the others only see its connection closed."""
     failures: Mapping[int, Any] = getattr(error, "failures", {})
     for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # it could not say anything
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # it could not report anything
             name = signal.Signals(-failure.exitcode).name
-            hint = ", perhaps for want of memory" if failure.exitcode == -signal.SIGKILL else ""
+            hint = ", perhaps for lack of memory" if failure.exitcode == -signal.SIGKILL else ""
             return RuntimeError(f"process {rank} was ended by {name}{hint}")
-    said = [json.loads(path.read_text()) for path in folder.glob("failure-*.json")]
-    for kind, raised in (("mistake", UserError), ("stopped", Stopped), ("failure", RuntimeError)):
-        found = sorted((entry for entry in said if entry["kind"] == kind), key=lambda entry: entry["time"])
+    reports = [json.loads(path.read_text()) for path in folder.glob("failure-*.json")]
+    for kind, raised in (("user error", UserError), ("stopped", Stopped), ("failure", RuntimeError)):
+        found = sorted((entry for entry in reports if entry["kind"] == kind), key=lambda entry: entry["time"])
         if found:
             where = "" if kind != "failure" else f"process {found[0]['rank']}: "
             return raised(where + found[0]["message"])
     codes = ", ".join(f"{rank} with {failure.exitcode}" for rank, failure in sorted(failures.items()))
-    return RuntimeError(f"the processes ended without a word ({codes})") if codes else Stopped("terminated")
+    return RuntimeError(f"the processes ended without a report ({codes})") if codes else Stopped("terminated")
 
 
 def main(name: str) -> int:
-    """One of the processes; its work is described in a folder. Returns the exit code."""
+    """Run one of the processes.
+
+    Args:
+        name: folder that holds the job, and receives the result and the reports of failures.
+
+    Returns:
+        The exit code.
+    """
     folder = Path(name)
-    rank = int(os.environ["RANK"])
+    rank = TorchrunEnvironment.read().rank
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         result = _work(Job.model_validate_json((folder / _JOB).read_bytes()), folder, rank)
@@ -191,21 +202,21 @@ def main(name: str) -> int:
             result.save(str(folder / _RESULT))
         return 0
     except UserError as error:
-        kind, message, code = "mistake", str(error), code_of(error)
+        kind, message, code = "user error", str(error), exit_code_of(error)
     except Stopped as error:
-        kind, message, code = "stopped", str(error), code_of(error)
+        kind, message, code = "stopped", str(error), exit_code_of(error)
     except Exception as error:
         traceback.print_exc()
-        kind, message, code = "failure", first_line(error), code_of(error)
+        kind, message, code = "failure", first_line(error), exit_code_of(error)
     failure = {"kind": kind, "message": message, "rank": rank, "time": time.time()}
     (folder / f"failure-{rank}.json").write_text(json.dumps(failure))
     return code
 
 
 def _end_with_parent(parent: int) -> None:
-    """A step that was killed outright could not stop its processes, which would wait for each other for ever."""
+    """End this process after its parent: if a step is killed, its processes would wait for each other forever."""
     while os.getppid() == parent:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
     os._exit(1)
 
 
@@ -215,22 +226,27 @@ def _work(job: Job, folder: Path, rank: int) -> StepResult:
     from scop.training.shared_checkpoints import SharedCheckpoints
 
     step = find_step(job.step)
-    sources = each(job.sources, lambda _, path: Path(path))
-    place, fingerprint, keep = job.checkpoints
-    checkpoints = SharedCheckpoints(Checkpoints(place, fingerprint, keep))
+    sources = map_values(job.sources, lambda _, path: Path(path))
+    uri, fingerprint, keep = job.checkpoints
+    checkpoints = SharedCheckpoints(Checkpoints(uri, fingerprint, keep))
     tracker: Tracker = NoTracker()
     targets = job.targets
     with ExitStack() as stack:
-        if rank > 0:  # one process writes, and speaks; of the others only failures are heard
+        stack.enter_context(show_progress_on(job.environment.terminal, enabled=rank == 0))
+        if rank > 0:  # one process writes and reports; of the others only failures are reported
+            log_nothing()
             stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
             targets = {key: folder / f"rank-{rank}" / key for key in job.targets}
             for target in targets.values():
                 target.mkdir(parents=True)
-        elif job.tracking_run is not None:
-            tracker = MlflowTracker.joining(job.tracking_run, job.unsent)
-        stack.enter_context(distributed.process_group())
+        else:
+            log_to_standard_output()
+            if job.mlflow_run is not None and job.environment.tracking_uri is not None:
+                tracker = MlflowTracker.join(job.environment.tracking_uri, job.mlflow_run, job.unsent)
+        stack.enter_context(distributed.process_group(TorchrunEnvironment.read().local_rank))
         inputs, outputs = step.Inputs(**sources), step.Outputs(**targets)
-        return step.run(parse(step.Config, job.config), inputs, outputs, Context(tracker, checkpoints, job.places))
+        context = Context(tracker, checkpoints, job.input_uris, job.environment)
+        return step.run(parse(step.Config, job.config), inputs, outputs, context)
 
 
 if __name__ == "__main__":

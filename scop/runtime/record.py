@@ -1,7 +1,7 @@
-"""`step.json`: all that it takes to run a step again, and how it ended.
+"""`step.json`: what is needed to run a step again, and how it ended.
 
-It lies beside the step's output from before the work starts, in S3 too, so that a step that died has one. It holds no
-secret. A run that is resumed goes by it: what is whole, and made of the same, is not made again.
+The record lies beside the step's first output from before the work starts, in S3 too, so that a step that died has one.
+It holds no secret. A resumed run reads it: a complete result with unchanged inputs is not computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,41 +22,40 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import scop
 from scop.config import VariantSection
 from scop.config.parsing import parse
+from scop.environment import StepEnvironment
 from scop.errors import UserError
-from scop.runtime.places import absolute, each, exchanged
+from scop.runtime.exit_codes import ExitCode, Status
 from scop.runtime.result import StepResult
-from scop.storage import files as storage
-from scop.storage import folders as remote
-from scop.storage.manifest import RECORD, Manifest, read_folder
+from scop.runtime.uris import absolute_uri, map_values, shared_uri
+from scop.storage.fetch import content_version
+from scop.storage.files import join_uri, read_if_exists, write_bytes
+from scop.storage.manifest import RECORD, Manifest
 from scop.system.cost import Cost
 from scop.system.processor import processor_name
 from scop.system.revision import git_revision
 
-RUN_VARIABLE = "SCOP_RUN_ID"
-IMAGE_VARIABLE, IMAGE_ID_VARIABLE = "SCOP_IMAGE", "SCOP_IMAGE_ID"
-ATTEMPT_VARIABLE = "SCOP_ATTEMPT"
-"""Set by `scop run`, another one each time: who started or kept the step last."""
-
-# Entries of the configuration that name files or folders; what they hold is recorded with the step.
 EXTERNAL_FILES = (("data", "path"), ("dense", "weights"), ("dense", "pretrained"))
+"""Settings, as (section, key), that name files or folders outside the run; their content is recorded."""
 
 
-class RecordedInput(BaseModel):
-    """Where an input came from, and its content; lists where the step takes several.
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class RecordedInput(_Part):
+    """An input's origin and content.
 
     Attributes:
-        uri: a path or an ``s3://`` URI.
-        content: its content hash; see `scop.storage.manifest.Manifest.content`.
+        uri: a path or an ``s3://`` URI; a list if the step takes several.
+        content: its content hash, see `scop.storage.manifest.Manifest.content`; a list if the step takes several.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     uri: str | list[str]
     content: str | list[str] | None = None
 
 
-class RecordedOutput(BaseModel):
-    """Where an output went and, once the step is done, what it holds.
+class RecordedOutput(_Part):
+    """An output's location and, once the step is done, its content.
 
     Attributes:
         uri: a path or an ``s3://`` URI.
@@ -65,261 +63,293 @@ class RecordedOutput(BaseModel):
         files: the sha256 of each file.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     uri: str
     content: str | None = None
     files: dict[str, str] = {}
 
 
-class StepRecord(BaseModel):
-    """A step that was run, or is being run.
+class Launch(_Part):
+    """What started the step.
 
     Attributes:
-        step: its name.
-        status: running, done, failed or stopped.
-        version, revision: of scop; the commit has a ``+`` behind it where the source tree had changes.
-        started: when.
-        run: the id of the pipeline run.
-        tracking_run: MLflow's id of the step's run.
-        attempt: which start of the pipeline ran it, or kept it, last.
-        image, image_id: that it ran in: the name, and docker's id, which does not move as names do.
-        device: cuda or cpu; None where the step did not load PyTorch.
-        python, torch: their versions.
-        threads: PyTorch's, by which the order of additions goes; None where the step did not load it.
-        processes: that train together.
-        cpus: of the machine.
-        host, process, process_started: which process it is.
-        config: the step's sections by name.
-        files: of the files and folders that the configuration names a hash of what they hold, by the entry's name.
-        inputs, outputs: by name.
-        seconds: that it took.
-        cost: time on devices, and energy.
-        error: why it ended early.
-        code: that the process ended with: 0, 1 for an error, 2 for a mistake of the user's, 3 for want of a device, 143
-            for one that was told to stop.
-        result: what it told its caller.
+        run: id of the pipeline run.
+        attempt: id of the start of the pipeline that last ran the step or kept its result.
+        mlflow_run: MLflow's id of the step's run.
     """
 
-    step: str
-    status: str
-    version: str
-    revision: str | None = None
-    started: str | None = None
     run: str | None = None
-    tracking_run: str | None = None
     attempt: str | None = None
+    mlflow_run: str | None = None
+
+
+class Software(_Part):
+    """Versions.
+
+    Attributes:
+        scop: version of this package.
+        revision: its commit, with ``+`` if the source tree had changes.
+        image: name of the image.
+        image_id: docker's id of the image, which stays the same when a name moves.
+        python: version of Python.
+        torch: version of PyTorch.
+    """
+
+    scop: str
+    revision: str | None = None
     image: str | None = None
     image_id: str | None = None
-    device: str | None = None
     python: str | None = None
     torch: str | None = None
+
+
+class Machine(_Part):
+    """Where the step ran.
+
+    Attributes:
+        device: cuda or cpu; None if PyTorch was not loaded.
+        threads: PyTorch's number of threads, which decides the order of sums; None if PyTorch was not loaded.
+        processes: number of processes that train together.
+        cpus: number of the machine's processors.
+        host: its name.
+        pid: id of the step's process.
+        process_started: when that process started, in seconds since the epoch; ids are reused.
+    """
+
+    device: str | None = None
     threads: int | None = None
     processes: int = 1
     cpus: int | None = None
     host: str | None = None
-    process: int | None = None
+    pid: int | None = None
     process_started: float | None = None
+
+
+class StepRecord(BaseModel):
+    """A step that has run or is running.
+
+    Attributes:
+        step: its name.
+        status: running, done, failed or stopped.
+        exit_code: of its process.
+        error: why it ended early, in one line.
+        started: when, ISO 8601.
+        seconds: duration.
+        cost: device time and energy.
+        launch, software, machine: what started it, versions, and where it ran.
+        config: the step's sections by name.
+        files: hashes of the external files and folders that the configuration names, by setting.
+        inputs, outputs: by name.
+        result: what it returned.
+    """
+
+    step: str
+    status: Status
+    exit_code: ExitCode | None = None
+    error: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    cost: Cost | None = None
+    launch: Launch
+    software: Software
+    machine: Machine
     config: dict[str, Any]
     files: dict[str, str | None] = {}
     inputs: dict[str, RecordedInput]
     outputs: dict[str, RecordedOutput]
-    seconds: float | None = None
-    cost: Cost | None = None
-    error: str | None = None
-    code: int | None = None
     result: StepResult | None = None
 
     @classmethod
-    def parse(cls, content: bytes, place: str) -> StepRecord:
-        """Read a record; raises UserError, which names its place, where it is none."""
+    def parse(cls, content: bytes, uri: str) -> StepRecord:
+        """Parse a record; raise UserError, which names its URI, if this version cannot read it."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            raise UserError(f"{place} is no record of a step that this version can read: {message}") from error
+            raise UserError(f"{uri} is not a step record that this version can read: {message}") from error
 
     @classmethod
-    def starting(
+    def start(
         cls,
         step: str,
         config: dict[str, Any],
         inputs: dict[str, RecordedInput],
         outputs: Mapping[str, str],
+        environment: StepEnvironment,
         processes: int = 1,
     ) -> StepRecord:
-        """The record of a step that this process is about to run; arguments as the attributes, outputs by place."""
+        """Create the record of a step that this process is about to run.
+
+        Args:
+            step: its name.
+            config: its sections by name.
+            inputs: by name.
+            outputs: URIs by name.
+            environment: what the launcher has set.
+            processes: number of processes that train together.
+        """
         files = {}
         for section, key in EXTERNAL_FILES:
-            if place := config.get(section, {}).get(key):
-                config[section][key] = absolute(place)
-                files[f"{section}.{key}"] = storage.version_of(place)
-        torch = sys.modules.get("torch")
+            if uri := config.get(section, {}).get(key):
+                config[section][key] = absolute_uri(uri)
+                files[f"{section}.{key}"] = content_version(uri)
         return cls(
             step=step,
-            status="running",
-            version=scop.__version__,
-            revision=git_revision(),
+            status=Status.RUNNING,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
-            run=os.environ.get(RUN_VARIABLE),
-            attempt=os.environ.get(ATTEMPT_VARIABLE),
-            image=os.environ.get(IMAGE_VARIABLE),
-            image_id=os.environ.get(IMAGE_ID_VARIABLE),
-            device=None if torch is None else "cuda" if torch.cuda.is_available() else "cpu",
-            python=platform.python_version(),
-            torch=version("torch"),
-            threads=torch.get_num_threads() if torch else None,
-            processes=processes,
-            cpus=os.cpu_count(),
-            host=platform.node(),
-            process=os.getpid(),
-            process_started=psutil.Process().create_time(),
+            launch=Launch(run=environment.run_id, attempt=environment.attempt),
+            software=_software(environment),
+            machine=_machine(processes),
             config=config,
             files=files,
             inputs=inputs,
-            outputs={name: RecordedOutput(uri=exchanged(place)) for name, place in outputs.items()},
+            outputs={name: RecordedOutput(uri=shared_uri(uri)) for name, uri in outputs.items()},
         )
 
     @property
     def tags(self) -> dict[str, str]:
-        """What MLflow is told of the step beside its configuration."""
-        tags = {"scop.step": self.step, "mlflow.source.name": f"scop step {self.step}", **surroundings()}
-        tags["scop.place"] = next(iter(self.outputs.values())).uri
+        """MLflow tags: the step, where its output is, and what it ran on."""
+        tags = {"scop.step": self.step, "mlflow.source.name": f"scop step {self.step}"}
+        tags |= run_tags(self.launch.run, self.software)
+        tags["scop.uri"] = next(iter(self.outputs.values())).uri
         return tags if self.variant is None else tags | {"scop.variant": self.variant}
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all that the result depends on: configuration, files and inputs."""
+        """The sha256 of everything that the result depends on: configuration, external files and inputs."""
         depends = self.model_dump(mode="json", include={"step", "config", "files"})
         depends["inputs"] = {name: value.content for name, value in self.inputs.items()}
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
     @property
-    def still_runs(self) -> bool:
-        """Whether the very process is alive; numbers are used again, above all in containers."""
-        if self.status != "running" or self.host != platform.node() or self.process is None:
+    def is_running_elsewhere(self) -> bool:
+        """Whether another process of this machine is running the step."""
+        machine = self.machine
+        if self.status is not Status.RUNNING or machine.host != platform.node() or machine.pid is None:
             return False
         try:
-            process = psutil.Process(self.process)
-            return process.pid != os.getpid() and abs(process.create_time() - (self.process_started or 0)) < 0.01
+            process = psutil.Process(machine.pid)
+            return process.pid != os.getpid() and abs(process.create_time() - (machine.process_started or 0)) < 0.01
         except psutil.Error:
             return False
 
     @property
     def variant(self) -> str | None:
-        """The label of the variant that the step worked for."""
+        """The label of the variant that the step ran for, or None for a step of all variants."""
         values = self.config.get("variant")
         return None if values is None else parse(VariantSection, values).label
 
     @property
     def title(self) -> str:
-        """VARIANT/STEP, or STEP where it is for all variants."""
+        """VARIANT/STEP, or STEP for a step of all variants."""
         return self.step if self.variant is None else f"{self.variant}/{self.step}"
 
-    def found_in(self, run: str, folder: str) -> StepRecord:
-        """The record as it is true where it was found: of a run that was moved or copied as a whole, all has moved.
+    def relocated(self, run: str, folder: str) -> StepRecord:
+        """Return the record with the URIs of a run that was moved or copied as a whole.
 
         Args:
-            run: the run's place now.
-            folder: within it, that of the record.
+            run: the URI at which the run was found.
+            folder: the record's folder, relative to the run.
         """
-        said = next((output.uri for output in self.outputs.values()), "")
-        before = said.removesuffix(f"/{folder}")
-        if before in (said, run):
+        recorded = next((output.uri for output in self.outputs.values()), "")
+        before = recorded.removesuffix(f"/{folder}")
+        if before in (recorded, run):
             return self
 
         def moved(uri: str) -> str:
             return run + uri.removeprefix(before) if f"{uri}/".startswith(f"{before}/") else uri
 
-        uris = each({name: value.uri for name, value in self.inputs.items()}, lambda _, uri: moved(uri))
+        uris = map_values({name: value.uri for name, value in self.inputs.items()}, lambda _, uri: moved(uri))
         inputs = {name: value.model_copy(update={"uri": uris[name]}) for name, value in self.inputs.items()}
         outputs = {name: value.model_copy(update={"uri": moved(value.uri)}) for name, value in self.outputs.items()}
         return self.model_copy(update={"inputs": inputs, "outputs": outputs})
 
-    def made(self, outputs: Mapping[str, Manifest]) -> dict[str, RecordedOutput]:
-        """The outputs with what they hold, for the record of a step that is done."""
+    def describe_outputs(self, manifests: Mapping[str, Manifest]) -> dict[str, RecordedOutput]:
+        """Return the outputs with their content, for the record of a step that is done."""
         return {
             name: RecordedOutput(
                 uri=self.outputs[name].uri,
                 content=manifest.content,
                 files={file: entry.sha256 for file, entry in manifest.files.items()},
             )
-            for name, manifest in outputs.items()
+            for name, manifest in manifests.items()
         }
 
 
 class RecordFile:
-    """The record where it is kept: beside a step's first output and, below a KFP launcher's folder, in S3 too."""
+    """A record's file: beside the step's first output and, below a KFP launcher's folder, in S3 too.
+
+    Args:
+        record: the record, which `write` changes.
+        output: URI of the step's first output.
+    """
 
     def __init__(self, record: StepRecord, output: str) -> None:
         self.record = record
-        own = absolute(output)
-        self._places = [storage.join(place, RECORD) for place in dict.fromkeys((own, exchanged(output)))]
+        own = absolute_uri(output)
+        self._uris = [join_uri(uri, RECORD) for uri in dict.fromkeys((own, shared_uri(output)))]
 
     def write(self, **changes: Any) -> None:
-        """Change entries, and write it; raises UserError where that cannot be done."""
+        """Change fields and write the record; raise UserError if that fails."""
         self.record = self.record.model_copy(update=changes)
-        for place in self._places:
-            storage.write(place, (self.record.model_dump_json(indent=1) + "\n").encode())
+        for uri in self._uris:
+            write_bytes(uri, (self.record.model_dump_json(indent=1) + "\n").encode())
 
 
-def earlier_record(output: str) -> StepRecord | None:
-    """The record of an earlier try beside an output, or None; raises UserError where it cannot be read."""
-    place = storage.join(output, RECORD)
-    content = storage.read(place, must_exist=False)
-    return None if content is None else StepRecord.parse(content, place)
+def read_record(output: str) -> StepRecord | None:
+    """Read the record beside an output, or return None if there is none; raise UserError if it cannot be read."""
+    uri = join_uri(output, RECORD)
+    content = read_if_exists(uri)
+    return None if content is None else StepRecord.parse(content, uri)
 
 
-def reason_to_run(now: StepRecord, before: StepRecord, places: Mapping[str, str]) -> str | None:
-    """Why a step must be run though it was before, or None: it is whole, and made of the same.
-
-    Args:
-        now: the record of the step about to be run.
-        before: the one of the earlier try.
-        places: of its outputs, by name.
-    """
-    if before.status != "done" or before.result is None:
-        return f"it did not finish ({before.status})"
-    config, earlier = flat(now.config), flat(before.config)
-    changed = sorted(key for key in config.keys() | earlier.keys() if config.get(key) != earlier.get(key))
-    if changed:
-        return f"its configuration has changed ({', '.join(changed)})"
-    if before.files != now.files:
-        return f"{', '.join(before.files)} has changed"
-    for name, value in now.inputs.items():
-        if name not in before.inputs or before.inputs[name].content != value.content:
-            return f"its input {name!r} has changed"
-    for name, place in places.items():
-        try:
-            if storage.is_uri(place) and not remote.stands(place):
-                return f"{place} is not whole any more"
-            folder = remote.fetch_folder(place) if storage.is_uri(place) else Path(place)
-            if name not in before.outputs or read_folder(folder).content != before.outputs[name].content:
-                return f"its output {name!r} has changed"
-        except UserError as error:
-            return str(error)
-    return None
+def _software(environment: StepEnvironment) -> Software:
+    return Software(
+        scop=scop.__version__,
+        revision=environment.revision or git_revision(),
+        image=environment.image,
+        image_id=environment.image_id,
+        python=platform.python_version(),
+        torch=version("torch"),
+    )
 
 
-def surroundings() -> dict[str, str]:
-    """Tags of MLflow for where something runs: versions, commit, image, machine."""
+def _machine(processes: int) -> Machine:
+    torch = sys.modules.get("torch")
+    return Machine(
+        device=None if torch is None else "cuda" if torch.cuda.is_available() else "cpu",
+        threads=torch.get_num_threads() if torch else None,
+        processes=processes,
+        cpus=os.cpu_count(),
+        host=platform.node(),
+        pid=os.getpid(),
+        process_started=psutil.Process().create_time(),
+    )
+
+
+def run_tags(run: str | None, software: Software) -> dict[str, str]:
+    """Return the MLflow tags of a pipeline run: its id, versions, commit, image and machine."""
     known = {
-        "scop.version": scop.__version__,
-        "scop.run": os.environ.get(RUN_VARIABLE),
-        "mlflow.source.git.commit": git_revision(),
-        "scop.image": os.environ.get(IMAGE_VARIABLE),
-        "scop.image_id": os.environ.get(IMAGE_ID_VARIABLE),
-        "scop.python": platform.python_version(),
-        "scop.torch": version("torch"),
+        "scop.version": software.scop,
+        "scop.run": run,
+        "mlflow.source.git.commit": software.revision,
+        "scop.image": software.image,
+        "scop.image_id": software.image_id,
+        "scop.python": software.python,
+        "scop.torch": software.torch,
         "scop.machine": f"{processor_name()}, {os.cpu_count()} processors",
     }
     return {key: value for key, value in known.items() if value}
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level with dotted names, as MLflow wants parameters.
+def launcher_tags(environment: StepEnvironment) -> dict[str, str]:
+    """Return `run_tags` for a pipeline run that this process launches."""
+    return run_tags(environment.run_id, _software(environment))
 
-    A mapping whose keys are no names, such as rates by pattern, is one entry.
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested sections to dotted names, for MLflow's parameters.
+
+    A mapping whose keys are not identifiers, such as rates by pattern, stays one entry.
     """
     entries: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,19 +1,36 @@
-"""The pipeline's steps by name, with their inputs and outputs."""
+"""The pipeline's steps by name, with their inputs and outputs. Importing this loads no step."""
 
 from __future__ import annotations
 
-STEPS = {
-    "prepare_data": ("", "dataset"),
-    "train_dense": ("dataset", "model"),
-    "train_knockoff": ("dataset dense", "scores"),
-    "select_channels": ("dense scores", "plan"),
-    "finetune": ("dataset dense plan", "model"),
-    "evaluate": ("dataset dense pruned", "evaluation"),
-    "export": ("dataset pruned evaluation", "exported"),
-    "compare": ("scores evaluations... exports...", "report"),
-}
-"""The steps in their order, with the names of their inputs and outputs, for help texts that must not import them."""
+from typing import NamedTuple
 
+
+class Signature(NamedTuple):
+    """What a step reads and writes.
+
+    Attributes:
+        inputs: names of its input folders; ``...`` marks those that take several.
+        output: name of its output folder.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+
+
+STEPS = {
+    "prepare_data": Signature((), "dataset"),
+    "train_dense": Signature(("dataset",), "model"),
+    "train_knockoff": Signature(("dataset", "dense"), "scores"),
+    "select_channels": Signature(("dense", "scores"), "plan"),
+    "finetune": Signature(("dataset", "dense", "plan"), "model"),
+    "evaluate": Signature(("dataset", "dense", "pruned"), "evaluation"),
+    "export": Signature(("dataset", "pruned", "evaluation"), "exported"),
+    "compare": Signature(("scores", "evaluations...", "exports..."), "report"),
+}
+"""In the order in which they run."""
+
+VARIANT_STEPS = ("select_channels", "finetune", "evaluate", "export")
+"""Steps that run once for each variant."""
 
 TRAINING_STEPS = ("train_dense", "train_knockoff", "finetune")
-"""Those that gain by GPUs, and that several processes can share."""
+"""Steps that benefit from GPUs, and that several processes can share."""

@@ -1,63 +1,103 @@
-"""What earlier tries of a step left: a result that can be kept, checkpoints to go on from."""
+"""What earlier attempts of a step have left: a result to keep, and checkpoints to resume from."""
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from scop.environment import StepEnvironment
 from scop.errors import UserError
-from scop.runtime.record import RecordFile, StepRecord, earlier_record, reason_to_run
+from scop.runtime.exit_codes import Status
+from scop.runtime.record import RecordFile, StepRecord, flat, read_record
 from scop.runtime.result import StepResult
-from scop.storage import files as storage
+from scop.storage.cache import Cache
 from scop.storage.checkpoints import Checkpoints
-from scop.storage.manifest import CHECKPOINTS
+from scop.storage.files import is_s3, join_uri
+from scop.storage.folders import fetch_folder, is_complete
+from scop.storage.manifest import CHECKPOINTS, read_folder
 
-CHECKPOINTS_VARIABLE = "SCOP_CHECKPOINTS"
-KEEP_VARIABLE = "SCOP_KEEP_CHECKPOINTS"
-RESUME_VARIABLE = "SCOP_RESUME"
-"""Set by `scop run --resume`: a step whose output is there, whole and of the same making, is not run again."""
+logger = logging.getLogger(__name__)
 
 
-def kept(now: StepRecord, outputs: Mapping[str, str]) -> StepResult | None:
-    """The result of an earlier try, if it is whole and was made of the same; says why, or why not."""
+def keep_result(now: StepRecord, outputs: Mapping[str, str], cache: Cache) -> StepResult | None:
+    """Return the result of an earlier attempt if it is complete and its inputs are unchanged; log the reason if not.
+
+    Args:
+        now: the record of the step about to be run.
+        outputs: URIs by name.
+        cache: the local cache.
+
+    Raises:
+        UserError: another process is running the step.
+    """
+    first = next(iter(outputs.values()))
     try:
-        before = earlier_record(next(iter(outputs.values())))
+        before = read_record(first)
     except UserError:
-        print("runs again: its record is damaged, or of another version", flush=True)
+        logger.info("runs again: its record is damaged or of another version")
         return None
     if before is None:
         return None
-    if before.still_runs:
-        raise UserError(f"it still runs, as process {before.process} of this machine; wait for it, or end it")
-    if (reason := reason_to_run(now, before, outputs)) is None:
-        RecordFile(before, next(iter(outputs.values()))).write(attempt=now.attempt)
-        print(f"kept: it finished in {before.seconds or 0:.1f} s; all that it is made of is unchanged", flush=True)
+    if before.is_running_elsewhere:
+        raise UserError(f"process {before.machine.pid} of this machine is running this step; wait for it or stop it")
+    if (reason := reason_to_run(now, before, outputs, cache)) is None:
+        RecordFile(before, first).write(launch=before.launch.model_copy(update={"attempt": now.launch.attempt}))
+        logger.info("kept: it finished in %.1f s, and its configuration and inputs are unchanged", before.seconds or 0)
         return before.result
-    print(f"runs again: {reason}", flush=True)
+    logger.info("runs again: %s", reason)
     return None
 
 
-def _how_many() -> int:
-    text = os.environ.get(KEEP_VARIABLE, "2")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{KEEP_VARIABLE} is {text!r}; it must be a number of checkpoints, 1 or more")
-    return int(text)
+def reason_to_run(now: StepRecord, before: StepRecord, outputs: Mapping[str, str], cache: Cache) -> str | None:
+    """Return why a step must run again, or None if its earlier result is complete and its inputs are unchanged.
+
+    Args:
+        now: the record of the step about to be run.
+        before: the record of the earlier attempt.
+        outputs: URIs by name.
+        cache: the local cache.
+    """
+    if before.status is not Status.DONE or before.result is None:
+        return f"it did not finish ({before.status})"
+    config, earlier = flat(now.config), flat(before.config)
+    changed = sorted(key for key in config.keys() | earlier.keys() if config.get(key) != earlier.get(key))
+    if changed:
+        return f"its configuration has changed ({', '.join(changed)})"
+    if before.files != now.files:
+        return f"{', '.join(before.files)} has changed"
+    for name, value in now.inputs.items():
+        if name not in before.inputs or before.inputs[name].content != value.content:
+            return f"its input {name!r} has changed"
+    for name, uri in outputs.items():
+        try:
+            if is_s3(uri) and not is_complete(uri):
+                return f"{uri} is not complete any more"
+            folder = fetch_folder(uri, cache) if is_s3(uri) else Path(uri)
+            if name not in before.outputs or read_folder(folder).content != before.outputs[name].content:
+                return f"its output {name!r} has changed"
+        except UserError as error:
+            return str(error)
+    return None
 
 
-def checkpoints_of(record: StepRecord, output: str) -> Checkpoints:
-    """Those of this very work: under SCOP_CHECKPOINTS, or else beside the output."""
-    fingerprint = record.fingerprint
-    own, keep = f"{record.step}-{fingerprint[:32]}", _how_many()
-    if place := os.environ.get(CHECKPOINTS_VARIABLE):
-        return Checkpoints(storage.join(place, own), fingerprint, keep)
-    if storage.is_uri(output):
-        return Checkpoints(storage.join(output, CHECKPOINTS, own), fingerprint, keep)
+def checkpoints_of(record: StepRecord, output: str, environment: StepEnvironment) -> Checkpoints:
+    """Return the checkpoints of this step, configuration and inputs, in the configured folder or beside the output.
+
+    Raises:
+        UserError: the output folder holds checkpoints of another configuration or other inputs.
+    """
+    fingerprint, keep = record.fingerprint, environment.keep_checkpoints
+    own = f"{record.step}-{fingerprint[:32]}"
+    if environment.checkpoints:
+        return Checkpoints(join_uri(environment.checkpoints, own), fingerprint, keep)
+    if is_s3(output):
+        return Checkpoints(join_uri(output, CHECKPOINTS, own), fingerprint, keep)
     folder = Path(output) / CHECKPOINTS
     for other in sorted(folder.iterdir()) if folder.is_dir() else []:
         if other.name != own and any(other.glob("*.json")):
             raise UserError(
-                f"checkpoint {other} was made with another configuration or other inputs; delete it to start over, or "
+                f"checkpoint {other} belongs to another configuration or other inputs; delete it to start over, or "
                 "choose another output folder"
             )
     return Checkpoints(str(folder / own), fingerprint, keep)

@@ -1,4 +1,4 @@
-"""What a step is: a module of `scop.steps`, and what it is offered while it works."""
+"""A step: a module of `scop.steps`, and what it receives while it runs."""
 
 from __future__ import annotations
 
@@ -8,53 +8,64 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from scop.config.parsing import Section
+from scop.environment import StepEnvironment
 from scop.errors import UserError
-from scop.runtime.places import Places
 from scop.runtime.registry import STEPS
 from scop.runtime.result import StepResult
+from scop.runtime.uris import Uris
+from scop.storage.cache import Cache
 from scop.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     import torch
 
     from scop.models.history import EpochRecord
-    from scop.training.loop import CheckpointStore
+    from scop.training.checkpointing import CheckpointStore
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the runtime offers to a step.
+    """What a step receives beside its configuration, inputs and outputs.
 
     Attributes:
-        tracker: where figures go.
-        checkpoints: where a training keeps its states.
-        places: of the inputs: absolute paths or URIs, by name.
-        epochs: that the step has tracked already.
+        tracker: receives metrics.
+        checkpoints: where a training stores its checkpoints.
+        input_uris: absolute paths or ``s3://`` URIs of the inputs, by name.
+        environment: what the launcher has set.
+        epochs: number of epochs that the step has tracked already.
     """
 
     tracker: Tracker
     checkpoints: CheckpointStore
-    places: Places
+    input_uris: Uris
+    environment: StepEnvironment
     epochs: int = 0
 
     @cached_property
     def device(self) -> torch.device:
-        """The device to compute on; see `scop.compute.device.pick_device`."""
-        from scop.compute.device import pick_device
+        """The device to compute on; this process is tuned for it."""
+        from scop.compute.device import pick_device, tune_process
 
-        return pick_device()
+        device = pick_device(self.environment.device)
+        tune_process(device)
+        return device
+
+    @property
+    def cache(self) -> Cache:
+        """The local cache of what is fetched from S3."""
+        return Cache(self.environment.cache_folder)
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Track an epoch."""
         self.tracker.log_metrics(record.metrics, step=self.epochs + record.epoch)
 
     def part(self, name: str, epochs: int) -> Context:
-        """For a training within the step, with checkpoints of its own, that follows others of so many epochs."""
+        """Return the context of a training within the step, with its own checkpoints, after `epochs` epochs."""
         return replace(self, checkpoints=self.checkpoints.part(name), epochs=epochs)
 
 
 class StepModule(Protocol):
-    """What a module of `scop.steps` holds."""
+    """The interface of a module of `scop.steps`."""
 
     Config: type[Section]
     Inputs: type[Any]
@@ -65,7 +76,11 @@ class StepModule(Protocol):
 
 
 def find_step(name: str) -> StepModule:
-    """The module of a step, by its name; raises UserError where there is none."""
+    """Return the module of a step; raise UserError if there is none of that name.
+
+    Steps are plug-ins: the runtime imports them by name and knows nothing else of them. This is the one import from a
+    higher layer.
+    """
     if name not in STEPS:
         raise UserError(f"step {name!r} is unknown (known: {', '.join(STEPS)})")
     module: StepModule = importlib.import_module(f"scop.steps.{name}")  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""A training step on several nodes: a TrainJob of Kubeflow Trainer, from the same image and by the same command.
+"""A training step on several nodes: a TrainJob of Kubeflow Trainer, from the same image.
 
-The step's own pod, which KFP started, needs no GPU: it makes the TrainJob, shows its log, and waits for its end. The
-nodes fetch the inputs from S3 themselves; the first of them has the step's life (record, tracking run, outputs).
+The step's own pod, which KFP started, needs no GPU: it creates the TrainJob, shows its log and waits for its end. The
+nodes fetch the inputs from S3 themselves; the first of them keeps the record, the MLflow run and the outputs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -21,49 +19,44 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from scop.config.parsing import Section
-from scop.errors import UserError, first_line
-from scop.runtime.places import Places, each, exchanged
-from scop.runtime.record import earlier_record
+from scop.environment import StepEnvironment, name_of
+from scop.errors import Stopped, UserError, first_line
+from scop.runtime.exit_codes import ExitCode, NoDeviceError, Status
+from scop.runtime.record import read_record
 from scop.runtime.result import StepResult
-from scop.storage import files as storage
-from scop.storage import folders as remote
+from scop.runtime.uris import Uris, flatten, map_values, shared_uri
+from scop.storage.files import delete_files, is_s3
+from scop.storage.folders import is_complete
 from scop.storage.manifest import RECORD
-from scop.tracking.mlflow import KFP_RUN_VARIABLE
 
 if TYPE_CHECKING:
     from kubeflow.trainer import TrainerClient
 
-TRAIN_JOB_VARIABLE = "SCOP_TRAIN_JOB"
-"""Set on a cluster for a step that several nodes share: a `TrainJobPlan` in JSON."""
+logger = logging.getLogger(__name__)
 
-# What the nodes are told of the environment of the step's own pod. All of it is readable in the TrainJob: no secret.
-_HANDED_ON = (
-    KFP_RUN_VARIABLE,
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_RUN_ID",
-    "MLFLOW_EXPERIMENT_ID",
-    "MLFLOW_EXPERIMENT_NAME",
-)
-_CONTAINER = "node"  # by Kubeflow Trainer's convention
-_SECONDS_BETWEEN_LOOKS = 5.0
-_FAILURES_BORNE = 24
-_LOOKS_FOR_REMOVAL = 60
+_PASSED_ON = ("kfp_run", "tracking_uri", "mlflow_run", "experiment")
+"""Fields of the environment of the step's own pod that the nodes get. They are readable in the TrainJob: no secrets."""
+_CONTAINER = "node"  # Kubeflow Trainer's convention
+_POLL_SECONDS = 5.0
+_TOLERATED_FAILURES = 24
+_POLLS_FOR_REMOVAL = 60
 
 
 class TrainJobPlan(BaseModel):
-    """What a TrainJob is made of; secrets by name only.
+    """The specification of a TrainJob; secrets by name only.
 
     Attributes:
         runtime: the training runtime that it is based on.
-        image: that the nodes run.
-        nodes: so many.
-        processes: on each.
+        image: image of the nodes.
+        nodes: number of nodes.
+        processes: number of processes on each node.
         resources: of each node, by Kubernetes' names.
         environment: further variables.
-        secrets, config_maps: which keys of which object become which environment variables.
-        pod: entries of the pod's specification, in Kubernetes' form.
+        secrets: by name, the keys that become environment variables.
+        config_maps: the same for ConfigMaps.
+        pod: fields of the pod's specification, in Kubernetes' form.
         shared_memory: size of /dev/shm.
-        deadline: after so many seconds it is ended.
+        deadline: after which the job is ended, in seconds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,70 +74,83 @@ class TrainJobPlan(BaseModel):
     deadline: int | None = None
 
 
-def planned() -> TrainJobPlan | None:
-    """The plan that the environment holds, or None."""
-    text = os.environ.get(TRAIN_JOB_VARIABLE)
-    return TrainJobPlan.model_validate_json(text) if text else None
+def run(
+    plan: TrainJobPlan,
+    step: str,
+    settings: Section,
+    inputs: Uris,
+    outputs: Mapping[str, str],
+    environment: StepEnvironment,
+) -> StepResult:
+    """Run a step as a TrainJob and wait for it.
 
+    If an earlier attempt's job for the same step is still running, it is followed. If this process is told to stop, the
+    job is deleted: its pods then write a checkpoint.
 
-def run(plan: TrainJobPlan, step: str, settings: Section, inputs: Places, outputs: Mapping[str, str]) -> StepResult:
-    """Have a TrainJob do a step, and wait for it.
-
-    A job that an earlier try of this very step has left is gone on with, if it still runs. If this process is told to
-    end, the job is removed: its pods then write a checkpoint, and nothing goes on unseen.
+    Args:
+        plan: specification of the job.
+        step: its name.
+        settings: its sections.
+        inputs, outputs: URIs by name.
+        environment: what the launcher has set for this pod.
 
     Raises:
-        UserError: an input or output is not in S3, Kubernetes refuses, or the step does.
-        SystemExit: with the step's own code, where it lacked a device or was told to stop.
+        UserError: an input or output is not in S3, or Kubernetes or the step refuses.
+        NoDeviceError: a node lacks a GPU.
+        Stopped: the step was stopped.
         RuntimeError: the job failed.
     """
-    sources = each(inputs, lambda _, place: exchanged(place))
-    targets = {name: exchanged(place) for name, place in outputs.items()}
-    for place in [*(p for v in sources.values() for p in (v if isinstance(v, list) else [v])), *targets.values()]:
-        if not storage.is_uri(place):
-            raise UserError(f"{place} is a path of this pod; several nodes need inputs and outputs in S3")
+    sources = map_values(inputs, lambda _, uri: shared_uri(uri))
+    targets = {name: shared_uri(uri) for name, uri in outputs.items()}
+    for uri in [*flatten(sources), *targets.values()]:
+        if not is_s3(uri):
+            raise UserError(f"{uri} is a path of this pod; with several nodes, inputs and outputs must be in S3")
     command = _command(step, settings, sources, targets)
-    told = {key: os.environ[key] for key in _HANDED_ON if key in os.environ and "@" not in os.environ[key]}
-    name = _name(step, [*command, told.get(KFP_RUN_VARIABLE, "")])
+    passed = environment.model_copy(update={"kfp_root": None}).as_variables()
+    names = {name_of(StepEnvironment, field) for field in _PASSED_ON}
+    passed = {key: value for key, value in passed.items() if key in names and "@" not in value}
+    name = _name(step, [*command, environment.kfp_run or ""])
     client = _client()
-    if _status(client, name) == "Complete" and (result := _made_already(targets)) is not None:
-        print(f"TrainJob {name} has done it already", flush=True)  # while this step's pod was lost
+    if _status(client, name) == "Complete" and (result := _finished_result(targets)) is not None:
+        logger.info("TrainJob %s has finished already", name)  # while this step's pod was lost
         return result
     try:
-        if not _runs_already(client, name):
-            # An earlier try's record would pass for this one's.
-            storage.delete(next(iter(targets.values())), [RECORD])
-            _create(client, plan, name, command, told)
+        if not _is_running(client, name):
+            # An earlier attempt's record would be mistaken for this one's.
+            delete_files(next(iter(targets.values())), [RECORD])
+            _create(client, plan, name, command, passed)
         succeeded = _follow(client, name)
     except BaseException:
         with contextlib.suppress(Exception):
             client.delete_job(name)
         raise
-    record = earlier_record(next(iter(targets.values())))
+    record = read_record(next(iter(targets.values())))
     if succeeded and record is not None and record.result is not None:
         return record.result
     if record is None or not record.error:
-        raise RuntimeError(f"TrainJob {name} failed; its pods' logs may tell why")
-    if record.code == 2:
-        raise UserError(record.error)
-    if record.code not in (None, 1):  # no device, or told to stop
-        print(f"scop: error: {step}: {record.error}", file=sys.stderr, flush=True)
-        raise SystemExit(record.code)
+        raise RuntimeError(f"TrainJob {name} failed; see the logs of its pods")
+    match record.exit_code:
+        case ExitCode.USER_ERROR:
+            raise UserError(record.error)
+        case ExitCode.NO_DEVICE:
+            raise NoDeviceError(record.error)
+        case ExitCode.TERMINATED:
+            raise Stopped(record.error)
     raise RuntimeError(f"TrainJob {name} failed: {record.error}")
 
 
-def _made_already(targets: Mapping[str, str]) -> StepResult | None:
-    """The result of a job that came to its end, where all that it made is there."""
+def _finished_result(targets: Mapping[str, str]) -> StepResult | None:
+    """The result of a job that has finished, if all its outputs are complete."""
     try:
-        record = earlier_record(next(iter(targets.values())))
+        record = read_record(next(iter(targets.values())))
     except UserError:
         return None
-    done = record is not None and record.status == "done" and all(remote.stands(place) for place in targets.values())
+    done = record is not None and record.status is Status.DONE and all(map(is_complete, targets.values()))
     return record.result if record is not None and done else None
 
 
-def _command(step: str, settings: Section, sources: Places, targets: Mapping[str, str]) -> list[str]:
-    """The step by the command line; a whole section is set in YAML, in which JSON's 1e-05 would be text."""
+def _command(step: str, settings: Section, sources: Uris, targets: Mapping[str, str]) -> list[str]:
+    """The `scop step` command line. Sections are in YAML, which would read JSON's 1e-05 as text."""
     sections = settings.model_dump(mode="json", exclude_none=True)
     if "variant" in sections:
         sections["variants"] = [sections.pop("variant")]
@@ -152,23 +158,23 @@ def _command(step: str, settings: Section, sources: Places, targets: Mapping[str
     for section, values in sections.items():
         command += ["--set", f"{section}={yaml.safe_dump(values, default_flow_style=True, width=math.inf).strip()}"]
     for key, value in sources.items():
-        for place in value if isinstance(value, list) else [value]:
-            command += ["--input", f"{key}={place}"]
-    for key, place in targets.items():
-        command += ["--output", f"{key}={place}"]
+        for uri in value if isinstance(value, list) else [value]:
+            command += ["--input", f"{key}={uri}"]
+    for key, uri in targets.items():
+        command += ["--output", f"{key}={uri}"]
     return command
 
 
-def _name(step: str, made_of: list[str]) -> str:
-    """The same for each try of one step, so that a retry finds what the first one started."""
-    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
+def _name(step: str, parts: list[str]) -> str:
+    """The job's name, the same for each attempt of a step, so that a retry finds the job of the first attempt."""
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"scop-{step.replace('_', '-')}-{digest[:12]}"
 
 
 def _client() -> TrainerClient:
     from kubeflow.trainer import TrainerClient
 
-    # It warns where it may not read Kubeflow Trainer's version, for which a step's service account has no right.
+    # It warns that it may not read Kubeflow Trainer's version, which a step's service account is not allowed to.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     try:
         return TrainerClient()
@@ -176,25 +182,25 @@ def _client() -> TrainerClient:
         raise UserError(f"Kubernetes cannot be reached from here ({first_line(error)}); see docs/cluster.md") from error
 
 
-def _runs_already(client: TrainerClient, name: str) -> bool:
-    """Whether an earlier try's job still runs; one that ended is removed."""
+def _is_running(client: TrainerClient, name: str) -> bool:
+    """Whether an earlier attempt's job is running; one that has ended is deleted."""
     status = _status(client, name)
     if status not in (None, "Complete", "Failed"):
-        print(f"TrainJob {name} runs already; going on with it", flush=True)
+        logger.info("TrainJob %s is running already; following it", name)
         return True
     if status is not None:
         client.delete_job(name)
-        for _ in islice(_looks(), _LOOKS_FOR_REMOVAL):
+        for _ in islice(_polls(), _POLLS_FOR_REMOVAL):
             if _status(client, name) is None:
                 break
     return False
 
 
-def _create(client: TrainerClient, plan: TrainJobPlan, name: str, command: list[str], told: dict[str, str]) -> None:
+def _create(client: TrainerClient, plan: TrainJobPlan, name: str, command: list[str], passed: dict[str, str]) -> None:
     from kubeflow.trainer import CustomTrainerContainer
     from kubeflow.trainer.options import ActiveDeadlineSeconds, Name, TrainerCommand
 
-    environment = {**plan.environment, **told, "SCOP_PROCESSES": str(plan.processes)}
+    environment = {**plan.environment, **passed, name_of(StepEnvironment, "processes"): str(plan.processes)}
     trainer = CustomTrainerContainer(
         image=plan.image, num_nodes=plan.nodes, resources_per_node=dict(plan.resources), env=environment
     )
@@ -206,15 +212,15 @@ def _create(client: TrainerClient, plan: TrainJobPlan, name: str, command: list[
     except Exception as error:
         cause = first_line(error.__cause__ or error)
         raise UserError(
-            f"TrainJob {name} cannot be made ({cause}); is Kubeflow Trainer there with the runtime {plan.runtime!r}, "
-            "and may this pod's service account make TrainJobs? see docs/cluster.md"
+            f"TrainJob {name} cannot be created ({cause}); check that Kubeflow Trainer is installed with the runtime "
+            f"{plan.runtime!r}, and that this pod's service account may create TrainJobs; see docs/cluster.md"
         ) from error
-    processes = f", {plan.processes} processes on each" if plan.processes > 1 else ""
-    print(f"TrainJob {name}: {plan.nodes} nodes{processes}", flush=True)
+    processes = f", {plan.processes} processes each" if plan.processes > 1 else ""
+    logger.info("TrainJob %s: %d nodes%s", name, plan.nodes, processes)
 
 
 def _patch(plan: TrainJobPlan) -> Any:
-    """Secrets, places and shared memory, which a trainer's own entries do not take."""
+    """Secrets, nodes and shared memory, which CustomTrainerContainer has no fields for."""
     from kubeflow.trainer.options import (
         ContainerPatch,
         JobSetSpecPatch,
@@ -246,7 +252,7 @@ def _patch(plan: TrainJobPlan) -> Any:
 
 
 def _status(client: TrainerClient, name: str) -> str | None:
-    """Kubeflow Trainer's word for the job's state, or None where there is no such job."""
+    """The job's state in Kubeflow Trainer's words, or None if there is no such job."""
     try:
         return str(client.get_job(name).status)
     except RuntimeError as error:
@@ -256,26 +262,26 @@ def _status(client: TrainerClient, name: str) -> str | None:
 
 
 def _follow(client: TrainerClient, name: str) -> bool:
-    """Show the first node's log until the job has ended; whether it succeeded."""
+    """Show the first node's log until the job has ended; return whether it succeeded."""
     shown, failures = 0, 0
-    for _ in _looks():
+    for _ in _polls():
         try:
-            # A connection that breaks is made anew, and the log begins again.
+            # After a broken connection the log starts from its beginning.
             for line in islice(client.get_job_logs(name, follow=True), shown, None):
-                print(line, flush=True)
+                logger.info("%s", line)
                 shown += 1
             if (status := _status(client, name)) in ("Complete", "Failed", None):
                 return status == "Complete"
             failures = 0
         except (RuntimeError, TimeoutError, OSError) as error:
             failures += 1
-            if failures > _FAILURES_BORNE:
-                raise RuntimeError(f"TrainJob {name} cannot be watched any more: {first_line(error)}") from error
-    raise AssertionError("there is always another look")
+            if failures > _TOLERATED_FAILURES:
+                raise RuntimeError(f"TrainJob {name} cannot be followed any more: {first_line(error)}") from error
+    raise AssertionError("polling never ends")
 
 
-def _looks() -> Iterator[None]:
-    """At once, and then every few seconds, for ever."""
+def _polls() -> Iterator[None]:
+    """Yield at once, and then every few seconds."""
     while True:
         yield
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)

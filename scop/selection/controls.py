@@ -1,9 +1,9 @@
-"""What each method ranks channels by: SCOP by the knockoff phase, the controls by what they see in the network.
+"""Channel scores of each method: SCOP uses the knockoff phase, the controls only the dense network.
 
-`random` draws scores, `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710), `bn_gamma` the
-absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519), `fpgm` its filter's distance from the others of
-its layer (He et al., 2019, arXiv 1811.00250). `scratch` takes the first of each layer, which is as good as any where
-all weights are drawn anew. `none` removes nothing.
+`random` draws the scores at random. `l1` is the L1 norm of the channel's filter (Li et al., 2017, arXiv 1608.08710).
+`bn_gamma` is the absolute weight of its batch norm (Liu et al., 2017, arXiv 1708.06519). `fpgm` is the distance of its
+filter from the others in the layer (He et al., 2019, arXiv 1811.00250). `scratch` keeps the first channels of each
+layer: since all weights are drawn anew, any other choice is equivalent. `none` removes nothing.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ from scop.pruning.graph import ChannelGraph, gamma, out_channels
 from scop.selection.scores import Scores
 
 LayerScore = Callable[[str], Tensor | None]
-"""Gives a convolution's scores (channels,), or None where the method has none for it."""
+"""Returns the scores (channels,) of a convolution, by its name, or None if the method has none for it."""
 
 
 def score_of(
     variant: VariantSection, model: nn.Module, graph: ChannelGraph, scores: Mapping[str, Tensor] | None
 ) -> LayerScore:
-    """What ranks the channels of each layer by the variant's method.
+    """Return the function that scores a layer's channels by the variant's method.
 
     Args:
         variant: the settings.
         model: the dense network.
         graph: its channels.
-        scores: those of the knockoff phase; the controls need none.
+        scores: layer -> scores (channels,) of the knockoff phase; the controls need none.
 
     Raises:
-        UserError: scores are missing, or are not this network's.
+        UserError: scores are missing, or name a layer that the network does not have.
     """
     if variant.method == "scop":
         if scores is None:
-            raise UserError("method 'scop' needs the scores of the knockoff phase; a control does without")
+            raise UserError("method 'scop' needs the scores of the knockoff phase; the other methods need none")
         unknown = sorted(set(scores) - {name for name, _ in model.named_modules()})
         if unknown:
-            raise UserError(f"layer {unknown[0]!r} has scores but is not in the model; were they made for another one?")
+            raise UserError(
+                f"layer {unknown[0]!r} has scores but is not in the model; were they computed for another network?"
+            )
         if variant.selection == "knockoff_plus":
             if not isinstance(scores, Scores):
-                raise UserError("selection knockoff_plus needs the signed statistics of the knockoff phase")
+                raise UserError(
+                    "selection knockoff_plus needs signed statistics; use the scores of scop.train_knockoffs"
+                )
             return scores.signed.get
         return scores.get
     if variant.method == "random":
@@ -60,16 +64,19 @@ def score_of(
 
 
 def _distances(filters: Tensor) -> Tensor:
-    """Each filter's sum of Euclidean distances to all of them; small near their geometric median: (C, D) -> (C,).
+    """Return each filter's sum of Euclidean distances to all filters, which is small near their geometric median.
 
-    Filters of zeros, which an earlier round removed, are not among them.
+    Distances to zero filters, which an earlier round removed, do not count.
+
+    Shape:
+        (C, D) -> (C,)
     """
     present = filters[filters.any(1)]
     return torch.cdist(filters, present, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
 
 
 def _filters(model: nn.Module, conv: str) -> Tensor:
-    """A layer's weights, one row for each channel that it puts out: (C, D)."""
+    """Return a layer's weights (C, D), one row per output channel."""
     weight = model.get_submodule(conv).weight
     assert isinstance(weight, Tensor)
     return weight.detach().flatten(1).float().cpu()

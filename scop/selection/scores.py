@@ -1,4 +1,4 @@
-"""Scores of channels, with what is known of their certainty, and the file that holds them."""
+"""Channel scores with their standard errors, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ _PARTS = ("score", "error", "signed", "gate")
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
-    """The knockoff phase's result: layer -> scores, a float32 tensor (channels,), on the CPU; low ones go.
+    """The result of the knockoff phase, as a mapping from layers to scores. Channels with low scores are removed.
+
+    All tensors are float32 (channels,), on the CPU.
 
     Attributes:
         score: layer -> scores.
-        error: layer -> their standard errors: over images; for trained gates the standard deviation from epoch to
-            epoch, over the last half of them.
-        signed: layer -> W, antisymmetric under swapping real and knockoff, as a knockoff filter needs it: by how many
-            standard errors the loss falls when a gate opens; for trained gates the score itself.
-        gate: layer -> s, in [0, 1].
-        kind: fisher, whose scores are of one loss and can be compared between layers, or published.
+        error: layer -> standard errors of the scores over images; for trained gates, the standard deviation over the
+            last half of the epochs.
+        signed: layer -> W, the statistic of the knockoff filter, antisymmetric under swapping real and knockoff: the
+            decrease of the loss when a gate opens, in standard errors; for trained gates, the score itself.
+        gate: layer -> gates, in [0, 1].
+        kind: ``fisher``, whose scores refer to one loss and are comparable between layers, or ``published``.
         input_shape: (C, H, W) of the images.
-        history: epoch by epoch.
+        history: records of the epochs.
     """
 
     score: dict[str, Tensor]
@@ -53,14 +55,14 @@ class Scores(Mapping[str, Tensor]):
         return len(self.score)
 
     def save(self, path: Path) -> None:
-        """Write all but the history to a safetensors file."""
+        """Write everything except the history to a safetensors file."""
         tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(self, part).items()}
-        # One entry, for several come in any order, and the same scores must be the same bytes.
+        # A single entry, since several are written in arbitrary order and equal scores must give equal files.
         save_file(tensors, path, metadata={"scores": f"{_FORMAT} {self.kind} {'x'.join(map(str, self.input_shape))}"})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote; the history is not part of it."""
+        """Read a file that `save` wrote; the history is empty. Raises UserError if the file holds no such scores."""
         try:
             with safe_open(path, "pt") as file:
                 version, _, described = (file.metadata() or {}).get("scores", "").partition(" ")
@@ -74,6 +76,6 @@ class Scores(Mapping[str, Tensor]):
             parts.setdefault(part, {})[layer] = tensor
         same = all(part.keys() == parts["score"].keys() for part in parts.values())
         if version != _FORMAT or parts.keys() != set(_PARTS) or not same or kind not in get_args(ScoreKind):
-            raise UserError(f"{path} holds scores of another version of scop; run the knockoff phase again")
+            raise UserError(f"{path} holds scores from another version of scop; run the knockoff phase again")
         channels, height, width = map(int, shape.split("x"))
         return cls(**parts, kind=kind, input_shape=(channels, height, width))  # type: ignore[arg-type]

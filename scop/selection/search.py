@@ -1,30 +1,36 @@
-"""What the searches for a budget share."""
+"""Functions that the budget searches share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from scop.pruning.plan import ChannelPlan
-from scop.selection.candidates import Selection
+from scop.selection.strategy import Selection
 
 STRONGEST = 0.99
-"""The largest pruning strength that is tried."""
+"""The largest strength that is tried."""
 HALVINGS = 12
-"""Steps of a bisection over the strength."""
+"""Number of steps of a bisection over the strength."""
 
 
-def between(selection: Selection, weak: float, strong: float, fits: Callable[[ChannelPlan], bool]) -> ChannelPlan:
-    """The last plan that fits on the way from a strength that does to a weaker one that does not, layer by layer.
+def interpolate(selection: Selection, weak: float, strong: float, fits: Callable[[ChannelPlan], bool]) -> ChannelPlan:
+    """Return a plan between two strengths that just meets the budget, by changing one layer after another.
 
-    At one rate many layers may be about to lose a channel, which is a step too wide for a budget to be used.
+    The strength alone is too coarse: a small step can remove a channel from many layers at once.
+
+    Args:
+        selection: the plan at each strength.
+        weak: strength at which the budget is exceeded.
+        strong: strength at which the budget is met.
+        fits: whether a plan meets the budget.
     """
     weaker, counts = selection.counts(weak), selection.counts(strong)
-    changed = [place for place, (more, fewer) in enumerate(zip(weaker, counts, strict=True)) if more != fewer]
+    changed = [index for index, (more, fewer) in enumerate(zip(weaker, counts, strict=True)) if more != fewer]
 
     def mixed(relaxed: int) -> ChannelPlan:
         own = list(counts)
-        for place in changed[:relaxed]:
-            own[place] = weaker[place]
+        for index in changed[:relaxed]:
+            own[index] = weaker[index]
         return selection.plan(strong, own)
 
     best, fitting, too_many = mixed(0), 0, len(changed)
@@ -38,9 +44,9 @@ def between(selection: Selection, weak: float, strong: float, fits: Callable[[Ch
 
 
 def out_of_reach(what: str, target: float, least: str, plan: ChannelPlan) -> str:
-    """The message for a budget that even the strongest pruning misses."""
+    """Return the error message for a budget that even the strongest pruning exceeds."""
     shown = f"{target:,.0f}" if target >= 100 else f"{target:.3g}"
     return (
-        f"a budget of {shown} {what} is out of reach: with as little as rule {plan.residual!r} leaves there are "
-        f"{least}; raise the budget, lower min_channels or floor, or try residual: coupled"
+        f"a budget of {shown} {what} is out of reach: the smallest network under rule {plan.residual!r} needs {least}; "
+        "raise the budget, lower min_channels or floor, or try residual: coupled"
     )

@@ -1,4 +1,4 @@
-"""From scores to a channel plan."""
+"""Selection of channels: from scores to a channel plan."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from scop.errors import UserError
 from scop.pruning.graph import ChannelGraph
 from scop.pruning.plan import ChannelPlan
 from scop.selection.budget import solve, unit_prices
-from scop.selection.candidates import Selection
+from scop.selection.candidates import find_candidates
+from scop.selection.rounds import Round
 from scop.selection.scores import Scores
 from scop.selection.sizes import Sizes
+from scop.selection.strategy import Selection
 
 
 def select_channels(
@@ -25,34 +27,38 @@ def select_channels(
     input_shape: tuple[int, int, int] | None = None,
     variant: VariantSection | None = None,
     device: torch.device | None = None,
-    before: ChannelPlan | None = None,
-    part: float = 1.0,
+    round: Round | None = None,
     **settings: object,
 ) -> ChannelPlan:
-    """Decide which channels stay.
+    """Select the channels to keep.
 
     Args:
         model: the dense network.
-        scores: layer -> (channels,), from `scop.train_knockoffs` or elsewhere; the controls need none.
-        input_shape: (C, H, W) of an image; that of the scores by default.
-        variant: the settings, or give them one by one as keywords: ``prune_rate=0.45, residual="coupled"``.
-        device: on which a budget of latency is measured.
-        before: the plan of an earlier round; what it removed does not come back.
-        part: of the way, in the logarithm of what stays: at 0.5, and a rate of 0.75, half of the channels do.
+        scores: layer -> scores (channels,), from `scop.train_knockoffs` or elsewhere; the controls need none.
+        input_shape: (C, H, W) of an image; by default that of the scores.
+        variant: the settings.
+        device: where a latency budget is measured.
+        round: the current round, if the variant prunes in several.
+        settings: settings that override the variant's: ``prune_rate=0.45, residual="coupled"``.
 
     Raises:
-        UserError: a setting is bad, scores are missing or do not fit, nothing can be pruned, or a budget is out of
-            reach.
+        UserError: a setting is invalid, scores are missing or do not match the network, nothing can be pruned, or the
+            budget is out of reach.
     """
     variant = parse(VariantSection, (variant.model_dump() if variant else {}) | settings)
     shape = input_shape or (scores.input_shape if isinstance(scores, Scores) else None)
     if shape is None:
-        raise UserError("select_channels needs input_shape=(C, H, W) where the scores do not tell it")
+        raise UserError("select_channels needs input_shape=(C, H, W): the scores do not contain it")
+    round = round or Round()
     graph = ChannelGraph(model, shape)
-    selection = Selection(model, graph, variant, scores, before, part)
+    candidates = find_candidates(model, graph, variant, scores, round)
     if variant.budget is None or variant.method == "none":
+        selection = Selection(graph.input_shape, variant, candidates, round)
         return selection.plan(selection.strength)
     sizes = Sizes(model, graph)
+    prices = None
     if variant.selection == "global":
-        selection.prices = unit_prices(selection, sizes, "params" if variant.budget.params else "macs")
-    return solve(selection, sizes, variant.budget, device, part)
+        what = "params" if variant.budget.params else "macs"
+        prices = unit_prices(Selection(graph.input_shape, variant, candidates, round), sizes, what)
+    selection = Selection(graph.input_shape, variant, candidates, round, prices)
+    return solve(selection, sizes, variant.budget, device)

@@ -1,8 +1,8 @@
-"""Sensitivity: what pruning one layer alone does to accuracy, at several rates.
+"""Sensitivity: the accuracy of the network when only one layer is pruned, at several rates.
 
-The lowest-scored channels of one layer are held at 0 wherever surgery would remove them; the others stay whole, and
-nothing is recalibrated or trained. What comes of it is a lower bound, layer by layer, and tells where rates of one's
-own (`variants.rates`) are worth while.
+The layer's lowest-scored channels are set to 0 wherever surgery would remove them. The other layers stay whole, and
+nothing is recalibrated or trained, so the result is a lower bound for each layer. It shows which layers need their own
+rate (`variants.rates`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from scop.models.evaluation import measure_accuracy
 from scop.pruning.cuts import cuts_of
 from scop.pruning.exactness import masked_twin
 from scop.pruning.graph import ChannelGraph
-from scop.selection.candidates import Selection
+from scop.selection.candidates import find_candidates
+from scop.selection.strategy import Selection
 from scop.system.progress import progress
 
 
@@ -30,18 +31,18 @@ def measure_sensitivity(
     device: torch.device,
     input_shape: tuple[int, int, int],
 ) -> dict[str, list[float]]:
-    """Top-1 in [0, 1] of the network with one layer pruned, together with those that must lose the same channels.
+    """Measure the network's top-1 with one layer pruned, together with layers that must lose the same channels.
 
     Args:
         model: the dense network.
-        scores: layer -> scores (channels,); the lowest go.
-        rates: of the layer that is pruned.
-        batches: (images, labels) on the device.
+        scores: layer -> scores (channels,); the lowest-scored channels are removed.
+        rates: prune rates of the layer.
+        batches: images (N, C, H, W) and labels (N,), on the device.
         device: where to compute.
         input_shape: (C, H, W) of an image.
 
     Returns:
-        Layer -> top-1 at each rate.
+        Layer -> top-1 in [0, 1] at each rate.
     """
     dtype = autocast_dtype(device, "auto")
     graph = ChannelGraph(model, input_shape)
@@ -59,9 +60,10 @@ def measure_sensitivity(
 
 
 def one_by_one(model: nn.Module, graph: ChannelGraph, scores: Mapping[str, Tensor]) -> dict[str, Selection]:
-    """For each layer with scores a selection from it alone, by rule `scatter`, or `coupled` where that leaves it whole.
+    """Return a selection for each layer with scores that prunes this layer alone.
 
-    Layers that lose their channels together are one, under the name of the first.
+    The rule is `scatter`, or `coupled` if `scatter` does not prune the layer. Layers that lose the same channels share
+    one selection, under the name of the first.
     """
     found: dict[str, Selection] = {}
     seen: set[str] = set()
@@ -69,6 +71,7 @@ def one_by_one(model: nn.Module, graph: ChannelGraph, scores: Mapping[str, Tenso
         for prunable in graph.survey(rule)[0]:
             if seen.isdisjoint(prunable.convs) and not scores.keys().isdisjoint(prunable.convs):
                 variant = VariantSection(residual=rule, include=[prunable.name])
-                found[prunable.name] = Selection(model, graph, variant, scores)
+                candidates = find_candidates(model, graph, variant, scores)
+                found[prunable.name] = Selection(graph.input_shape, variant, candidates)
                 seen.update(prunable.convs)
     return found

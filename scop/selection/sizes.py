@@ -16,10 +16,10 @@ from scop.pruning.plan import ChannelPlan
 
 
 class Sizes:
-    """What pruned networks would have: counted without running any.
+    """Counts the parameters and MACs of pruned networks without running them.
 
-    Surgery changes the weights of convolutions and linear layers and not where they are applied: so the MACs are those
-    of the dense network less, for each layer, the weights that it loses times the places that they are applied at.
+    Surgery shrinks the weights of convolutions and linear layers, but does not change the positions at which they are
+    applied. So the MACs are those of the dense network, minus for each layer its lost weights times its positions.
 
     Args:
         model: the dense network.
@@ -31,18 +31,18 @@ class Sizes:
         self._skeleton = copy.deepcopy(model).to("meta").eval()
         try:
             self._macs = count_macs(self._skeleton, graph.input_shape)
-        except Exception:  # whatever a forward that looks at its numbers does where there are none
+        except Exception:  # meta tensors have no values: a forward that reads values may raise anything
             self._skeleton = copy.deepcopy(model).cpu().eval()
             self._macs = count_macs(self._skeleton, graph.input_shape)
-        self._places = self._count_places()
+        self._positions = self._count_positions()
 
-    def _count_places(self) -> dict[str, int]:
-        """For each convolution and linear layer, how often one image has each of its weights multiplied."""
-        places: dict[str, int] = {}
+    def _count_positions(self) -> dict[str, int]:
+        """Count, for each convolution and linear layer, how often each weight is multiplied for one image."""
+        positions: dict[str, int] = {}
 
         def note(name: str, module: nn.Module, _: Any, output: torch.Tensor) -> None:
             channels = output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[-1]
-            places[name] = places.get(name, 0) + output.numel() // channels
+            positions[name] = positions.get(name, 0) + output.numel() // channels
 
         layers = [(n, m) for n, m in self._skeleton.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         hooks = [module.register_forward_hook(partial(note, name)) for name, module in layers]
@@ -50,26 +50,26 @@ class Sizes:
             self._skeleton(torch.zeros(1, *self.graph.input_shape, device=next(self._skeleton.parameters()).device))
         for hook in hooks:
             hook.remove()
-        return places
+        return positions
 
     def count(self, what: str, plan: ChannelPlan | None = None) -> int:
-        """The params or macs of the network that a plan leaves, or of the whole one."""
+        """Return the ``params`` or ``macs`` of the network pruned by a plan; without a plan, of the dense network."""
         network = self._skeleton
         if plan is not None:
             network = apply_cuts(copy.deepcopy(self._skeleton), cuts_of(self.graph, plan))
         if what == "params":
             return count_parameters(network)
-        lost = (places * (self._weights(name) - _weights_of(network, name)) for name, places in self._places.items())
+        lost = (
+            positions * (_weights_of(self._skeleton, name) - _weights_of(network, name))
+            for name, positions in self._positions.items()
+        )
         return self._macs - sum(lost)
 
     def by_layer(self, plan: ChannelPlan) -> dict[str, tuple[int, int]]:
-        """The weights and MACs that the plan leaves of each convolution and linear layer."""
+        """Return the numbers of weights and MACs of each convolution and linear layer under a plan."""
         network = apply_cuts(copy.deepcopy(self._skeleton), cuts_of(self.graph, plan))
-        weights = {name: _weights_of(network, name) for name in self._places}
-        return {name: (own, own * self._places[name]) for name, own in weights.items()}
-
-    def _weights(self, name: str) -> int:
-        return _weights_of(self._skeleton, name)
+        weights = {name: _weights_of(network, name) for name in self._positions}
+        return {name: (own, own * self._positions[name]) for name, own in weights.items()}
 
 
 def _weights_of(network: nn.Module, name: str) -> int:

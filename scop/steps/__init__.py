@@ -1,1 +1,1 @@
-"""The pipeline's steps, one module each, and the runtime that gives every one the same life."""
+"""The pipeline's steps, one module each; see `scop.runtime` for how they are run."""

@@ -1,4 +1,4 @@
-"""What the training steps share."""
+"""What several steps need: batches of a dataset, supervised training, and accuracy on the validation split."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from torch import nn
 
 from scop.compute import distributed
 from scop.compute.device import autocast_dtype
-from scop.compute.distributed import WHOLE, Share
+from scop.compute.distributed import WHOLE, Shard
 from scop.config import FinetuneSection, KnockoffSection, TrainingSection
 from scop.data.batches import Augmentation, Batches
 from scop.data.dataset import Dataset, SplitName
 from scop.models.evaluation import Accuracy, measure_accuracy
 from scop.models.history import EpochRecord
 from scop.runtime.step import Context
-from scop.system.signals import termination
+from scop.system.signals import deferred_stop
+from scop.training.checkpointing import Checkpointing
+from scop.training.learning_rate import Schedule
 from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer
 
 _EVALUATION_BATCH = 500
 
 
-def evaluation_batches(dataset: Dataset, split: SplitName, device: torch.device, share: Share = WHOLE) -> Batches:
-    """All images of a split, or a share of them, in their order, as they are."""
-    return Batches(dataset[split], dataset.info, _EVALUATION_BATCH, device, share=share)
+def evaluation_batches(dataset: Dataset, split: SplitName, device: torch.device, shard: Shard = WHOLE) -> Batches:
+    """Return all images of a split, or a shard of them, in order and unchanged."""
+    return Batches(dataset[split], dataset.info, _EVALUATION_BATCH, device, shard=shard)
 
 
 def training_batches(
-    dataset: Dataset, section: TrainingSection | KnockoffSection, device: torch.device, share: Share = WHOLE
+    dataset: Dataset, section: TrainingSection | KnockoffSection, device: torch.device, shard: Shard = WHOLE
 ) -> Batches:
-    """The training split, or a share of each of its batches, shuffled and augmented as the section says."""
+    """Return the training split, shuffled and augmented as the section says, or a shard of each of its batches."""
     augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
     batch_size, images = section.batch_size, len(dataset["train"])
-    if isinstance(section, KnockoffSection) and batch_size > images:  # for scores it does not matter
-        batch_size = max(1, images // share[1]) * share[1]
-    return Batches(dataset["train"], dataset.info, batch_size, device, augmentation, section.seed, share)
+    if isinstance(section, KnockoffSection) and batch_size > images:  # the scores do not depend on it
+        batch_size = max(1, images // shard[1]) * shard[1]
+    return Batches(dataset["train"], dataset.info, batch_size, device, augmentation, section.seed, shard)
 
 
 def train_supervised(
@@ -45,49 +47,56 @@ def train_supervised(
     label: str,
     teacher: nn.Module | None = None,
 ) -> list[EpochRecord]:
-    """Train a network on its labels, in place, with checkpoints; it ends on the CPU.
+    """Train a network on its labels, in place, with checkpoints.
 
-    Where several processes train, all end with the same network.
+    The network ends on the CPU. If several processes train, it is the same in all of them.
+
+    Args:
+        model: the network.
+        dataset: with a training split and perhaps a validation split.
+        section: the settings.
+        context: of the step.
+        label: names the work in the log.
+        teacher: for distillation, on the device and in eval mode.
+
+    Returns:
+        The records of all epochs.
     """
     device = context.device
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    share = distributed.share()
-    batches = training_batches(dataset, section, device, share)
-    validation = evaluation_batches(dataset, "validation", device, share)
+    shard = distributed.shard()
+    batches = training_batches(dataset, section, device, shard)
+    validation = evaluation_batches(dataset, "validation", device, shard)
     distillation = section.distillation if isinstance(section, FinetuneSection) else None
     objective = Supervised(model, device, section, teacher, distillation)
 
     def validate() -> tuple[float, float]:
-        distributed.spread_buffers(objective.result)
+        distributed.broadcast_buffers(objective.result)
         count = len(validation.labels)
         accuracy = measure_accuracy(objective.result, validation, device, objective.dtype)
-        loss, top1, images = distributed.mean(accuracy.loss * count, accuracy.top1 * count, count)
+        loss, top1, images = distributed.all_reduce_mean(accuracy.loss * count, accuracy.top1 * count, count)
         return loss / images, top1 / images
 
-    with termination() as stopping:
+    with deferred_stop() as stop_requested:
         history = fit(
             objective,
             batches,
             make_optimizer(model, section),
-            epochs=section.epochs,
+            Schedule.of(section),
             label=label,
             seed=section.seed,
-            schedule=section.schedule,
-            warmup_epochs=section.warmup_epochs,
-            keep=section.keep,
-            validate=validate if len(dataset["validation"]) >= share[1] else None,
+            validate=validate if len(dataset["validation"]) >= shard[1] else None,
             on_epoch=context.on_epoch,
-            checkpoints=context.checkpoints,
-            stopping=stopping,
+            checkpointing=Checkpointing(context.checkpoints, stop_requested),
         )
     objective.finish()
-    distributed.spread_buffers(model)
+    distributed.broadcast_buffers(model)
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history
 
 
 def validation_accuracy(model: nn.Module, dataset: Dataset, context: Context) -> Accuracy | None:
-    """Accuracy on the validation split, or None where there is none; the test split is left alone."""
+    """Return the accuracy on the validation split, or None if there is none; the test split is not used."""
     if not len(dataset["validation"]):
         return None
     device = context.device

@@ -1,8 +1,9 @@
-"""Step 6: measure the dense and the pruned network on the test split, side by side."""
+"""Step 6: measure the dense and the pruned network on the test split."""
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
 from scop.storage.manifest import TIMINGS, write_manifest
 from scop.tracking.tags import DATASET_TAG, LONGEST_TAG, MEASURED_TAG, RIGHT_TAG
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -118,10 +121,13 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     kept = [{"layer": layer, "channels": plan.channels[layer], "kept": len(k)} for layer, k in plan.kept.items()]
     context.tracker.log_table({key: [row[key] for row in kept] for key in kept[0]} if kept else {}, "layers.json")
     metrics = result.metrics
-    print(
-        f"{variant.label}: top-1 {metrics['dense_top1']:.2%} -> {metrics['pruned_top1']:.2%}, "
-        f"MACs {human(metrics['dense_macs'])} -> {human(metrics['pruned_macs'])}",
-        flush=True,
+    logger.info(
+        "%s: top-1 %s -> %s, MACs %s -> %s",
+        variant.label,
+        f"{metrics['dense_top1']:.2%}",
+        f"{metrics['pruned_top1']:.2%}",
+        human(metrics["dense_macs"]),
+        human(metrics["pruned_macs"]),
     )
     return StepResult(dict(metrics), dataset.info.classes, evaluation["confusion"])
 
@@ -139,7 +145,7 @@ def _figures(model: nn.Module, accuracy: Accuracy, weights: Path, shape: tuple[i
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    """A model's learning curve; how long its epochs took stays behind."""
+    """Return a model's learning curve without the duration of its epochs."""
     return [{key: value for key, value in asdict(r).items() if key != "seconds"} for r in load_history(folder)]
 
 

@@ -1,8 +1,9 @@
-"""Step 7: write the deliverables, load each again, and compare it with the network it came from."""
+"""Step 7: export the network, load each file again, and compare it with the network."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
 from scop.storage.manifest import TIMINGS, write_manifest
+
+logger = logging.getLogger(__name__)
 
 _IMAGES = 16
 
@@ -46,7 +49,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     images, _ = next(iter(evaluation_batches(load_dataset(inputs.dataset), "test", torch.device("cpu"))))
     images = images[:_IMAGES].contiguous()
     onnx = folder / "model.onnx"
-    # The same weights and description as the pruned model's, so that the folder is all that a user needs.
+    # With the pruned model's weights and description, the folder is all that a user needs.
     for name in (WEIGHTS, DESCRIPTION):
         shutil.copyfile(inputs.pruned / name, folder / name)
     surgery = load_surgery(inputs.pruned)
@@ -59,8 +62,8 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     for what, difference in differences.items():
         if not difference <= config.export.tolerance:
             raise UserError(
-                f"{label}: {what.replace('_', ' and ')} differ by {difference:.3g} in their logits, more than "
-                f"export.tolerance {config.export.tolerance:g}; if that is good enough, raise it: "
+                f"{label}: the logits of {what.replace('_', ' and ')} differ by {difference:.3g}, more than "
+                f"export.tolerance {config.export.tolerance:g}; if that is acceptable, raise the tolerance: "
                 "--set export.tolerance=..."
             )
     evaluation = json.loads((inputs.evaluation / "evaluation.json").read_text())
@@ -76,10 +79,10 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         }
         measured_by = json.loads((inputs.evaluation / TIMINGS).read_text()).get("run")
         if registered := context.tracker.register_onnx(onnx, label, tags, images[:2].numpy(), measured_by):
-            print(f"{label}: registered as {registered}", flush=True)
+            logger.info("%s: registered as %s", label, registered)
     report = {"variant": label, "exactness": differences, "onnx_bytes": onnx.stat().st_size}
     (folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
     write_manifest(folder, kind="model")
-    largest = max(differences.values())
-    print(f"{label}: masked = pruned = reloaded = ONNX = .pt2 within {largest:.1g}", flush=True)
+    largest = f"{max(differences.values()):.1g}"
+    logger.info("%s: masked = pruned = reloaded = ONNX = .pt2 within %s", label, largest)
     return StepResult({f"difference_{key}": value for key, value in differences.items()})

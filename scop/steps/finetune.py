@@ -1,13 +1,14 @@
-"""Step 5: take the channels out, prove that this was exact, and train the small network.
+"""Step 5: remove the channels, prove that the removal is exact, and fine-tune the small network.
 
-Where the variant has several rounds this happens in each of them. The network is then brought back to the dense one's
-shape, with zeros where channels went, its channels are scored anew, and more of them are taken.
+A variant with several rounds does this in each round. Between rounds the network is expanded to the dense network's
+shape, with zeros in place of removed channels, scored again, and pruned further.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,18 +27,22 @@ from scop.models.evaluation import count_macs, count_parameters
 from scop.models.export import logit_difference
 from scop.models.factories import make_model
 from scop.models.history import EpochRecord
-from scop.pruning.cuts import regrow
+from scop.pruning.cuts import expand
 from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import attach_spec, spec_of
 from scop.pruning.surgery import prune_exactly
 from scop.report.formatting import human
 from scop.runtime.result import StepResult
 from scop.runtime.step import Context
+from scop.selection.rounds import Round
 from scop.selection.scores import Scores
 from scop.selection.select import select_channels
 from scop.steps.common import train_supervised, training_batches, validation_accuracy
-from scop.system.signals import termination
+from scop.system.signals import deferred_stop
+from scop.training.checkpointing import Checkpointing
 from scop.training.supervised import recalibrate
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -62,7 +67,9 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     dataset, dense = load_dataset(inputs.dataset), load_model(inputs.dense)
     teacher = _teacher(dense, section, context)
     plan = ChannelPlan.load(inputs.plan / "plan.json")
-    pruned, difference = prune_exactly(dense if variant.method != "scratch" else _anew(dense, section.seed), plan)
+    pruned, difference = prune_exactly(
+        dense if variant.method != "scratch" else _random_copy(dense, section.seed), plan
+    )
     history: list[EpochRecord] = []
     torch.manual_seed(section.seed)
     for number in range(1, variant.rounds + 1):
@@ -72,18 +79,18 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         if number < variant.rounds:
             training = _shortened(section)
         if number > 1:
-            whole = regrow(pruned, dense)
+            whole = expand(pruned, dense)
             scores = _scores(whole, dataset, inputs.plan, work) if variant.method == "scop" else None
-            plan = _selected(whole, scores, variant, plan, number / variant.rounds, work)
+            plan = _select(whole, scores, variant, Round(number, variant.rounds, plan), work)
             pruned, difference = prune_exactly(whole, plan)
-        metrics = _recalibrated(pruned, dataset, training, work)
-        course = train_supervised(pruned, dataset, training, work, label, teacher)
-        history += [replace(record, epoch=work.epochs + record.epoch) for record in course]
+        metrics = _recalibrate(pruned, dataset, training, work)
+        epochs = train_supervised(pruned, dataset, training, work, label, teacher)
+        history += [replace(record, epoch=work.epochs + record.epoch) for record in epochs]
 
     figures = {"masked_pruned": difference, "pruned_reloaded": _reload_difference(pruned), **metrics}
     (outputs.model / SURGERY).write_text(json.dumps(figures, indent=1) + "\n")
-    made_by = {"finetune": section.model_dump(mode="json"), "variant": variant.model_dump(mode="json")}
-    save_settings(outputs.model, inputs.dense, inputs.plan, **made_by)
+    settings = {"finetune": section.model_dump(mode="json"), "variant": variant.model_dump(mode="json")}
+    save_settings(outputs.model, inputs.dense, inputs.plan, **settings)
     save_model(pruned, outputs.model, history=history, device=context.device, others=[SURGERY, SETTINGS])
     if (after := validation_accuracy(pruned, dataset, context)) is not None:
         metrics |= {"validation_top1": after.top1, "validation_loss": after.loss}
@@ -92,20 +99,20 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         "macs": float(count_macs(pruned, dataset.info.shape)),
         "train_seconds": sum(record.seconds for record in history),
     }
-    print(f"{variant.label}: {_describe(metrics)}", flush=True)
+    logger.info("%s: %s", variant.label, _describe(metrics))
     return StepResult(metrics)
 
 
-def _anew(dense: nn.Module, seed: int) -> nn.Module:
-    """The dense network with random weights."""
+def _random_copy(dense: nn.Module, seed: int) -> nn.Module:
+    """Return the dense network with random weights."""
     spec = spec_of(dense)
     assert spec is not None and spec.factory is not None
     torch.manual_seed(seed)
     return attach_spec(make_model(spec.factory, **spec.arguments), spec)
 
 
-def _recalibrated(pruned: nn.Module, dataset: Dataset, section: FinetuneSection, context: Context) -> dict[str, float]:
-    """Take the batch norms' statistics anew; accuracies on the validation split, where there is one."""
+def _recalibrate(pruned: nn.Module, dataset: Dataset, section: FinetuneSection, context: Context) -> dict[str, float]:
+    """Recompute the batch norms' statistics; return accuracies on the validation split before and after."""
     metrics: dict[str, float] = {}
     if (before := validation_accuracy(pruned, dataset, context)) is not None:
         metrics["validation_top1_pruned"] = before.top1
@@ -120,59 +127,53 @@ def _recalibrated(pruned: nn.Module, dataset: Dataset, section: FinetuneSection,
 
 
 def _shortened(section: FinetuneSection) -> FinetuneSection:
-    """The settings for all rounds but the last; the learning rate takes the same course in fewer epochs."""
+    """Return the settings of all rounds but the last; the learning rate follows the same curve in fewer epochs."""
     epochs = section.round_epochs
     warmup = section.warmup_epochs * epochs / max(1, section.epochs)
     return section.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
 def _scores(whole: nn.Module, dataset: Dataset, plan: Path, context: Context) -> Scores:
-    """Scores of what is left, by the settings with which the first ones were made."""
+    """Score the remaining channels with the settings of the first scores."""
     section = parse(KnockoffSection, load_settings(plan).get("knockoff", {}), "knockoff")
     context = context.part("knockoff", 0)
-    batches = training_batches(dataset, section, context.device, distributed.share())
-    with termination() as stopping:
-        return train_knockoffs(
-            whole, batches, section, device=context.device, checkpoints=context.checkpoints, stopping=stopping
-        )
+    batches = training_batches(dataset, section, context.device, distributed.shard())
+    with deferred_stop() as stop_requested:
+        checkpointing = Checkpointing(context.checkpoints, stop_requested)
+        return train_knockoffs(whole, batches, section, device=context.device, checkpointing=checkpointing)
 
 
-def _selected(
-    whole: nn.Module,
-    scores: Scores | None,
-    variant: VariantSection,
-    before: ChannelPlan,
-    part: float,
-    context: Context,
+def _select(
+    whole: nn.Module, scores: Scores | None, variant: VariantSection, round: Round, context: Context
 ) -> ChannelPlan:
-    """The plan of a further round, the same in all processes, though each may have measured another latency."""
+    """Return the plan of a further round, the same in all processes, though each may measure another latency."""
+    assert round.previous is not None
     plan = select_channels(
         whole,
         scores,
-        input_shape=before.input_shape,
+        input_shape=round.previous.input_shape,
         variant=variant,
         device=context.device,
-        before=before,
-        part=part,
+        round=round,
     )
-    return ChannelPlan.model_validate_json(distributed.of_the_first(plan.model_dump_json()))
+    return ChannelPlan.model_validate_json(distributed.broadcast_text(plan.model_dump_json()))
 
 
 def _describe(metrics: dict[str, float]) -> str:
-    """The figures in words: sizes, and how accuracy on the validation split came back, where there is one."""
+    """Describe the sizes, and the accuracy on the validation split before, during and after fine-tuning."""
     text = f"{human(metrics['params'])} parameters, {human(metrics['macs'])} MACs"
     names = {"_pruned": "cut", "_recalibrated": "recalibrated", "": "fine-tuned"}
-    course = [
+    accuracies = [
         f"{word} {metrics[f'validation_top1{key}']:.2%}"
         for key, word in names.items()
         if f"validation_top1{key}" in metrics
     ]
-    return f"{text}; validation top-1: {', '.join(course)}" if course else text
+    return f"{text}; validation top-1: {', '.join(accuracies)}" if accuracies else text
 
 
 @torch.inference_mode()
 def _reload_difference(model: nn.Module) -> float:
-    """By how much the network's logits on random images change when it is saved and loaded; see `logit_difference`."""
+    """Return the `logit_difference` of the network before and after it is saved and loaded, on random images."""
     spec = spec_of(model)
     assert spec is not None and spec.input_shape is not None
     images = torch.randn(4, *spec.input_shape, generator=torch.Generator().manual_seed(0))

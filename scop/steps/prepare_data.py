@@ -1,7 +1,8 @@
-"""Step 1: read the images, cut off a validation split, pack them."""
+"""Step 1: read the images, split off validation and test data, and store them as a dataset."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from scop.data.dataset import save_dataset
 from scop.data.sources import load_source
 from scop.runtime.result import StepResult
 from scop.runtime.step import Context
-from scop.storage.files import local
+from scop.storage.fetch import local_path
+from scop.tracking.tags import DATASET_TAG
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -29,12 +33,14 @@ class Outputs:
 
 
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
-    path = config.data.path
-    dataset = load_source(config.data.model_copy(update={"path": str(local(path))}) if path else config.data)
+    section = config.data
+    if section.path is not None:
+        section = section.model_copy(update={"path": str(local_path(section.path, context.cache))})
+    dataset = load_source(section)
     save_dataset(dataset, outputs.dataset)
     info = dataset.info
     shape = "x".join(map(str, info.shape))
-    print(f"{info.source}: {len(info.classes)} classes of {shape} images, {info.counts}", flush=True)
-    context.tracker.set_tags({"scop.dataset": info.content}, of_the_run=True)
+    logger.info("%s: %d classes of %s images, %s", info.source, len(info.classes), shape, info.counts)
+    context.tracker.set_tags({DATASET_TAG: info.content}, of_the_run=True)
     context.tracker.log_file(outputs.dataset / "dataset.json")
     return StepResult({f"images_{split}": float(count) for split, count in info.counts.items()})

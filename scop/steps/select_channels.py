@@ -1,7 +1,8 @@
-"""Step 4: decide which channels stay, in the first round where there are several."""
+"""Step 4: select the channels to keep, for the first round if there are several."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from scop.report.plots import kept_channels
 from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.selection.latency import describe_latency
+from scop.selection.rounds import Round
 from scop.selection.scores import Scores
 from scop.selection.select import select_channels
 from scop.storage.manifest import write_manifest
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -45,7 +49,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
         input_shape=spec.input_shape,
         variant=config.variant,
         device=context.device,
-        part=1 / config.variant.rounds,
+        round=Round(1, config.variant.rounds),
     )
     plan.save(outputs.plan / "plan.json")
     kept_channels(plan, outputs.plan / "plan.png")
@@ -54,12 +58,13 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     for name in ("plan.json", "plan.png"):
         context.tracker.log_file(outputs.plan / name)
     kept, channels = sum(map(len, plan.kept.values())), sum(plan.channels.values())
-    print(f"{config.variant.label}: keeps {kept} of {channels} channels in {len(plan.kept)} layers", flush=True)
-    budget = config.variant.budget if config.variant.rounds == 1 else None  # the first of several goes part of the way
+    label = config.variant.label
+    logger.info("%s: keeps %d of %d channels in %d layers", label, kept, channels, len(plan.kept))
+    budget = config.variant.budget if config.variant.rounds == 1 else None  # the last round reaches the budget
     if (latency := describe_latency(plan, budget)) is not None:
-        print(f"{config.variant.label}: takes {latency}", flush=True)
-    for line in ChannelGraph(model, plan.input_shape).left_whole(plan.residual):
-        print(f"{config.variant.label}: stays whole: {line}", flush=True)
+        logger.info("%s: latency %s", label, latency)
+    for line in ChannelGraph(model, plan.input_shape).unpruned(plan.residual):
+        logger.info("%s: not pruned: %s", label, line)
     return StepResult(
         {
             "kept_channels": float(kept),

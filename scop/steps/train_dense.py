@@ -1,8 +1,9 @@
-"""Step 2: train the dense network, or take the weights that are given; measure it either way."""
+"""Step 2: train the dense network or load given weights, and measure it."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.selection.select import select_channels
 from scop.steps.common import train_supervised, validation_accuracy
-from scop.storage.files import local
+from scop.storage.fetch import local_path
 from scop.storage.manifest import sha256_of
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -49,15 +52,16 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     model = build(section, dataset)
     check(model, dataset)
     if section.weights is not None:
-        load_weights(model, local(section.weights))
+        load_weights(model, local_path(section.weights, context.cache))
         history = []
     else:
         if section.pretrained is not None:
-            begun_anew = load_pretrained(model, local(section.pretrained), len(dataset.info.classes))
-            but = f", but for {' and '.join(begun_anew)}, which had other classes" if begun_anew else ""
-            print(f"dense: starts from {section.pretrained}{but}", flush=True)
+            path = local_path(section.pretrained, context.cache)
+            replaced = load_pretrained(model, path, len(dataset.info.classes))
+            but = f", except {' and '.join(replaced)}, which had other classes" if replaced else ""
+            logger.info("dense: starts from %s%s", section.pretrained, but)
         history = train_supervised(model, dataset, section, context, label="dense")
-    save_settings(outputs.model, dense=_made_by(section, dataset))
+    save_settings(outputs.model, dense=_settings(section, dataset, context))
     save_model(model, outputs.model, history=history, device=context.device, others=[SETTINGS])
 
     metrics = {
@@ -67,31 +71,31 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     if (accuracy := validation_accuracy(model, dataset, context)) is not None:
         metrics |= {"validation_top1": accuracy.top1, "validation_loss": accuracy.loss}
     accuracy_text = f", validation top-1 {metrics['validation_top1']:.2%}" if "validation_top1" in metrics else ""
-    print(f"dense: {human(metrics['params'])} parameters, {human(metrics['macs'])} MACs{accuracy_text}", flush=True)
+    logger.info("dense: %s parameters, %s MACs%s", human(metrics["params"]), human(metrics["macs"]), accuracy_text)
     return StepResult(metrics)
 
 
-def _made_by(section: DenseSection, dataset: Dataset) -> dict[str, Any]:
-    """All that the network comes from, but for the images; of files what they hold, for they lie anywhere."""
+def _settings(section: DenseSection, dataset: Dataset, context: Context) -> dict[str, Any]:
+    """Everything that the network depends on except the images; files by their content, wherever they are."""
     made = section.model_dump(mode="json", exclude={"weights", "pretrained"})
     for name in ("weights", "pretrained"):
-        if (place := getattr(section, name)) is not None:
-            made[name] = sha256_of(local(place))[:16]
+        if (uri := getattr(section, name)) is not None:
+            made[name] = sha256_of(local_path(uri, context.cache))[:16]
     return made | {"mean": list(dataset.info.mean), "std": list(dataset.info.std)}
 
 
 def check(model: torch.nn.Module, dataset: Dataset) -> None:
-    """Find out before any training what would stop the pipeline after it.
+    """Check before training what would stop the pipeline after it.
 
     Raises:
-        UserError: the network does not run on these images, answers for other classes, or cannot be pruned.
+        UserError: the network does not run on these images, has outputs for other classes, or cannot be pruned.
     """
     info = dataset.info
     gated_layers(ChannelGraph(model, info.shape))
     try:
         prune(model, select_channels(model, method="random", input_shape=info.shape))
-    except UserError as error:  # other variants may do
-        print(f"warning: with a variant's defaults this network cannot be pruned: {error}", flush=True)
+    except UserError as error:  # other variants may work
+        logger.warning("with the defaults of a variant this network cannot be pruned: %s", error)
     network, images = copy.deepcopy(model).eval(), torch.zeros(2, *info.shape)
     with torch.no_grad():
         logits = network(images)
@@ -99,20 +103,22 @@ def check(model: torch.nn.Module, dataset: Dataset) -> None:
             network.to(memory_format=torch.channels_last)(images)
         except RuntimeError as error:
             raise UserError(
-                "the model does not run where channels lie last in memory, as they do in training: in its forward, "
-                f"take .reshape or .flatten for .view ({str(error).splitlines()[0]})"
+                "the model does not run in channels-last memory format, which training uses: in its forward, replace "
+                f".view by .reshape or .flatten ({str(error).splitlines()[0]})"
             ) from error
     if isinstance(logits, torch.Tensor) and logits.shape == (2, len(info.classes)):
         return
     got = "x".join(map(str, logits.shape)) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-    raise UserError(f"the model answers two images with {got}; 2x{len(info.classes)} logits are needed, one per class")
+    raise UserError(
+        f"the model returns {got} for two images; 2x{len(info.classes)} logits are needed, one for each class"
+    )
 
 
 def build(section: DenseSection, dataset: Dataset) -> torch.nn.Module:
-    """The dense network for a dataset, with random weights, and a spec that tells all about it.
+    """Return the dense network for a dataset, with random weights and a complete spec.
 
     Raises:
-        UserError: no such network, or it is not made for so many channels.
+        UserError: there is no such network, or it does not take images of this number of channels.
     """
     info = dataset.info
     model = network_for(section, info.shape, len(info.classes))

@@ -1,4 +1,4 @@
-"""Step 3: the knockoff phase; scores for every channel that can be pruned."""
+"""Step 3: the knockoff phase, which scores every channel that can be pruned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from scop.selection.scores import Scores
 from scop.selection.sensitivity import measure_sensitivity
 from scop.steps.common import training_batches
 from scop.storage.manifest import write_manifest
-from scop.system.signals import termination
+from scop.system.signals import deferred_stop
+from scop.training.checkpointing import Checkpointing
 
 
 class Config(Section):
@@ -49,10 +50,11 @@ class Outputs:
 def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> StepResult:
     section, dataset, model = config.knockoff, load_dataset(inputs.dataset), load_model(inputs.dense)
     device = context.device
-    batches = training_batches(dataset, section, device, distributed.share())
-    torch.manual_seed(section.seed)  # from which sources draw; training seeds it anew for each epoch
-    with termination() as stopping:
-        source = make_source(section, batches, device, context.checkpoints, stopping)
+    batches = training_batches(dataset, section, device, distributed.shard())
+    torch.manual_seed(section.seed)  # sources draw from the global generator
+    with deferred_stop() as stop_requested:
+        checkpointing = Checkpointing(context.checkpoints, stop_requested)
+        source = make_source(section, batches, device, checkpointing)
         quality = measure_quality(source, model.to(device).eval(), batches, device, section.seed)
         images, labels = next(iter(batches))
         knockoff_images(images, source(images, labels), dataset.info, outputs.scores / "knockoffs.png")
@@ -63,8 +65,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
             source=source,
             device=device,
             on_epoch=context.on_epoch,
-            checkpoints=context.checkpoints,
-            stopping=stopping,
+            checkpointing=checkpointing,
         )
     scores.save(outputs.scores / "scores.safetensors")
     save_history(scores.history, outputs.scores)
@@ -91,10 +92,10 @@ def _sensitivity(
     folder: Path,
     device: torch.device,
 ) -> list[str]:
-    """Measure it on the first images of a shuffled split, and write table and picture; their names."""
+    """Measure the sensitivity on a sample of images, write it as a table and a plot, and return their names."""
     split: SplitName = "validation" if len(dataset["validation"]) else "train"
     shuffled = torch.randperm(len(dataset[split]), generator=torch.Generator().manual_seed(0)).numpy()
-    chosen = np.sort(shuffled[: section.images])  # images lie by class
+    chosen = np.sort(shuffled[: section.images])  # images are sorted by class
     images = Split(dataset[split].images[chosen], dataset[split].labels[chosen])
     batches = list(Batches(images, dataset.info, 500, device))
     top1 = measure_sensitivity(model, scores, section.rates, batches, device, scores.input_shape)
@@ -105,5 +106,5 @@ def _sensitivity(
 
 
 def _rounded(values: Tensor) -> list[float | None]:
-    """Six digits that count; None for what is not known."""
+    """Round to six significant digits; None for values that are not finite."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

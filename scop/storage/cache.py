@@ -1,54 +1,67 @@
-"""What was fetched from S3, kept by its content so that a dataset travels once; may be removed at any time."""
+"""The local cache of what was fetched from S3, addressed by content, so that a dataset is downloaded once."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from scop.errors import UserError
 from scop.storage.manifest import read_folder
 
-CACHE_VARIABLE = "SCOP_CACHE"
-CACHE_PARTS = ("artifacts", "objects", "trees")
-"""The folders in the cache: whole artifacts, single objects, and all that is below a prefix."""
+Part = Literal["artifacts", "objects", "trees"]
+PARTS: tuple[Part, ...] = ("artifacts", "objects", "trees")
+"""The cache's folders: artifacts, single objects, and all objects below a prefix."""
 
 
-def cache_folder() -> Path:
-    """Where fetched artifacts are kept: SCOP_CACHE, or scop in the user's cache folder; may be removed at any time."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scop"
+@dataclass(frozen=True)
+class Cache:
+    """A folder of fetched files. It may be deleted at any time, and processes may share it.
 
+    Attributes:
+        root: the folder, absolute.
+    """
 
-def is_cached(folder: Path) -> bool:
-    """Whether the cache has it, and as it came; what somebody changed is removed."""
-    if folder.exists():
-        with contextlib.suppress(UserError):
-            read_folder(folder)
-            return True
-        shutil.rmtree(folder)
-    return False
+    root: Path
 
+    def folder(self, part: Part, key: str) -> Path:
+        """Return the folder of an entry, which may not exist yet."""
+        return self.root / part / key
 
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when it is full; another process may have been quicker."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cache {folder.parent} cannot be written ({error.strerror}); set {CACHE_VARIABLE}") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
+    def has(self, folder: Path) -> bool:
+        """Whether an entry is there and intact; a damaged one is removed."""
+        if folder.exists():
+            with contextlib.suppress(UserError):
+                read_folder(folder)
+                return True
+            shutil.rmtree(folder)
+        return False
+
+    @contextlib.contextmanager
+    def staged(self, folder: Path) -> Iterator[Path]:
+        """Give a temporary folder to fill, and move it to `folder` at the end, unless another process was faster.
+
+        Raises:
+            UserError: the cache cannot be written.
+        """
         try:
-            staging.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was quicker
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        except OSError as error:
+            raise UserError(
+                f"cache {folder.parent} cannot be written ({error.strerror}); set SCOP_CACHE to another folder"
+            ) from error
+        try:
+            yield staging
+            staging.chmod(0o755)
+            try:
+                staging.rename(folder)
+            except OSError:
+                if not folder.exists():  # otherwise another process was faster
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Checkpoints of training runs, in a folder or in S3: the newest whole one is where a killed run goes on.
+"""Checkpoints of training runs, in a folder or in S3; a killed run resumes from the newest intact one.
 
 A checkpoint is two files, ``EPOCHS-STEPS.pt`` and, written after it, ``EPOCHS-STEPS.json`` with its size and sha256.
-They lie in a folder named after the step's configuration and inputs, so one of another configuration is never taken.
+Their folder is named after the step's configuration and inputs, so a checkpoint of another configuration is never used.
 """
 
 from __future__ import annotations
@@ -9,38 +9,41 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scop.errors import DamagedError
-from scop.storage import files as storage
+from scop.storage.files import delete_files, join_uri, list_files, read_if_exists, write_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a training run keeps its states.
+    """The checkpoints of one training run.
 
     Attributes:
-        place: a path or an ``s3://`` URI, for this run alone.
-        fingerprint: of everything that the result depends on: configuration and inputs.
-        keep: so many are kept.
+        uri: their folder, a path or an ``s3://`` URI, for this run alone.
+        fingerprint: hash of everything that the result depends on: configuration and inputs.
+        keep: number of checkpoints kept.
     """
 
-    place: str
+    uri: str
     fingerprint: str
     keep: int = 2
 
     def part(self, name: str) -> Checkpoints:
-        """Those of a training within the run; they are removed with it."""
-        return replace(self, place=storage.join(self.place, name))
+        """Return those of a training within the run; they are removed together with the run's own."""
+        return replace(self, uri=join_uri(self.uri, name))
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
-        """Write a state, and remove what is older than the `keep` newest.
+        """Write a checkpoint, and remove all but the `keep` newest.
 
         Args:
             state: tensors, numbers, strings, and lists and dicts of them.
-            epochs: that are done.
-            steps: of the next epoch that are done.
+            epochs: number of finished epochs.
+            steps: number of finished steps of the next epoch.
         """
         import torch
 
@@ -48,51 +51,52 @@ class Checkpoints:
         torch.save(state, buffer)
         content, name = buffer.getvalue(), f"{epochs:05}-{steps:08}"
         seal = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "fingerprint": self.fingerprint}
-        storage.write(storage.join(self.place, f"{name}.pt"), content)
-        storage.write(storage.join(self.place, f"{name}.json"), json.dumps(seal).encode())
+        write_bytes(join_uri(self.uri, f"{name}.pt"), content)
+        write_bytes(join_uri(self.uri, f"{name}.json"), json.dumps(seal).encode())
         for old in self._names()[: -self.keep]:
-            if old != name:  # which counts less than damaged ones that could not be removed
+            if old != name:  # it sorts before damaged ones that could not be removed
                 self._delete(old)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state, or None where there is none; damaged ones are passed over with a warning.
+        """Load the newest intact checkpoint, or return None if there is none.
 
-        And removed, since those that follow count fewer epochs: a damaged one would be kept in place of a whole one.
+        Damaged ones are skipped with a warning and removed: those that follow count fewer epochs, so a damaged one
+        would be kept in place of an intact one.
 
         Raises:
-            UserError: they cannot be read now; to start over would cost all that was done.
+            UserError: checkpoints cannot be read now; starting over would lose all progress.
         """
         import torch
 
         for name in reversed(self._names()):
-            place = storage.join(self.place, f"{name}.pt")
+            uri = join_uri(self.uri, f"{name}.pt")
             try:
-                seal = json.loads(storage.read(storage.join(self.place, f"{name}.json"), must_exist=False) or b"{}")
-                content = storage.read(place, must_exist=False) or b""
+                seal = json.loads(read_if_exists(join_uri(self.uri, f"{name}.json")) or b"{}")
+                content = read_if_exists(uri) or b""
                 if hashlib.sha256(content).hexdigest() != seal["sha256"]:
                     raise ValueError("it does not match its checksum")
                 if seal["fingerprint"] != self.fingerprint:
-                    raise ValueError("it is of another configuration or other inputs")
+                    raise ValueError("it belongs to another configuration or other inputs")
                 state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
                 return state
             except (DamagedError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
-                print(f"warning: checkpoint {place} is passed over: {error}", flush=True)
-                if not isinstance(error, DamagedError):  # which may be a bad connection
+                logger.warning("checkpoint %s is skipped: %s", uri, error)
+                if not isinstance(error, DamagedError):  # that may be a bad connection
                     self._delete(name)
         return None
 
     def remove(self) -> None:
-        """Remove all, once the result is whole."""
-        names = storage.names(self.place)
-        storage.delete(self.place, [name for name in names if name.endswith(".json")])
-        storage.delete(self.place, [name for name in names if not name.endswith(".json")])
+        """Remove all checkpoints, once the result is complete."""
+        names = list_files(self.uri)
+        delete_files(self.uri, [name for name in names if name.endswith(".json")])
+        delete_files(self.uri, [name for name in names if not name.endswith(".json")])
 
     def _delete(self, name: str) -> None:
-        # The seal first: what lacks one is not taken.
-        storage.delete(self.place, [f"{name}.json"])
-        storage.delete(self.place, [f"{name}.pt"])
+        # The seal first: a checkpoint without one is not used.
+        delete_files(self.uri, [f"{name}.json"])
+        delete_files(self.uri, [f"{name}.pt"])
 
     def _names(self) -> list[str]:
-        """What is sealed, oldest first."""
-        own = [name for name in storage.names(self.place) if "/" not in name]
+        """The names of sealed checkpoints, the oldest first."""
+        own = [name for name in list_files(self.uri) if "/" not in name]
         return [name.removesuffix(".json") for name in own if name.endswith(".json")]

@@ -1,7 +1,7 @@
-"""Manifests: what makes a folder an artifact that can be trusted to be whole.
+"""Manifests: they make a folder an artifact whose completeness can be checked.
 
-`manifest.json` lists every file of the folder with its size and sha256. It is written last, and atomically, so a folder
-without one is unfinished; a folder whose files do not match is damaged. Readers accept neither.
+`manifest.json` lists every file of the folder with its size and sha256. It is written last, atomically: a folder
+without one is unfinished, and a folder whose files do not match it is damaged. Readers accept neither.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from scop.errors import UserError
 MANIFEST = "manifest.json"
 RECORD = "step.json"
 TIMINGS = "timings.json"
-"""How long things took: the one file of an artifact that is different each time a step runs."""
+"""Measured times: the one file of an artifact that differs each time a step runs."""
 FORMAT = 1
-# Not part of an artifact's content: the record of the step that made it, and what a killed step leaves behind.
+# Files that do not belong to an artifact: the record of its step, and what a killed step leaves behind.
 LEFTOVERS = {MANIFEST, RECORD, "tracking-unsent.jsonl"}
 CHECKPOINTS = "checkpoints"
-"""The folder, in a step's output, for checkpoints that have no other place; no part of the artifact either."""
+"""The subfolder of an output for checkpoints, unless another is configured; it does not belong to the artifact."""
 
 
 class FileEntry(BaseModel):
@@ -33,8 +33,8 @@ class FileEntry(BaseModel):
     Attributes:
         size: in bytes.
         sha256: in hexadecimal.
-        stored_as: the object's name in S3 where it is not the file's; see `scop.storage.folders.send_folder`.
-        etag: S3's, of the object that was sent; another one means that the object is another.
+        stored_as: the object's name in S3 if it differs from the file's; see `scop.storage.folders.upload_folder`.
+        etag: S3's ETag of the uploaded object; a different one means that the object was replaced.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,7 +45,7 @@ class FileEntry(BaseModel):
     etag: str | None = None
 
     def key(self, name: str) -> str:
-        """The object's name, for a file of this name."""
+        """Return the object's name for a file of this name."""
         return self.stored_as or name
 
 
@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     Attributes:
         format: version of the folder's layout.
         kind: dataset, model, scores, plan, evaluation or report.
-        files: by path relative to the folder, with forward slashes.
+        files: by relative path, with forward slashes.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,24 +73,24 @@ class Manifest(BaseModel):
         return files
 
     @classmethod
-    def parse(cls, content: str | bytes, place: str | Path) -> Manifest:
-        """Read a manifest; raises UserError, which names its place, if it is damaged or of another format."""
+    def parse(cls, content: str | bytes, uri: str | Path) -> Manifest:
+        """Parse a manifest; raise UserError, which names its path or URI, if it is damaged or of another format."""
         try:
             manifest = cls.model_validate_json(content)
         except ValidationError as error:
-            raise UserError(f"{place} is damaged; run the step that makes it again") from error
+            raise UserError(f"{uri} is damaged; run the step that made it again") from error
         if manifest.format != FORMAT:
-            raise UserError(f"{place} has format {manifest.format}, this version of scop reads {FORMAT}")
+            raise UserError(f"{uri} has format {manifest.format}, and this version of scop reads format {FORMAT}")
         return manifest
 
     @property
     def content(self) -> str:
-        """sha256 over the names and hashes of all files but the timings, unless these are what was measured."""
+        """Return the sha256 of all names and hashes, without the timings unless they are the artifact's content."""
         return self._hash({name for name in self.files if name != TIMINGS or self.kind == "evaluation"})
 
     @property
     def identity(self) -> str:
-        """sha256 over the names and hashes of all files."""
+        """Return the sha256 of all names and hashes."""
         return self._hash(set(self.files))
 
     def _hash(self, names: set[str]) -> str:
@@ -99,20 +99,20 @@ class Manifest(BaseModel):
 
 
 def check_name(name: str) -> str:
-    """The name, if it is that of a file inside a folder; raises UserError at one that leaves it."""
+    """Return the name of a file inside a folder; raise UserError if it would leave the folder."""
     parts = name.split("/")
     if not name or any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name or ":" in parts[0]:
-        raise UserError(f"file name {name!r} leads out of its folder; refused")
+        raise UserError(f"file name {name!r} points outside its folder, which is refused")
     return name
 
 
 def write_manifest(folder: Path, kind: str, names: Sequence[str] | None = None) -> Manifest:
-    """Hash the files of a folder and write its manifest: the folder is whole from here on.
+    """Hash the files of a folder and write its manifest, which makes the folder complete.
 
     Args:
         folder: the artifact.
-        kind: what it is.
-        names: the files that belong to it, as far as they exist; all by default.
+        kind: its kind.
+        names: the files that belong to it, if they exist; all files by default.
     """
     paths = [folder / name for name in names] if names is not None else sorted(folder.rglob("*"))
     files = {
@@ -130,18 +130,18 @@ def _is_leftover(name: str) -> bool:
 
 
 def read_folder(folder: Path, kind: str | None = None) -> Manifest:
-    """Check that a folder is a whole artifact, file by file.
+    """Check every file of an artifact folder.
 
     Args:
         folder: the artifact.
-        kind: what it must be, or None for any.
+        kind: the kind it must be of, or None for any.
 
     Raises:
         UserError: there is no manifest, it is of another kind or version, or a file does not match it.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        what = "is not there" if not folder.exists() else "has no manifest.json: it was not finished"
+        what = "does not exist" if not folder.exists() else "has no manifest.json, so it is unfinished"
         raise UserError(f"{kind or 'artifact'} folder {folder} {what}; name one that a step finished")
     manifest = Manifest.parse(path.read_bytes(), path)
     if kind is not None and manifest.kind != kind:
@@ -149,9 +149,11 @@ def read_folder(folder: Path, kind: str | None = None) -> Manifest:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing though manifest.json lists it; run the step that makes it again")
+            raise UserError(f"{file} is missing, though manifest.json lists it; run the step that made it again")
         if file.stat().st_size != entry.size or _sha256_once(file) != entry.sha256:
-            raise UserError(f"{file} does not match manifest.json (changed or damaged); run its step again")
+            raise UserError(
+                f"{file} does not match manifest.json (changed or damaged); run the step that made it again"
+            )
     return manifest
 
 
@@ -159,26 +161,26 @@ _known: dict[tuple[int, int, int, int], str] = {}
 
 
 def _sha256_once(path: Path) -> str:
-    """The sha256 of a file, taken once for as long as nobody writes to it: a step opens its inputs repeatedly."""
+    """Return the sha256 of a file, computed once until the file changes: a step opens its inputs repeatedly."""
     state = path.stat()
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
     if key in _known:
         return _known[key]
     digest = sha256_of(path)
-    # A file that is seconds old might be written to again without its time of change moving on.
+    # A file that is seconds old might change again without a new modification time.
     if time.time() - state.st_mtime > 2:
         _known[key] = digest
     return digest
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file such that a reader sees the old one or the new one, never a part."""
+    """Write a file atomically: a reader sees the old content or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text)

@@ -1,8 +1,8 @@
-"""Objects in S3 by boto3: to and from files, whole and verified on their way; what goes wrong in one line.
+"""Objects in S3 by boto3: upload, download, list, copy and delete. Every error becomes one line with a remedy.
 
-Credentials, endpoint and region are found as boto3 finds them: environment (``AWS_ACCESS_KEY_ID``,
-``AWS_SECRET_ACCESS_KEY``, ``AWS_ENDPOINT_URL_S3``, ``AWS_REGION``), profiles, instance roles. Failed requests are
-tried again with backoff, ``AWS_MAX_ATTEMPTS`` times (5).
+boto3 finds credentials, endpoint and region: in the environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+``AWS_ENDPOINT_URL_S3``, ``AWS_REGION``), in profiles and in instance roles. Failed requests are retried with backoff,
+up to ``AWS_MAX_ATTEMPTS`` attempts (default: 5).
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from scop.errors import DamagedError, UserError
 from scop.system.progress import progress
 
 SCHEME = "s3://"
-# Measured against a local server: with 1 MiB at a time instead of boto3's 256 KiB a download takes two thirds of the
-# time; with 4 MiB, which the allocator maps anew each time, it takes longer again.
-_PART = 32 * 2**20
-_WRITE = 2**20
-_AT_ONCE = 10
-_COPIED_AT_ONCE = 2**32
-"""Bytes; S3 copies up to 5 GiB by one request."""
+# Measured against a local server: with chunks of 1 MiB instead of boto3's 256 KiB a download takes two thirds of the
+# time; with chunks of 4 MiB, which the allocator maps anew each time, it is slower again.
+_PART_SIZE = 32 * 2**20
+_IO_CHUNK = 2**20
+_CONCURRENCY = 10
+_COPY_PART_SIZE = 2**32
+"""In bytes; S3 copies up to 5 GiB in one request."""
 
 
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is in S3 rather than a path."""
-    return str(place).startswith(SCHEME)
+def is_s3(uri: str | Path) -> bool:
+    """Whether a path or URI is an ``s3://`` URI."""
+    return str(uri).startswith(SCHEME)
 
 
 @dataclass(frozen=True)
 class Location:
-    """A bucket and a key or prefix in it, without a slash at its end."""
+    """A bucket and a key or prefix in it, without a trailing slash."""
 
     bucket: str
     key: str
 
     @classmethod
     def parse(cls, uri: str) -> Location:
-        """Take an ``s3://`` URI apart; raises UserError where it is none."""
+        """Parse an ``s3://`` URI; raise UserError if it is not one."""
         bucket, _, key = uri.removeprefix(SCHEME).partition("/")
-        if not is_uri(uri) or not bucket:
-            raise UserError(f"{uri!r} is not of the form s3://BUCKET/PREFIX")
+        if not is_s3(uri) or not bucket:
+            raise UserError(f"{uri!r} does not have the form s3://BUCKET/PREFIX")
         return cls(bucket, key.strip("/"))
 
     def __truediv__(self, name: str) -> Location:
@@ -60,7 +60,7 @@ class Location:
 
 
 def upload(files: Mapping[str, Path], target: Location) -> None:
-    """Files to objects below a prefix, in parallel, large ones in parts."""
+    """Upload files to objects below a prefix, in parallel, large ones in parts."""
     total = sum(path.stat().st_size for path in files.values())
     with errors(target), _transfers(total, f"to {target}") as (manager, counting):
         started = [
@@ -72,14 +72,14 @@ def upload(files: Mapping[str, Path], target: Location) -> None:
 
 
 def download(source: Location, files: Mapping[str, Path], sizes: Mapping[str, int]) -> Iterator[str]:
-    """Objects below a prefix to files, in parallel, large ones in ranges; gives each key when its file is there."""
+    """Download objects below a prefix, in parallel, large ones in ranges; yield each key when its file is complete."""
     from botocore.exceptions import FlexibleChecksumError
 
     left = dict(files)
     with errors(source):
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        for last_try in (False, True):
+        for last_attempt in (False, True):
             try:
                 with _transfers(sum(sizes[key] for key in left), f"from {source}") as (manager, counting):
                     started = {
@@ -91,14 +91,14 @@ def download(source: Location, files: Mapping[str, Path], sizes: Mapping[str, in
                         del left[key]
                         yield key
                 return
-            except FlexibleChecksumError:  # the one failure of a transfer that boto3 does not try again
-                if last_try:
+            except FlexibleChecksumError:  # the one failure of a transfer that boto3 does not retry
+                if last_attempt:
                     raise
 
 
 @contextlib.contextmanager
 def _transfers(total: int, label: str) -> Iterator[tuple[Any, list[Any]]]:
-    """A transfer manager, and the subscribers by which transfers show their progress."""
+    """Give a transfer manager, and the subscribers that show the progress of its transfers."""
     from boto3.s3.transfer import TransferConfig, create_transfer_manager
     from s3transfer.subscribers import BaseSubscriber
 
@@ -109,17 +109,20 @@ def _transfers(total: int, label: str) -> Iterator[tuple[Any, list[Any]]]:
                 bar.update(bytes_transferred / 1e6)
 
         settings = TransferConfig(
-            multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=_AT_ONCE, io_chunksize=_WRITE
+            multipart_threshold=_PART_SIZE,
+            multipart_chunksize=_PART_SIZE,
+            max_concurrency=_CONCURRENCY,
+            io_chunksize=_IO_CHUNK,
         )
         with create_transfer_manager(client(), settings) as manager:
             yield manager, [Count()]
 
 
-def listing(source: Location, exactly: bool = False) -> dict[str, Mapping[str, Any]]:
-    """Objects below a prefix, by their relative names; `exactly` the object of this key, by an empty name."""
+def list_objects(source: Location, exactly: bool = False) -> dict[str, Mapping[str, Any]]:
+    """List objects below a prefix by relative name; with `exactly`, only the object of this key, as an empty name."""
     prefix = source.key if exactly or not source.key else f"{source.key}/"
     with errors(source):
-        if exactly:  # the first in order of all that begin with the key, if there is one
+        if exactly:  # if it exists, it comes first of all keys with this prefix
             found = client().list_objects_v2(Bucket=source.bucket, Prefix=prefix, MaxKeys=1).get("Contents", [])
             return {"": found[0]} if found and found[0]["Key"] == source.key else {}
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=prefix)
@@ -128,12 +131,12 @@ def listing(source: Location, exactly: bool = False) -> dict[str, Mapping[str, A
 
 def object_exists(source: Location) -> bool:
     """Whether there is an object of exactly this key."""
-    return bool(listing(source, exactly=True))
+    return bool(list_objects(source, exactly=True))
 
 
 def delete_objects(source: Location, which: set[str]) -> None:
-    """Remove objects by their names below a prefix; what is gone already is no error."""
-    # One by one: some servers want an MD5 for the request that deletes many.
+    """Delete objects by their names below a prefix; one that does not exist is no error."""
+    # One by one: some servers require an MD5 in a request that deletes several.
     with errors(source):
         for name in sorted(which):
             client().delete_object(Bucket=source.bucket, Key=(source / name).key)
@@ -141,7 +144,7 @@ def delete_objects(source: Location, which: set[str]) -> None:
 
 @cache
 def client() -> Any:
-    """boto3's S3 client, one for the process; raises UserError where its settings are bad."""
+    """Return boto3's S3 client, one per process; raise UserError if its settings are bad."""
     import boto3
     from botocore.config import Config
 
@@ -150,7 +153,7 @@ def client() -> Any:
         retries={"mode": "standard", **retries},
         connect_timeout=10,
         read_timeout=60,
-        max_pool_connections=2 * _AT_ONCE,
+        max_pool_connections=2 * _CONCURRENCY,
         user_agent_extra="scop",
     )
     try:
@@ -160,14 +163,14 @@ def client() -> Any:
 
 
 def forget_client() -> None:
-    """Look at the environment anew; for programs that change it."""
+    """Create a new client at the next call, for programs that change the environment."""
     client.cache_clear()
 
 
 def as_variables() -> dict[str, str]:
-    """What boto3 found in this machine's files or roles, as variables for a process that has neither.
+    """Return what boto3 found in this machine's files or roles, as variables for a process that has neither.
 
-    Credentials that are temporary are those of this moment.
+    Temporary credentials are those valid now.
     """
     import boto3
 
@@ -183,40 +186,40 @@ def as_variables() -> dict[str, str]:
 
 
 def endpoint() -> str:
-    """The server's address, for messages."""
+    """Return the server's address, for messages."""
     return str(client().meta.endpoint_url)
 
 
 # -- single objects ----------------------------------------------------------------------------------------------------
 
 
-def read_object(source: Location, must_exist: bool) -> bytes | None:
-    """The bytes of an object; None, if it need not exist, where there is none."""
+def read_object(source: Location) -> bytes | None:
+    """Read an object, or return None if it does not exist."""
     from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
     broken = (FlexibleChecksumError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-    with errors(source, missing_is_fine=not must_exist):
-        for tries_left in (2, 1, 0):  # boto3 tries requests again, not the reading of an answer
+    with errors(source, missing_is_fine=True):
+        for attempts_left in (2, 1, 0):  # boto3 retries requests, but not the reading of a response
             try:
                 content: bytes = client().get_object(Bucket=source.bucket, Key=source.key)["Body"].read()
                 return content
             except broken:
-                if not tries_left:
+                if not attempts_left:
                     raise
     return None
 
 
 def write_object(target: Location, content: bytes) -> None:
-    """Put an object, at once: a reader sees the old one or the new one."""
+    """Write an object atomically: a reader sees the old one or the new one."""
     with errors(target):
         client().put_object(Bucket=target.bucket, Key=target.key, Body=content)
 
 
 def copy_object(source: Location, target: Location) -> None:
-    """An object to another name, within S3."""
+    """Copy an object within S3."""
     from boto3.s3.transfer import TransferConfig
 
-    whole = TransferConfig(multipart_threshold=_COPIED_AT_ONCE, multipart_chunksize=_COPIED_AT_ONCE)
+    whole = TransferConfig(multipart_threshold=_COPY_PART_SIZE, multipart_chunksize=_COPY_PART_SIZE)
     with errors(target):
         client().copy({"Bucket": source.bucket, "Key": source.key}, target.bucket, target.key, Config=whole)
 
@@ -232,7 +235,7 @@ _DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismat
 
 @contextlib.contextmanager
 def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
-    """Whatever boto3 raises as a UserError of one line, which says what to do."""
+    """Turn whatever boto3 raises into a UserError of one line, with a remedy."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import (
         BotoCoreError,
@@ -243,7 +246,7 @@ def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
     )
     from s3transfer.exceptions import RetriesExceededError
 
-    broken_off = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, RetriesExceededError)
+    interrupted = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, RetriesExceededError)
     try:
         yield
     except ClientError as error:
@@ -252,22 +255,23 @@ def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
             return
         kind = DamagedError if code in _DAMAGED else UserError
         raise kind(_explain_refusal(error, code, location)) from error
-    # boto3 stumbles, with an AttributeError, over a server's failure in an answer that announces a checksum.
+    # If a server fails in a response that announces a checksum, boto3 raises an AttributeError.
     except (BotoCoreError, Boto3Error, RetriesExceededError, OSError, AttributeError) as error:
-        kind = DamagedError if isinstance(error, broken_off) else UserError
+        kind = DamagedError if isinstance(error, interrupted) else UserError
         raise kind(_explain_failure(error, location)) from error
 
 
 def _explain_refusal(error: Any, code: str, location: Location) -> str:
     said = error.response.get("Error", {})
     if code == "NoSuchBucket":
-        return f"bucket {location.bucket!r} does not exist at {endpoint()}; make it, or name another in place of s3://{location.bucket}"
+        return f"bucket {location.bucket!r} does not exist at {endpoint()}; create it, or use another bucket"
     if code in ("NoSuchKey", "404"):
         return f"{location} does not exist"
     if code in _REFUSED:
-        return f"S3 refuses the credentials ({code}: {said.get('Message', '')}); renew AWS_ACCESS_KEY_ID and the others"
+        message = said.get("Message", "")
+        return f"S3 refuses the credentials ({code}: {message}); renew AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if code in _DENIED:
-        return f"access to {location} is denied ({error.operation_name}); give these credentials the right to it"
+        return f"access to {location} is denied ({error.operation_name}); grant these credentials access"
     if code in _ELSEWHERE:
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         region = said.get("Region") or headers.get("x-amz-bucket-region")
@@ -275,10 +279,10 @@ def _explain_refusal(error: Any, code: str, location: Location) -> str:
         remedy = f"set AWS_REGION={region}" if region else "set AWS_REGION to the bucket's region"
         return f"bucket {location.bucket!r} is not in region {own!r} ({code}); {remedy}"
     if code in _DAMAGED:
-        return f"{location} was damaged on its way (wrong checksum, {code}); try again"
+        return f"{location} was damaged in transit (wrong checksum, {code}); try again"
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if status >= 500:
-        return f"S3 at {endpoint()} fails, after several tries, with {code} on {location}; try again later"
+        return f"S3 at {endpoint()} fails with {code} on {location}, after several attempts; try again later"
     return f"S3 refuses {error.operation_name} of {location}: {code} {said.get('Message', '')}".rstrip()
 
 
@@ -287,20 +291,17 @@ def _explain_failure(error: Exception, location: Location) -> str:
 
     match error:
         case exceptions.NoCredentialsError() | exceptions.PartialCredentialsError():
-            return (
-                f"there are no credentials for {location}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-                "AWS_PROFILE"
-            )
+            return f"no credentials for {location}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         case exceptions.FlexibleChecksumError():
-            return f"{location} was damaged on its way (wrong checksum); try again"
+            return f"{location} was damaged in transit (wrong checksum); try again"
         case exceptions.ParamValidationError():
-            return f"{location} is no valid place in S3: {' '.join(str(error).split())}"
+            return f"{location} is not a valid S3 location: {' '.join(str(error).split())}"
         case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"cannot write {error.filename or 'here'} ({error.strerror}); make room, or move SCOP_CACHE"
+            return f"cannot write {error.filename or 'here'} ({error.strerror}); free some space, or move SCOP_CACHE"
         case exceptions.HTTPClientError() | exceptions.ConnectionError() | OSError():
             return f"S3 at {endpoint()} cannot be reached ({error}); check AWS_ENDPOINT_URL_S3 and the network"
     if isinstance(error, AttributeError):
         return f"S3 at {endpoint()} fails on {location}; try again later"
     if last := getattr(error, "last_exception", None):
-        return f"{location} broke off again and again on its way ({last}); try again later"
+        return f"the transfer of {location} failed repeatedly ({last}); try again later"
     return f"S3 failed on {location}: {error}"

@@ -1,4 +1,4 @@
-"""What a step costs: time on its devices, processor time, and energy where the device tells."""
+"""Cost of a step: time on its devices, processor time, and energy if the devices report it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from scop.system.processor import processor_name
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step.
+    """Cost of one step.
 
     Attributes:
-        device: what it computed on, by name.
-        devices: so many of them; a machine's processors count as one.
-        seconds: from its start to its end.
-        cpu_seconds: of processor time, of this process and those that it waited for.
-        energy_joules: that its GPUs took meanwhile; None where not all of them tell.
+        device: name of the device that it ran on.
+        devices: number of devices; all processors of a machine count as one.
+        seconds: duration.
+        cpu_seconds: processor time of this process and of the child processes that it waited for.
+        energy_joules: energy that its GPUs used; None unless all of them report it.
     """
 
     device: str
@@ -34,27 +34,27 @@ class Cost:
 
     @property
     def device_seconds(self) -> float:
-        """Seconds times devices: what is paid for."""
+        """Duration times number of devices, the time that is billed."""
         return self.seconds * self.devices
 
     @property
     def metrics(self) -> dict[str, float]:
-        """As MLflow has them."""
-        told = {"device_seconds": self.device_seconds}
-        return told if self.energy_joules is None else told | {"energy_joules": self.energy_joules}
+        """Metrics for MLflow."""
+        metrics = {"device_seconds": self.device_seconds}
+        return metrics if self.energy_joules is None else metrics | {"energy_joules": self.energy_joules}
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What something cost, for people.
+    """Cost of one or more steps on a device, for display.
 
     Attributes:
-        what: a step, or so many runs.
-        device: its name.
+        what: what it is the cost of: a step, or a number of runs.
+        device: name of the device.
         seconds: device-seconds.
-        joules: energy, as far as devices told; None where none did.
-        partly: whether some of the time's energy was not told.
-        at_least: whether there were steps, perhaps on this device, that did not live to tell what they cost.
+        joules: reported energy; None if none was reported.
+        partly: whether energy is missing for part of the time.
+        at_least: whether steps, perhaps on this device, ended without a report of their cost.
     """
 
     what: str
@@ -66,22 +66,22 @@ class Spent:
 
     @property
     def time(self) -> str:
-        """In hours, or seconds where it was less than one."""
-        told = f"{self.seconds / 3600:,.1f} h" if self.seconds >= 3600 else f"{self.seconds:,.0f} s"
-        return "at least " * self.at_least + told
+        """Device time as text, in hours, or in seconds below one hour."""
+        text = f"{self.seconds / 3600:,.1f} h" if self.seconds >= 3600 else f"{self.seconds:,.0f} s"
+        return "at least " * self.at_least + text
 
     @property
     def energy(self) -> str:
-        """In kilowatt-hours, or watt-hours."""
+        """Energy as text, in kWh, or in Wh below one kWh."""
         if self.joules is None:
-            return "not told"
+            return "n/a"
         hours = self.joules / 3600
-        told = f"{hours / 1000:,.2f} kWh" if hours >= 1000 else f"{hours:,.1f} Wh"
-        return "at least " * (self.partly or self.at_least) + told
+        text = f"{hours / 1000:,.2f} kWh" if hours >= 1000 else f"{hours:,.1f} Wh"
+        return "at least " * (self.partly or self.at_least) + text
 
 
 def total(entries: Iterable[Spent], what: str) -> list[Spent]:
-    """The sums, by device."""
+    """Return the sum of all costs on each device."""
     by_device: dict[str, list[Spent]] = {}
     for entry in entries:
         by_device.setdefault(entry.device, []).append(entry)
@@ -89,23 +89,23 @@ def total(entries: Iterable[Spent], what: str) -> list[Spent]:
 
 
 def _sum(entries: Sequence[Spent], what: str) -> Spent:
-    told = [entry.joules for entry in entries if entry.joules is not None]
+    known = [entry.joules for entry in entries if entry.joules is not None]
     return Spent(
         what,
         entries[0].device,
         seconds=sum(entry.seconds for entry in entries),
-        joules=sum(told) if told else None,
-        partly=bool(told) and (len(told) < len(entries) or any(entry.partly for entry in entries)),
+        joules=sum(known) if known else None,
+        partly=bool(known) and (len(known) < len(entries) or any(entry.partly for entry in entries)),
         at_least=any(entry.at_least for entry in entries),
     )
 
 
 class Meter:
-    """Runs from when it is made. What cannot be measured is left out: metering never ends a step.
+    """Measures cost from its creation on. A failed measurement is left out and never fails the step.
 
     Args:
-        devices: GPUs of the step, those of other nodes included; the number does not count where there are none.
-        here: of them, on this machine.
+        devices: number of GPUs of the step, on all nodes; ignored if the step uses no GPU.
+        here: number of these GPUs on this machine.
     """
 
     def __init__(self, devices: int = 1, here: int = 1) -> None:
@@ -113,7 +113,7 @@ class Meter:
         self._started, self._cpu, self._energy = time.monotonic(), _cpu_seconds(), _gpu_joules()
 
     def read(self) -> Cost:
-        """What it has cost so far."""
+        """Return the cost so far."""
         used = _gpus_used(self._here)
         return Cost(
             device=next(iter(used.values())) if used else processor_name(),
@@ -124,7 +124,7 @@ class Meter:
         )
 
     def _joules(self, used: Sequence[str]) -> float | None:
-        """What the GPUs that are used took; None unless all of them, on all nodes, tell."""
+        """Return the energy of the GPUs in use, in joules; None unless all of them, on all nodes, report it."""
         now = _gpu_joules() if used else {}
         if not used or self._devices > self._here or not all(gpu in now and gpu in self._energy for gpu in used):
             return None
@@ -137,27 +137,27 @@ def _cpu_seconds() -> float:
 
 
 def _gpus_used(processes: int) -> dict[str, str]:
-    """The names of the GPUs that were computed on, by NVML's id; PyTorch is not loaded for it."""
+    """Return NVML's ID -> name of the GPUs in use; does not import PyTorch."""
     torch = sys.modules.get("torch")
-    # Where several processes share the work, it is they who compute, one on each GPU.
+    # With several processes, each computes on one GPU, and CUDA may not be initialised in this one.
     if torch is None or not (torch.cuda.is_initialized() or (processes > 1 and torch.cuda.is_available())):
         return {}
     try:
         own = range(processes) if processes > 1 else [torch.cuda.current_device()]
         properties = [torch.cuda.get_device_properties(index) for index in own]
         return {f"GPU-{entry.uuid}": str(entry.name) for entry in properties}
-    except (RuntimeError, AssertionError, AttributeError):  # a GPU that is lost, an old PyTorch
+    except (RuntimeError, AssertionError, AttributeError):  # a lost GPU, or an old PyTorch
         return {}
 
 
 def _gpu_joules() -> dict[str, float]:
-    """What each GPU of this machine has used since its driver was loaded, where it tells (NVML)."""
+    """Return NVML's ID -> energy in joules since the driver was loaded, for each GPU here that reports it."""
     joules: dict[str, float] = {}
     with _nvml() as nvml:
         if nvml is None:
             return joules
         for index in range(nvml.nvmlDeviceGetCount()):
-            with contextlib.suppress(nvml.NVMLError):  # before Volta, in a MIG slice, or lost
+            with contextlib.suppress(nvml.NVMLError):  # older than Volta, a MIG slice, or lost
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 joules[nvml.nvmlDeviceGetUUID(handle)] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
     return joules
@@ -165,14 +165,14 @@ def _gpu_joules() -> dict[str, float]:
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
-    """NVIDIA's library, opened; None where there is no driver."""
+    """Initialise NVML and yield it; yield None without a driver."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no package, no driver, or one of another version
+    except Exception:  # no package, no driver, or an incompatible version
         yield None
         return
-    with contextlib.suppress(pynvml.NVMLError):  # the driver went away: no figures, but no end of the step either
+    with contextlib.suppress(pynvml.NVMLError):  # the driver was unloaded: no figures, but the step continues
         yield pynvml
         pynvml.nvmlShutdown()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @cache
 def processor_name() -> str:
-    """Such as ``AMD EPYC``."""
+    """Return the processor's name, such as ``AMD EPYC``."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as info:
         for line in info:
             if line.startswith("model name"):

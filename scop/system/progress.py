@@ -1,20 +1,61 @@
-"""Progress: a bar where a person watches, a line every few seconds where nobody does."""
+"""Progress: a bar on a terminal, or a line in the log every few seconds."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-# Set by `scop run` to its terminal's device file, since kfp.local reads a step's output through a pipe.
-TERMINAL_VARIABLE = "SCOP_TERMINAL"
+logger = logging.getLogger(__name__)
+
 _SECONDS_BETWEEN_LINES = 10.0
+_terminal: TextIO | None = None
+_enabled = True
+
+
+@contextlib.contextmanager
+def show_progress_on(path: str | None, enabled: bool = True) -> Iterator[None]:
+    """Draw bars on a terminal within the context.
+
+    Args:
+        path: the terminal's device file; by default standard error, if it is a terminal.
+        enabled: False shows no bars; all but the first of several processes do so.
+    """
+    global _terminal, _enabled
+    before = _terminal, _enabled
+    _terminal, _enabled = None, enabled
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                _terminal = stack.enter_context(Path(path).open("w"))
+        try:
+            yield
+        finally:
+            _terminal, _enabled = before
+
+
+def progress(total: int | None, label: str, unit: str = "batch") -> Any:
+    """Return a progress display: a context manager with ``update(n)`` and ``set_postfix(**notes)``.
+
+    Args:
+        total: number of units, or None if it is unknown.
+        label: the work that is shown.
+        unit: what is counted, in the singular.
+    """
+    terminal = (_terminal or (sys.stderr if sys.stderr.isatty() else None)) if _enabled else None
+    if terminal is None:
+        return _Lines(total, label, unit)
+    from tqdm import tqdm  # imported late: training without a terminal does not need it
+
+    return tqdm(total=total, desc=label, unit=unit, file=terminal, leave=False, dynamic_ncols=True, mininterval=0.2)
 
 
 class _Lines:
-    """The face of a tqdm bar for logs: prints a line now and then."""
+    """The interface of a tqdm bar for logs: writes a line every few seconds."""
 
     def __init__(self, total: int | None, label: str, unit: str) -> None:
         self.total, self.label, self.unit = total, label, unit
@@ -28,7 +69,7 @@ class _Lines:
             rate = self.done / (self.printed - self.started)
             of = f"/{self.total}" if self.total else ""
             plural = self.unit + ("es" if self.unit.endswith("ch") else "s")
-            print(f"{self.label}: {self.done}{of} {plural}, {rate:.1f} a second{self.notes}", flush=True)
+            logger.info("%s: %d%s %s, %.1f per second%s", self.label, self.done, of, plural, rate, self.notes)
 
     def set_postfix(self, **notes: Any) -> None:
         self.notes = "".join(f", {key} {value}" for key, value in notes.items())
@@ -38,32 +79,3 @@ class _Lines:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-def progress(total: int | None, label: str, unit: str = "batch") -> Any:
-    """A progress display: a context manager with ``update(n)`` and ``set_postfix(**notes)``.
-
-    Args:
-        total: how many units there are, or None where that is unknown.
-        label: what is being done.
-        unit: what is counted, in the singular.
-    """
-    terminal = _terminal()
-    if terminal is None:
-        return _Lines(total, label, unit)
-    from tqdm import tqdm  # late: what only trains, without a terminal, does without
-
-    return tqdm(total=total, desc=label, unit=unit, file=terminal, leave=False, dynamic_ncols=True, mininterval=0.2)
-
-
-def _terminal() -> TextIO | None:
-    if os.environ.get("RANK", "0") != "0":  # torchrun's; one bar for all processes is enough
-        return None
-    if sys.stderr.isatty():
-        return sys.stderr
-    if path := os.environ.get(TERMINAL_VARIABLE):
-        try:
-            return Path(path).open("w")
-        except OSError:
-            return None
-    return None

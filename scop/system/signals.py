@@ -8,34 +8,49 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from scop.errors import Stopped
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""A scheduler's, Ctrl-C, and that of a terminal that is closed."""
+"""Sent by a scheduler, by Ctrl-C, and by a terminal that is closed."""
 
 
-def handled(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Have `STOP_SIGNALS` handled, but for a closed terminal's where nohup has it ignored; the handlers before."""
+def handle_stop_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Install a handler for `STOP_SIGNALS`, except SIGHUP under nohup, and return the previous handlers."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     numbers = [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
+def restore_handlers(handlers: dict[int, Any]) -> None:
+    """Install the handlers that `handle_stop_signals` has returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @contextlib.contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """Within, `STOP_SIGNALS` do not end the process; the given function tells whether one came."""
-    if threading.current_thread() is not threading.main_thread():  # only it may have handlers
+def deferred_stop() -> Iterator[Callable[[], bool]]:
+    """Defer `STOP_SIGNALS` within the context; the given function tells whether one has arrived.
+
+    A signal that nobody acted on is raised again at the end; a `Stopped` that leaves the context gets the signal's exit
+    code. In a thread other than the main one, which cannot install handlers, nothing is deferred.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    came = 0
+    received = 0
 
     def note(number: int, _: object) -> None:
-        nonlocal came
-        came = number
+        nonlocal received
+        received = number
 
-    before = handled(note)
+    before = handle_stop_signals(note)
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
+    except Stopped as error:
+        if received:  # not by a signal that another process got
+            error.code = 128 + received
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:  # too late for a checkpoint, but not forgotten
-        signal.raise_signal(came)
+        restore_handlers(before)
+    if received:
+        signal.raise_signal(received)

@@ -1,106 +1,95 @@
-"""Tracking: what a step tells the outside while it works, behind a small protocol.
-
-`MlflowTracker` writes to MLflow. A tracking server that dies must not cost hours of training: the first failure after
-the start switches the tracker off for the rest of the step, says so once, and keeps what could not be sent in a local
-file; what a server that is there does not take goes into that file alone. Wrong credentials, which show at the start,
-are an error.
-"""
+"""Tracking a step in MLflow: a child run of the pipeline run."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
-from scop.errors import UserError, first_line, shown
+from scop.environment import StepEnvironment
+from scop.tracking.outbox import Outbox
 from scop.tracking.pipeline_run import end_parent, join_parent, log_cost, rejoin_parent
-from scop.tracking.server import EXPERIMENT_VARIABLE, artifact_root, configure_mlflow, find_experiment
+from scop.tracking.server import find_or_create_experiment, make_client
 from scop.tracking.tags import CANDIDATE, ERROR_TAG, MODEL_TAG, NOT_OF_THE_RUN, PARENT_TAG, STEP_TAGS
 
-PARENT_VARIABLE = "SCOP_PARENT_RUN_ID"
-KFP_RUN_VARIABLE = "KFP_RUN_ID"
-"""Set on a cluster, by the downward API: the run under which steps are tracked is found by it."""
-_PARAMS_AT_ONCE = 100  # MLflow's limit
-UNSENT = "tracking-unsent.jsonl"
-T = TypeVar("T")
+_PARAMS_PER_REQUEST = 100  # MLflow's limit
+_LONGEST_PARAM = 6000  # MLflow's limit, in characters
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open run.
+
+    Attributes:
+        run: its id, or None if MLflow could not be reached.
+        experiment: id of its experiment.
+        parent: id of the pipeline run above it.
+        kfp_run: id of the KFP run, if the steps themselves open and close the pipeline run.
+    """
+
+    run: str | None
+    experiment: str = ""
+    parent: str | None = None
+    kfp_run: str | None = None
 
 
 class MlflowTracker:
-    """A child run of the pipeline's MLflow run; where KFP opened one for the step (MLFLOW_RUN_ID), that one.
+    """Tracks a step; create it by `start` or `join`.
 
     Args:
-        run_name: what the run is called, such as ``scop-0.45 finetune``.
-        tags: of the run.
-        unsent: the file for what could not be sent.
-
-    Raises:
-        UserError: the server refuses the credentials.
+        client: an MLflow client.
+        outbox: sends, or stores what cannot be sent.
+        opened: the step's run.
     """
 
-    def __init__(self, run_name: str, tags: Mapping[str, str], unsent: Path) -> None:
-        self.run_id: str | None = None
-        self._connect(unsent)
-        self._parent = os.environ.get(PARENT_VARIABLE)
-        self._kfp_run = None if self._parent else os.environ.get(KFP_RUN_VARIABLE)
-        self._experiment = ""
-
-        def start() -> str:
-            if given := os.environ.pop("MLFLOW_RUN_ID", None):
-                return self._resume(given, tags)
-            if self._parent:
-                self._experiment = self._client.get_run(self._parent).info.experiment_id
-            else:
-                name = os.environ.get(EXPERIMENT_VARIABLE, "scop")
-                self._experiment = find_experiment(self._client, name, artifact_root())
-                if self._kfp_run:
-                    self._parent = join_parent(
-                        self._client, self._experiment, self._kfp_run, _of_the_run(tags), run_name
-                    )
-            parent = {PARENT_TAG: self._parent} if self._parent else {}
-            own = {**_of_the_step(tags), **parent} if self._parent else tags
-            run = self._client.create_run(self._experiment, run_name=run_name, tags=dict(own))
-            return str(run.info.run_id)
-
-        self.run_id = self._send("start", {"run_name": run_name}, start, at_start=True)
+    def __init__(self, client: Any, outbox: Outbox, opened: _Opened) -> None:
+        self._client, self._outbox, self._opened = client, outbox, opened
+        self._parent = opened.parent
+        self._monitor: Any = None
+        self.run_id = opened.run
 
     @classmethod
-    def joining(cls, run_id: str, unsent: Path) -> MlflowTracker:
-        """For a run that another process has opened and will close; arguments as the attributes."""
-        tracker = cls.__new__(cls)
-        tracker._connect(unsent)
-        tracker.run_id, tracker._parent, tracker._kfp_run = run_id, None, None
-        return tracker
+    def start(cls, environment: StepEnvironment, run_name: str, tags: Mapping[str, str], unsent: Path) -> Self:
+        """Open the step's run; if KFP has opened one for the step, use that.
 
-    def _connect(self, unsent: Path) -> None:
-        configure_mlflow()
-        from mlflow.tracking import MlflowClient
+        Args:
+            environment: names the server, the experiment and the pipeline run.
+            run_name: name of the run, such as ``scop-0.45 finetune``.
+            tags: of the run.
+            unsent: the file for what could not be sent.
 
-        self._unsent, self._reachable, self._told = unsent, True, False
-        self._monitor: Any = None
-        self._client = MlflowClient()
+        Raises:
+            UserError: the server refuses the credentials.
+        """
+        assert environment.tracking_uri is not None
+        client, outbox = make_client(environment.tracking_uri), Outbox(environment.tracking_uri, unsent)
 
-    def _resume(self, run_id: str, tags: Mapping[str, str]) -> str:
-        """The step's run that KFP opened: it closes the run above it as well."""
-        run = self._client.get_run(run_id)
-        self._experiment, self._parent, self._kfp_run = run.info.experiment_id, run.data.tags.get(PARENT_TAG), None
-        for key, value in tags.items():
-            self._client.set_tag(run_id, key, value)
-        return run_id
+        def start() -> _Opened:
+            if environment.mlflow_run:
+                return _take_over(client, environment.mlflow_run, tags)
+            return _open(client, environment, run_name, tags)
+
+        opened = outbox.send("start", {"run_name": run_name}, start, at_start=True)
+        return cls(client, outbox, opened or _Opened(None))
+
+    @classmethod
+    def join(cls, tracking_uri: str, run_id: str, unsent: Path) -> Self:
+        """Track into a run that another process has opened and will close."""
+        return cls(make_client(tracking_uri), Outbox(tracking_uri, unsent), _Opened(run_id))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, str(value)[:6000]) for key, value in params.items()]
-        for start in range(0, len(entities), _PARAMS_AT_ONCE):
-            part = entities[start : start + _PARAMS_AT_ONCE]
+        entities = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in params.items()]
+        for start in range(0, len(entities), _PARAMS_PER_REQUEST):
+            part = entities[start : start + _PARAMS_PER_REQUEST]
             self._log_batch("params", {entry.key: entry.value for entry in part}, params=part)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -113,33 +102,35 @@ class MlflowTracker:
         entities = [RunTag(key, value) for key, value in tags.items()]
         self._log_batch("tags", dict(tags), tags=entities)
         if of_the_run and (parent := self._parent):
-            self._send("tags of the run", dict(tags), lambda: self._client.log_batch(parent, tags=entities))
+            self._outbox.send("tags of the run", dict(tags), lambda: self._client.log_batch(parent, tags=entities))
 
     def _log_batch(self, what: str, content: Mapping[str, Any], **entities: Any) -> None:
-        self._send(what, content, lambda: self._client.log_batch(self._run, **entities))
+        self._outbox.send(what, content, lambda: self._client.log_batch(self._run, **entities))
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        self._send("file", {"path": str(path)}, lambda: self._client.log_artifact(self._run, str(path), folder))
+        self._outbox.send("file", {"path": str(path)}, lambda: self._client.log_artifact(self._run, str(path), folder))
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """A table that MLflow's pages show and `mlflow.load_table` reads; `name` ends in .json."""
+        """Log a table that MLflow's pages show and `mlflow.load_table` reads; `name` ends in .json."""
         data = {key: list(column) for key, column in columns.items()}
 
         def send() -> None:
-            # MLflow would put the rows of a second try behind those of the first.
+            # MLflow would append the rows of a second attempt to those of the first.
             if name not in [entry.path for entry in self._client.list_artifacts(self._run)]:
                 self._client.log_table(self._run, data, name)
 
-        self._send("table", {"name": name, **data}, send)
+        self._outbox.send("table", {"name": name, **data}, send)
 
     def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
-        if (parent := self._parent) and self._kfp_run and sections:
+        if (parent := self._parent) and self._opened.kfp_run and sections:
             file = f"configuration/{title}.yaml"
-            self._send("configuration", {title: sections}, lambda: self._client.log_dict(parent, dict(sections), file))
+            self._outbox.send(
+                "configuration", {title: sections}, lambda: self._client.log_dict(parent, dict(sections), file)
+            )
 
     def watch_system(self) -> None:
-        """MLflow's own system metrics, every few seconds; where they fail the step goes on without them."""
-        if not self._reachable:
+        """Start MLflow's system metrics; if they fail, the step continues without them."""
+        if not self._outbox.reachable:
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -150,28 +141,27 @@ class MlflowTracker:
     def register_onnx(
         self, path: Path, variant: str, tags: Mapping[str, str], example: Any = None, measured_by: str | None = None
     ) -> str | None:
-        """Enter a variant's ONNX model into the registry, with the alias `candidate`.
+        """Register a variant's ONNX model with the alias `candidate`.
 
-        Every variant has a registered model of its own, EXPERIMENT-VARIANT: a control must not take the alias away
-        from the network that it is a control for.
+        Each variant has a registered model of its own, EXPERIMENT-VARIANT: a control must not take the alias from the
+        network that it is a control for.
 
         Args:
-            path: of the ONNX file.
+            path: the ONNX file.
             variant: its label.
             tags: of the version.
-            example: images as NumPy has them, float32 (N, C, H, W), that the version shows as its input.
+            example: input images, a NumPy array, float32 (N, C, H, W).
             measured_by: MLflow's id of the run that measured the network; the model is linked there.
 
         Returns:
-            ``models:/NAME/VERSION``, or None where MLflow could not be reached.
+            ``models:/NAME/VERSION``, or None if MLflow could not be reached.
         """
         content = {"path": str(path), "variant": variant}
-        return self._send("model", content, lambda: self._register(path, variant, tags, example, measured_by))
+        return self._outbox.send("model", content, lambda: self._register(path, variant, tags, example, measured_by))
 
     def _register(
         self, path: Path, variant: str, tags: Mapping[str, str], example: Any, measured_by: str | None
     ) -> str:
-        import warnings
         from importlib.metadata import version
 
         import mlflow
@@ -189,6 +179,7 @@ class MlflowTracker:
             shape = [-1, *(d.dim_value for d in value.type.tensor_type.shape.dim[1:])]
             ends.append(Schema([TensorSpec(np.dtype(np.float32), tuple(shape), value.name)]))
         logging.getLogger("mlflow").setLevel(logging.ERROR)
+        mlflow.set_tracking_uri(self._client.tracking_uri)  # log_model knows no other way to be told
         with warnings.catch_warnings(), mlflow.start_run(run_id=self._run):
             warnings.simplefilter("ignore")
             logged = mlflow.onnx.log_model(
@@ -197,7 +188,7 @@ class MlflowTracker:
                 registered_model_name=name,
                 signature=ModelSignature(inputs=ends[0], outputs=ends[1]),
                 input_example=example,
-                # Given, because MLflow would otherwise find them out by running the model in a new process.
+                # Given explicitly: otherwise MLflow runs the model in a new process to find them.
                 pip_requirements=[f"{package}=={version(package)}" for package in ("onnx", "onnxruntime", "numpy")],
             )
         number = str(logged.registered_model_version)
@@ -213,66 +204,52 @@ class MlflowTracker:
     def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
         if self._monitor is not None:
             self._monitor.finish()
+        kfp_run, experiment = self._opened.kfp_run, self._opened.experiment
 
         def end() -> None:
-            if self._kfp_run:
-                self._parent = rejoin_parent(self._client, self._experiment, self._kfp_run, self._run)
+            if kfp_run:
+                self._parent = rejoin_parent(self._client, experiment, kfp_run, self._run)
             if error:
                 for run in filter(None, (self._run, self._parent)):
                     self._client.set_tag(run, ERROR_TAG, error)
             self._client.set_terminated(self._run, "FINISHED" if succeeded else "FAILED")
-            if self._kfp_run and self._parent:
+            if kfp_run and self._parent:
                 if last is not None or not succeeded:
-                    end_parent(self._parent, succeeded, last or {}, [])
-                else:  # no later step may come to tell it
-                    log_cost(self._client, self._experiment, self._parent)
+                    end_parent(self._client, self._parent, succeeded, last or {}, [])
+                else:  # no later step may come to log it
+                    log_cost(self._client, experiment, self._parent)
 
-        # Even where something failed before: a run that is not closed looks as if it went on for ever.
-        self._reachable = self.run_id is not None
-        self._send("close", {"succeeded": succeeded}, end)
+        # Even if an earlier request failed: a run that is not closed looks as if it were still running.
+        if self.run_id is not None:
+            self._outbox.retry()
+        self._outbox.send("close", {"succeeded": succeeded}, end)
 
     @property
     def _run(self) -> str:
         assert self.run_id is not None
         return self.run_id
 
-    def _send(self, what: str, content: Any, send: Callable[[], T], at_start: bool = False) -> T | None:
-        if self._reachable:
-            try:
-                return send()
-            except Exception as error:  # whatever a server or a network can do
-                if at_start and _is_refusal(error):
-                    raise UserError(
-                        f"MLflow at {shown(self._client.tracking_uri)} refuses access ({first_line(error)}); "
-                        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-                    ) from error
-                if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE" and not at_start:
-                    self._say(f"MLflow refused {what}", error)
-                else:
-                    self._reachable = False
-                    if not self._told:
-                        self._say("MLflow failed", error)
-                    self._told = True
-        self._unsent.parent.mkdir(parents=True, exist_ok=True)
-        with self._unsent.open("a") as file:
-            file.write(json.dumps({"what": what, "content": content}, default=str) + "\n")
-        return None
 
-    def _say(self, what: str, error: Exception) -> None:
-        print(f"tracking: {what} ({first_line(error)}); the step goes on, see {self._unsent}", flush=True)
+def _open(client: Any, environment: StepEnvironment, run_name: str, tags: Mapping[str, str]) -> _Opened:
+    """Create the step's run below the pipeline run, which is given, found by KFP's run id, or absent."""
+    parent, kfp_run = environment.parent_run, None
+    if parent:
+        experiment = client.get_run(parent).info.experiment_id
+    else:
+        experiment = find_or_create_experiment(client, environment.experiment, environment.artifact_root)
+        if environment.kfp_run:
+            kfp_run = environment.kfp_run
+            of_the_run = {key: value for key, value in tags.items() if key not in NOT_OF_THE_RUN}
+            parent = join_parent(client, experiment, kfp_run, of_the_run, run_name)
+    if parent:  # versions, image and machine are tags of the pipeline run
+        tags = {key: value for key, value in tags.items() if key in STEP_TAGS} | {PARENT_TAG: parent}
+    run = client.create_run(experiment, run_name=run_name, tags=dict(tags))
+    return _Opened(str(run.info.run_id), experiment, parent, kfp_run)
 
 
-def _is_refusal(error: Exception) -> bool:
-    code = str(getattr(error, "error_code", ""))
-    text = str(error)
-    return code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in text or "error code 403" in text
-
-
-def _of_the_run(tags: Mapping[str, str]) -> dict[str, str]:
-    """Those of a step's tags that hold for the whole run."""
-    return {key: value for key, value in tags.items() if key not in NOT_OF_THE_RUN}
-
-
-def _of_the_step(tags: Mapping[str, str]) -> dict[str, str]:
-    """Those that are not said of the run above it already: versions, image, machine."""
-    return {key: value for key, value in tags.items() if key in STEP_TAGS}
+def _take_over(client: Any, run_id: str, tags: Mapping[str, str]) -> _Opened:
+    """Use the run that KFP has opened for the step; KFP closes the run above it as well."""
+    run = client.get_run(run_id)
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+    return _Opened(run_id, run.info.experiment_id, run.data.tags.get(PARENT_TAG))

@@ -1,4 +1,4 @@
-"""How MLflow is reached: its settings, experiments, and what it says of its troubles."""
+"""How MLflow is configured, and how an experiment is found."""
 
 from __future__ import annotations
 
@@ -7,40 +7,59 @@ import os
 from pathlib import Path
 from typing import Any
 
-ARTIFACTS_VARIABLE = "SCOP_ARTIFACT_ROOT"
-EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # A dead server costs seconds; MLflow's defaults wait for many minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
 
 
-def configure_mlflow() -> None:
-    """Have MLflow give up on a dead server within seconds, not its default of many minutes, and send no telemetry."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    # It tells of every table that it creates.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+def make_client(tracking_uri: str, timeout: int | None = None) -> Any:
+    """Create an MLflow client that gives up on a dead server within seconds and sends no telemetry.
+
+    MLflow reads these settings from the environment only, so they are set there unless the user has set them.
+
+    Args:
+        tracking_uri: address of the server or database.
+        timeout: of a request, in seconds.
+    """
+    if timeout is not None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it logs every table that it creates
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri)
 
 
-def artifact_root() -> str | None:
-    """Where artifacts of new experiments go: as told, or beside MLflow's SQLite file, or as the server has it."""
-    if told := os.environ.get(ARTIFACTS_VARIABLE):
-        return told
-    scheme, separator, path = os.environ.get("MLFLOW_TRACKING_URI", "").partition(":///")
+def artifact_root_for(tracking_uri: str) -> str | None:
+    """Return the default artifact root of a new experiment: beside a SQLite file, else as the server decides."""
+    scheme, separator, path = tracking_uri.partition(":///")
     return str(Path(path).parent / "mlflow-artifacts") if separator and scheme == "sqlite" else None
 
 
-def find_experiment(client: Any, name: str, artifact_location: str | None = None) -> str:
-    """The id of an experiment, which is created where it does not exist."""
+def find_or_create_experiment(client: Any, name: str, artifact_root: str | None = None) -> str:
+    """Return the id of an experiment, created if it does not exist.
+
+    Args:
+        client: an MLflow client.
+        name: of the experiment.
+        artifact_root: where a new experiment keeps its artifacts; see `artifact_root_for` for the default.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
+        root = artifact_root or artifact_root_for(client.tracking_uri)
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_location))
-        except MlflowException:  # another step was quicker
+            return str(client.create_experiment(name, artifact_location=root))
+        except MlflowException:  # another step was faster
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise

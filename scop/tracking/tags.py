@@ -25,7 +25,7 @@ SECONDS, ENERGY = "total_device_seconds", "total_energy_joules"
 CANDIDATE = "candidate"
 """The alias of the newest version of a registered model."""
 
-STEP_TAGS = {"scop.step", "scop.variant", "scop.place", "scop.run", "mlflow.source.name", "mlflow.source.git.commit"}
+STEP_TAGS = {"scop.step", "scop.variant", "scop.uri", "scop.run", "mlflow.source.name", "mlflow.source.git.commit"}
 """Tags of a step's own run; all others are set on the pipeline run only."""
-NOT_OF_THE_RUN = {"scop.step", "scop.variant", "scop.place", "mlflow.source.name"}
+NOT_OF_THE_RUN = {"scop.step", "scop.variant", "scop.uri", "mlflow.source.name"}
 """Tags that hold for one step and not for the whole pipeline run."""

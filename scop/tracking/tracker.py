@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+UNSENT = "tracking-unsent.jsonl"
+"""The file, in a step's output, for what could not be sent."""
+
 
 class Tracker(Protocol):
-    """Where a step's figures go while it works.
+    """Receives a step's metrics while it runs.
 
     Attributes:
-        run_id: MLflow's id of the step's run, or None where there is none.
+        run_id: MLflow's id of the step's run, or None if there is none.
     """
 
     run_id: str | None
@@ -21,7 +24,7 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
 
     def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
-        """Tag the step and, with `of_the_run`, the pipeline's run above it."""
+        """Tag the step's run and, with `of_the_run`, the pipeline run above it."""
         ...
 
     def log_file(self, path: Path, folder: str | None = None) -> None: ...
@@ -29,11 +32,11 @@ class Tracker(Protocol):
     def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None: ...
 
     def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
-        """Keep a step's configuration with the pipeline's run, where nobody else does: on a cluster."""
+        """Store a step's configuration with the pipeline run, on a cluster, where nothing else stores it."""
         ...
 
     def watch_system(self) -> None:
-        """Log what processors, memory and GPUs do, from now on until the step ends."""
+        """Log the use of processors, memory and GPUs until the step ends."""
         ...
 
     def register_onnx(
@@ -41,12 +44,12 @@ class Tracker(Protocol):
     ) -> str | None: ...
 
     def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
-        """End; `last`, the headline figures of the whole run, comes from the step that ends it."""
+        """End the run; the last step passes `last`, the headline metrics of the whole pipeline run."""
         ...
 
 
 class NoTracker:
-    """Tracks nothing: a step that runs by itself keeps its figures in its outputs alone."""
+    """Tracks nothing: the step's metrics are in its outputs only."""
 
     run_id: str | None = None
 

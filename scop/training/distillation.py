@@ -1,13 +1,14 @@
-"""Learning from a teacher: from its answers, and from where it looks.
+"""Distillation from a teacher: from its logits, and from its attention maps.
 
-Answers (Hinton et al., 2015, arXiv 1503.02531): ``T^2 KL(teacher / T || student / T)`` of the logits.
-A teacher's mean answer to an image and its mirror image is a better one, and the student that learns it needs no second
-look (Radosavovic et al., 2018, arXiv 1712.04440).
+Logits (Hinton et al., 2015, arXiv 1503.02531): the loss is ``T^2 KL(teacher / T || student / T)``. The mean of the
+teacher's logits over an image and its mirror image is a better target, and a student trained on it needs a single
+forward pass (Radosavovic et al., 2018, arXiv 1712.04440).
 
-Attention (Zagoruyko and Komodakis, 2017, arXiv 1612.03928): at the end of each stage the mean over channels of the
-squared features, one map for an image, brought to length 1; the squared distance between teacher and student. It does
-not care how many channels each of them has, which is what pruning changes. It is a guide for the first part of a
-training: a network that is too small to do both gives up some of the answers for the maps (docs/knockoffs.md).
+Attention (Zagoruyko and Komodakis, 2017, arXiv 1612.03928): at the end of each stage, the squared features are averaged
+over channels, which gives one map per image, and the map is normalised to length 1. The loss is the squared distance
+between the teacher's and the student's maps. It does not depend on the numbers of channels, which pruning changes. It
+helps in the first part of a training only: a network too small to match both logits and maps matches the logits less
+well (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from scop.pruning.graph import ChannelGraph
 
 
 class Watched(nn.Module):
-    """A network that also gives the feature maps in which its stages end.
+    """A network that also returns the feature maps at the end of its stages.
 
     Args:
-        network: that is looked into by hooks.
-        stages: names of modules.
+        network: the network; hooks are added to it.
+        stages: names of the modules that end the stages.
     """
 
     def __init__(self, network: nn.Module, stages: Sequence[str] = ()) -> None:
@@ -48,33 +49,33 @@ class Watched(nn.Module):
         self._maps[stage] = output
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, H, W) -> logits (B, classes), and a map (B, C', H', W') for each stage."""
-        self._maps.clear()  # of passes that did not go through here, as a validation's
+        """(B, C, H, W) -> logits (B, classes) and a feature map (B, C', H', W') for each stage."""
+        self._maps.clear()  # maps of passes that bypassed this module, such as validation
         logits = self.network(images)
         return logits, [self._maps.pop(stage) for stage in self.stages]
 
     def finish(self) -> None:
-        """Look no longer."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
 
 class Distillation:
-    """The teacher's part of a loss.
+    """The teacher's part of the loss.
 
     Args:
         teacher: in eval mode, without gradients, on the student's device, with modules of the same names.
-        student: that is trained.
+        student: the network to train.
         section: weights and temperature.
-        dtype: in which the teacher computes.
-        images: some that the student is to see (B, C, H, W), by which the stages are found.
+        dtype: dtype in which the teacher computes.
+        images: training images (B, C, H, W), used to find the stages.
 
     Attributes:
-        stages: those whose maps are compared.
-        teacher: what is asked: a copy whose batch norms are folded away, where its channels can be followed.
+        stages: names of the modules whose maps are compared.
+        teacher: the network that is run: a copy with folded batch norms, or the original if it cannot be traced.
 
     Raises:
-        UserError: attention is asked for, and the networks have no feature maps of one size.
+        UserError: attention has a weight, but the networks have no feature maps of the same size.
     """
 
     def __init__(
@@ -89,22 +90,22 @@ class Distillation:
         self.stages = find_stages(teacher, student, images[:2]) if section.attention else []
         if section.attention and not self.stages:
             raise UserError(
-                "distillation.attention: no module gives maps of one height and width in both networks; set it to 0"
+                "distillation.attention: no module has feature maps of the same size in both networks; set it to 0"
             )
         self.teacher = Watched(_folded(teacher, images, dtype), self.stages)
 
     def finish(self) -> None:
-        """Let go of the teacher."""
+        """Remove the hooks from the teacher."""
         self.teacher.finish()
 
     def mixed(self, loss: Tensor, images: Tensor, logits: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """The loss on the labels with the teacher's part.
+        """Return the loss on the labels mixed with the teacher's part.
 
         Args:
-            loss: scalar, float32.
+            loss: loss on the labels, a float32 scalar.
             images: (B, C, H, W).
-            logits: of the student (B, classes), float32.
-            maps: of the student, one (B, C', H', W') for each stage; none where attention is not asked for.
+            logits: the student's logits (B, classes), float32.
+            maps: the student's feature maps, (B, C', H', W') for each stage; empty to skip attention.
         """
         section = self._section
         with torch.no_grad(), autocast(images.device, self._dtype):
@@ -121,7 +122,7 @@ class Distillation:
 
 
 def _folded(teacher: nn.Module, images: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A copy that computes the same with less, or the teacher itself where its channels cannot be followed."""
+    """Return an equivalent copy with folded batch norms, or the teacher itself if it cannot be traced."""
     try:
         folded = folded_copy(teacher, ChannelGraph(teacher, tuple(images.shape[1:])), dtype, in_place=True)
     except UserError:
@@ -130,7 +131,7 @@ def _folded(teacher: nn.Module, images: Tensor, dtype: torch.dtype) -> nn.Module
 
 
 def answers(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(target / T || logits / T)``, the mean over images: (B, classes), (B, classes) -> scalar."""
+    """Return ``T^2 KL(target / T || logits / T)``, the mean over images: (B, classes), (B, classes) -> scalar."""
     divergence = F.kl_div(
         F.log_softmax(logits / temperature, dim=1),
         F.log_softmax(target / temperature, dim=1),
@@ -141,7 +142,7 @@ def answers(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 
 def attention(features: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of two attention maps, the mean over images: (B, C, H, W), (B, C', H, W) -> scalar."""
+    """Return the squared distance of attention maps, the mean over images: (B, C, H, W), (B, C', H, W) -> scalar."""
     maps = [F.normalize(_Energy.apply(part).flatten(1)) for part in (features, target)]
     return (maps[0] - maps[1]).square().sum(1).mean()
 
@@ -149,7 +150,8 @@ def attention(features: Tensor, target: Tensor) -> Tensor:
 class _Energy(torch.autograd.Function):
     """The sum over channels of the squared features, in float32: (B, C, H, W) -> (B, H, W).
 
-    Written out because autograd makes copies of all features in float32, there and back: twice as slow and more.
+    A custom function, because autograd copies all features to float32, forward and backward, which takes more than
+    twice as long.
     """
 
     @staticmethod
@@ -160,23 +162,22 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        # Spread over the channels first: a product that broadcasts over the innermost dimension takes four times as
-        # long.
+        # Copied to all channels first: a product that broadcasts over the innermost dimension takes four times as long.
         return torch.empty_like(features).copy_((2 * gradients[0]).to(features.dtype)[:, None]).mul_(features)
 
 
 def find_stages(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[str]:
-    """For each height and width of feature maps the module that is the last to give one, in the network's order.
+    """Return, for each size of feature maps, the name of the last module with maps of this size, in execution order.
 
-    Both networks must give one there, of that size and of the images' proportions, which no map with its channels last
-    has; a scattered branch is none. Where a block shrinks the maps in its middle (bottlenecks, inverted residuals),
-    what it does before that is no stage's end: those modules count that lie in the fewest others whose own map has
-    another size.
+    The module must have maps of this size in both networks, which excludes scattered branches, with the images' aspect
+    ratio, which excludes maps with channels last. Some blocks shrink their maps in the middle (bottlenecks, inverted
+    residuals); their modules before that do not end a stage. So of the modules with maps of one size, only those count
+    that are nested in the fewest modules with maps of another size.
     """
     theirs, own = _map_sizes(teacher, images), _map_sizes(student, images)
 
     def strangers(name: str) -> int:
-        outer = [name[:place] for place, letter in enumerate(name) if letter == "."]
+        outer = [name[:index] for index, letter in enumerate(name) if letter == "."]
         return sum(theirs.get(module, theirs[name]) != theirs[name] for module in outer)
 
     last: dict[tuple[int, int], str] = {}
@@ -188,14 +189,14 @@ def find_stages(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[
 
 
 def _map_sizes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
-    """Module -> (height, width) of its feature map, in the order in which they are made."""
+    """Return module name -> (height, width) of its feature map, in execution order."""
     sizes: dict[str, tuple[int, int]] = {}
     whole = images.shape[2:]
 
     def note(name: str, _: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4:
             height, width = output.shape[2:]
-            # Of the images' proportions, but for the pixel by which halvings of odd sizes may be off.
+            # Maps need the images' aspect ratio, within the pixel by which halved odd sizes may be off.
             smaller = math.sqrt(whole.numel() / max(1, height * width))
             off = max(abs(height - whole[0] / smaller), abs(width - whole[1] / smaller))
             if min(height, width) > 1 and off <= 1:
@@ -205,7 +206,7 @@ def _map_sizes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]
     modes = {module: module.training for module in network.modules()}
     try:
         with torch.no_grad():
-            network.eval()(images)  # or the student's batch norms would take note of these images
+            network.eval()(images)  # in training mode the batch norm statistics would change
     finally:
         for hook in hooks:
             hook.remove()

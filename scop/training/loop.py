@@ -1,14 +1,17 @@
 """One training loop for the dense network, the knockoff gates and fine-tuning.
 
-What is trained, and on which loss, is an `Objective`; the loop does epochs, the learning rate, checks, progress and
-checkpoints. Randomness depends on seed and epoch alone: a run that was killed and resumed ends as if it had not been.
+An `Objective` says what is trained and on which loss; the loop runs epochs, the learning rate, checks, progress and
+checkpoints. Random numbers depend on seed and epoch alone, so a run that was killed and resumed ends as an undisturbed
+one, and the caller's random state is restored.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -20,12 +23,15 @@ from scop.compute import distributed
 from scop.errors import Stopped, UserError
 from scop.models.history import EpochRecord
 from scop.system.progress import progress
-from scop.training.learning_rate import LearningRate
+from scop.training.checkpointing import Checkpointing
+from scop.training.learning_rate import LearningRate, Schedule
 
-# Looking at the loss makes a GPU wait, so not at every step.
+logger = logging.getLogger(__name__)
+
 _STEPS_BETWEEN_CHECKS = 20
-# Epochs of a small network take less than a second: a log need not tell of each.
+"""Reading the loss makes a GPU wait, so it is not read at every step."""
 _SECONDS_BETWEEN_LINES = 3.0
+"""Epochs of a small network take less than a second: the log does not need them all."""
 
 
 class Objective(Protocol):
@@ -36,13 +42,13 @@ class Objective(Protocol):
         """The module whose state dict is the result; checkpoints hold it."""
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(loss, logits) of a batch: scalar and (B, classes), both float32; None where nothing is classified."""
+        """Return the loss, a scalar, and the logits (B, classes) of a batch, both float32; None without logits."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Bring modules into training mode for an epoch, counted from 0."""
+        """Put modules into training mode for an epoch, counted from 0."""
 
     def after_step(self) -> None:
-        """Called when the optimizer has moved the parameters."""
+        """Called after the optimizer has updated the parameters."""
 
 
 class TrainingBatches(Protocol):
@@ -53,21 +59,8 @@ class TrainingBatches(Protocol):
     def __len__(self) -> int: ...
 
 
-class CheckpointStore(Protocol):
-    """Where a training run keeps its states; see `scop.storage.checkpoints.Checkpoints`."""
-
-    @property
-    def place(self) -> str: ...
-
-    def part(self, name: str) -> CheckpointStore: ...
-
-    def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None: ...
-
-    def load(self) -> dict[str, Any] | None: ...
-
-
 class Step:
-    """One step of training: the loss, its gradients, and the parameters moved by them.
+    """One step of training: the loss, its gradients, and the update of the parameters.
 
     Args:
         objective: what is minimised.
@@ -78,7 +71,7 @@ class Step:
         self.objective, self.optimizer = objective, optimizer
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(loss, logits) before the step, as `Objective.loss` gives them, without a graph of gradients."""
+        """Return (loss, logits) before the update, as `Objective.loss`, detached."""
         loss, logits = self.objective.loss(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -91,131 +84,180 @@ def fit(
     objective: Objective,
     batches: TrainingBatches,
     optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
     *,
-    epochs: int,
     label: str,
     seed: int = 0,
-    schedule: str = "constant",
-    warmup_epochs: float = 0.0,
-    keep: str = "last",
     validate: Callable[[], tuple[float, float]] | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
-    checkpoints: CheckpointStore | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    checkpointing: Checkpointing | None = None,
     step: type[Step] = Step,
 ) -> list[EpochRecord]:
     """Train, in place.
 
     Args:
         objective: what is minimised.
-        batches: one iteration is an epoch; its ``set_epoch`` is called where it has one. Where several processes
-            train, this one's share of them.
+        batches: one iteration is an epoch; ``set_epoch`` is called if there is one. If several processes train, this
+            process's shard.
         optimizer: over the objective's parameters, at its peak learning rate.
-        epochs: passes over the batches.
+        schedule: length and learning rate.
         label: names the work in the progress display.
         seed: of randomness inside the network, such as dropout.
-        schedule, warmup_epochs: see `lr_factor`.
-        keep: last, or best: the weights of the epoch that was best on the validation split.
-        validate: gives (loss, top-1) on the validation split; called after every epoch.
-        on_epoch: told of every epoch that was trained here.
-        checkpoints: one is written after every epoch; training goes on from the newest.
-        stopping: asked after every step; once it says yes, a checkpoint is written and `Stopped` raised.
-        step: how one is taken.
+        validate: returns (loss, top-1) on the validation split; called after every epoch.
+        on_epoch: called after every epoch that was trained here.
+        checkpointing: how the run is interrupted and resumed; by default it is not.
+        step: how a step is taken.
 
     Returns:
         The records of all epochs, those before a resumption included.
 
     Raises:
-        UserError: the loss stopped being finite, or `keep` asks for what cannot be known.
-        Stopped: `stopping` said so.
+        UserError: the loss is not finite, or the schedule keeps the best epoch without a validation split.
+        Stopped: a stop was requested.
     """
-    if keep == "best" and validate is None:
-        raise UserError("keep: best needs a validation split; set data.validation above 0 or keep: last")
-    rate = LearningRate(optimizer, schedule, total_steps=epochs * len(batches), warmup=warmup_epochs / max(1, epochs))
-    history: list[EpochRecord] = []
-    best: dict[str, Tensor] | None = None
-    begun: dict[str, Any] | None = None
-    if checkpoints and (saved := checkpoints.load()):
-        objective.state.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history, best, begun = [EpochRecord(**record) for record in saved["history"]], saved["best"], saved["begun"]
-        within = f" and {begun['steps']} steps" if begun else ""
-        print(f"{label}: resumes after epoch {len(history)}{within} of {epochs}, {checkpoints.place}", flush=True)
-
-    def save(begun: dict[str, Any] | None = None) -> None:
-        """Raises UserError where it cannot be done."""
-        if checkpoints:
-            state: dict[str, Any] = {"model": objective.state.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"best": best, "history": [asdict(record) for record in history], "begun": begun}
-            checkpoints.save(state, len(history), begun["steps"] if begun else 0)
-
-    stopping = distributed.agreed(stopping)
+    if schedule.keep == "best" and validate is None:
+        raise UserError("keep: best needs a validation split; set data.validation above 0, or keep: last")
+    checkpointing = checkpointing or Checkpointing()
+    rate = LearningRate(optimizer, schedule, len(batches))  # before a checkpoint replaces the peak rates
+    run = _Run(objective, optimizer, schedule, label, checkpointing)
+    stop_requested = distributed.any_process(checkpointing.stop_requested)
     take = step(objective, optimizer)
-    said = -math.inf
-    for epoch in range(len(history), epochs):
-        torch.manual_seed(seed * 1_000_003 + epoch + 0x9E37_79B9 * distributed.rank())
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(epoch)
-        work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{epochs}", begun)
-        begun = None
-        if not work.train(take, batches, rate, stopping):
-            try:
-                save(work.state())
-            except UserError as error:
-                raise Stopped(f"{label}: stopped as asked, and no checkpoint could be written: {error}") from error
-            raise Stopped(f"{label}: stopped as asked in epoch {epoch + 1} of {epochs}")
-        record = work.record()
-        if validate is not None:
-            loss, top1 = validate()
-            record = replace(record, validation_loss=loss, validation_top1=top1)
-            if keep == "best" and top1 >= max((r.validation_top1 or 0 for r in history), default=0):
-                best = {key: value.detach().clone() for key, value in objective.state.state_dict().items()}
-        history.append(record)
-        on_epoch(record)
-        if epoch + 1 == epochs or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(_line(label, record, epochs), flush=True)
+    reported = -math.inf
+    with _private_random_state():
+        for epoch in range(len(run.history), schedule.epochs):
+            torch.manual_seed(seed * 1_000_003 + epoch + 0x9E37_79B9 * distributed.rank())
+            if hasattr(batches, "set_epoch"):
+                batches.set_epoch(epoch)
+            work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{schedule.epochs}", run.take_interrupted())
+            if not work.train(take, batches, rate, stop_requested):
+                run.stop(work)
+            record = work.record()
+            if validate is not None:
+                loss, top1 = validate()
+                record = replace(record, validation_loss=loss, validation_top1=top1)
+            run.finish_epoch(record)
+            on_epoch(record)
+            if epoch + 1 == schedule.epochs or time.monotonic() - reported >= _SECONDS_BETWEEN_LINES:
+                reported = time.monotonic()
+                logger.info("%s", _describe(label, record, schedule.epochs))
+            run.try_save()
+    run.load_best()
+    return run.history
+
+
+class _Run:
+    """The state of a training run, loaded from its newest checkpoint if there is one."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        label: str,
+        checkpointing: Checkpointing,
+    ) -> None:
+        self._objective, self._optimizer, self._schedule = objective, optimizer, schedule
+        self._label, self._store = label, checkpointing.store
+        self.history: list[EpochRecord] = []
+        self._best: dict[str, Tensor] | None = None
+        self._interrupted: dict[str, Any] | None = None
+        if self._store and (saved := self._store.load()):
+            objective.state.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            self.history = [EpochRecord(**record) for record in saved["history"]]
+            self._best, self._interrupted = saved["best"], saved["interrupted"]
+            steps = f" and {self._interrupted['steps']} steps" if self._interrupted else ""
+            logger.info(
+                "%s: resumes after epoch %d%s of %d, from %s",
+                label,
+                len(self.history),
+                steps,
+                schedule.epochs,
+                self._store.uri,
+            )
+
+    def take_interrupted(self) -> dict[str, Any] | None:
+        """Return the state of the interrupted epoch, once."""
+        state, self._interrupted = self._interrupted, None
+        return state
+
+    def finish_epoch(self, record: EpochRecord) -> None:
+        """Add an epoch, and copy the weights if it is the best and those are kept."""
+        top1 = record.validation_top1
+        best = max((earlier.validation_top1 or 0 for earlier in self.history), default=0)
+        if self._schedule.keep == "best" and top1 is not None and top1 >= best:
+            state = self._objective.state.state_dict()
+            self._best = {key: value.detach().clone() for key, value in state.items()}
+        self.history.append(record)
+
+    def try_save(self) -> None:
+        """Write a checkpoint; if that fails, training continues: it is worth more than the checkpoint."""
         try:
-            save()
-        except UserError as error:  # hours of training are worth more than the checkpoint
-            print(f"warning: {label}: no checkpoint after epoch {epoch + 1}: {error}", flush=True)
-    if best is not None:
-        objective.state.load_state_dict(best)
-    return history
+            self._save()
+        except UserError as error:
+            logger.warning("%s: no checkpoint after epoch %d: %s", self._label, len(self.history), error)
+
+    def stop(self, epoch: _Epoch) -> None:
+        """Write a checkpoint within an epoch and raise Stopped."""
+        try:
+            self._save(epoch.state())
+        except UserError as error:
+            raise Stopped(f"{self._label}: stopped, and no checkpoint could be written: {error}") from error
+        raise Stopped(f"{self._label}: stopped in epoch {epoch.epoch + 1} of {self._schedule.epochs}")
+
+    def load_best(self) -> None:
+        """Load the weights of the best epoch, if they are kept."""
+        if self._best is not None:
+            self._objective.state.load_state_dict(self._best)
+
+    def _save(self, interrupted: dict[str, Any] | None = None) -> None:
+        if self._store:
+            state: dict[str, Any] = {
+                "model": self._objective.state.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "best": self._best,
+                "history": [asdict(record) for record in self.history],
+                "interrupted": interrupted,
+            }
+            self._store.save(state, len(self.history), interrupted["steps"] if interrupted else 0)
 
 
 class _Epoch:
-    """One pass over the batches, which may be broken off and taken up again.
+    """One pass over the batches, which can be interrupted and resumed.
 
     Args:
         epoch: counted from 0.
-        length: batches in it.
+        length: number of batches.
         label: names it in the progress display.
-        begun: what `state` gave when it was broken off.
+        interrupted: what `state` returned when the epoch was interrupted.
     """
 
-    def __init__(self, epoch: int, length: int, label: str, begun: dict[str, Any] | None) -> None:
+    def __init__(self, epoch: int, length: int, label: str, interrupted: dict[str, Any] | None) -> None:
         self.epoch, self.length, self.label = epoch, length, label
         self.steps, self.seconds = 0, 0.0
         self.tally = _Tally(first_step=epoch * length)
         self._random: list[list[Tensor]] = []
-        if begun:
-            self.steps, self.seconds, self._random = begun["steps"], begun["seconds"], begun["random"]
-            self.tally.restore(begun["tally"])
+        if interrupted:
+            self.steps, self.seconds = interrupted["steps"], interrupted["seconds"]
+            self._random = interrupted["random"]
+            self.tally.restore(interrupted["tally"])
 
-    def train(self, take: Step, batches: TrainingBatches, rate: LearningRate, stopping: Callable[[], bool]) -> bool:
-        """Go through the batches that are left; False if stopped. Raises UserError at a loss that is not finite."""
+    def train(
+        self, take: Step, batches: TrainingBatches, rate: LearningRate, stop_requested: Callable[[], bool]
+    ) -> bool:
+        """Train on the remaining batches; return False if stopped. Raises UserError if the loss is not finite."""
         started, before = time.perf_counter(), self.seconds
         take.objective.start_epoch(self.epoch)
         with progress(self.length, self.label) as bar:
-            # What was trained on already is made again and left out, so that augmentation goes on as it would have.
+            # Batches that were used before the interruption are drawn again and skipped, so that augmentation
+            # continues as it would have.
             rest = islice(batches, self.steps, None)
             bar.update(self.steps)
-            images_and_labels = next(rest, None)
+            batch = next(rest, None)
             if distributed.rank() < len(self._random):
                 _set_random_state(self._random[distributed.rank()])
-            while images_and_labels is not None:
-                images, labels = images_and_labels
+            while batch is not None:
+                images, labels = batch
                 step = self.tally.first_step + self.steps
                 lr = rate.set(step)
                 loss, logits = take(images, labels)
@@ -224,23 +266,23 @@ class _Epoch:
                 bar.update(1)
                 if step % _STEPS_BETWEEN_CHECKS == 0:
                     bar.set_postfix(loss=f"{self.tally.check():.4f}")
-                if stopping():
+                if stop_requested():
                     break
-                images_and_labels = next(rest, None)
+                batch = next(rest, None)
         self.tally.check()
         self.seconds = before + time.perf_counter() - started
-        return images_and_labels is None
+        return batch is None
 
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
             "seconds": self.seconds,
             "tally": self.tally.state(),
-            "random": distributed.gathered(_random_state()),
+            "random": distributed.all_gather(_random_state()),
         }
 
     def record(self) -> EpochRecord:
-        loss, top1 = distributed.mean(self.tally.mean_loss, self.tally.top1)  # NaN where nothing is classified
+        loss, top1 = distributed.all_reduce_mean(self.tally.mean_loss, self.tally.top1)  # NaN without logits
         return EpochRecord(
             epoch=self.epoch + 1,
             lr=self.tally.rates[-1],
@@ -250,8 +292,16 @@ class _Epoch:
         )
 
 
+@contextmanager
+def _private_random_state() -> Iterator[None]:
+    """Restore the random state of the CPU and of the current GPU at the end of the context."""
+    devices = [torch.cuda.current_device()] if _on_gpu() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
 def _random_state() -> list[Tensor]:
-    """Of the CPU's generator and, where one is in use, of the GPU's."""
+    """The random state of the CPU and, if one is in use, of the current GPU."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if _on_gpu() else [])]
 
 
@@ -265,7 +315,7 @@ def _on_gpu() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _line(label: str, record: EpochRecord, epochs: int) -> str:
+def _describe(label: str, record: EpochRecord, epochs: int) -> str:
     line = f"{label}: epoch {record.epoch}/{epochs}, loss {record.loss:.4f}"
     if record.top1 is not None:
         line += f", top-1 {record.top1:.2%}"
@@ -275,7 +325,7 @@ def _line(label: str, record: EpochRecord, epochs: int) -> str:
 
 
 class _Tally:
-    """Losses and hits of an epoch, kept on the device so that adding to them waits for nothing."""
+    """Losses and correct predictions of an epoch, kept on the device so that adding to them does not wait."""
 
     def __init__(self, first_step: int) -> None:
         self.first_step, self.seen, self.checked = first_step, 0, 0
@@ -303,13 +353,13 @@ class _Tally:
         self.hits, self.seen, self.checked = state["hits"], state["seen"], len(state["rates"])
 
     def check(self) -> float:
-        """The latest loss; raises UserError at the first one that is not finite."""
+        """Return the latest loss; raise UserError at the first one that is not finite."""
         fresh = torch.stack(self.losses[self.checked :]).cpu() if self.checked < len(self.losses) else torch.zeros(0)
-        for place, value in enumerate(fresh.tolist(), start=self.checked):
+        for index, value in enumerate(fresh.tolist(), start=self.checked):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the loss is {value} at step {self.first_step + place}, learning rate {self.rates[place]:.3g}; "
-                    "lower lr, or warm up for longer"
+                    f"the loss is {value} at step {self.first_step + index}, learning rate {self.rates[index]:.3g}; "
+                    "use a lower lr or a longer warm-up"
                 )
         self.checked = len(self.losses)
         return float(self.losses[-1])

@@ -9,28 +9,32 @@ import torch
 import torch.distributed as dist
 
 from scop.compute.distributed import rank
-from scop.training.loop import CheckpointStore
+from scop.training.checkpointing import CheckpointStore
 
 
 class SharedCheckpoints:
-    """A store of checkpoints that the first process writes and reads, for all."""
+    """A store that the first process writes and reads, for all processes.
+
+    Args:
+        store: the store that the first process uses.
+    """
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
 
     @property
-    def place(self) -> str:
-        """Where they are."""
-        return self._store.place
+    def uri(self) -> str:
+        """The folder of the checkpoints."""
+        return self._store.uri
 
     def part(self, name: str) -> SharedCheckpoints:
         """See `scop.storage.checkpoints.Checkpoints.part`."""
         return SharedCheckpoints(self._store.part(name))
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
-        """See `scop.storage.checkpoints.Checkpoints.save`; raises in the first process alone.
+        """See `scop.storage.checkpoints.Checkpoints.save`; raises in the first process only.
 
-        All wait for it: one that went on to end would have the launcher end the one that writes.
+        All processes wait for it: if one of them ended first, the launcher would end the one that writes.
         """
         try:
             if rank() == 0:
@@ -39,7 +43,7 @@ class SharedCheckpoints:
             dist.all_reduce(torch.zeros(1))
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state, the same in all processes; others need not see the place that it comes from."""
+        """Load the newest intact checkpoint in all processes; only the first needs access to the store."""
         content = b""
         if rank() == 0 and (state := self._store.load()) is not None:
             buffer = io.BytesIO()

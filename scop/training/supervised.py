@@ -1,4 +1,4 @@
-"""Training on labels, of the dense network and of the pruned one, perhaps with a teacher."""
+"""Training on labels, for the dense and the pruned network, optionally with a teacher."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from scop.training.loop import TrainingBatches
 
 
 class Supervised:
-    """Cross-entropy of a network on its labels; as options a teacher's part, and a moving average of the weights.
+    """The objective: cross-entropy on labels, optionally with distillation and a moving average of the weights.
 
     Args:
         model: the network, on the device.
         device: where to compute.
         section: the settings.
-        teacher: in eval mode and without gradients, on the device.
-        distillation: what is learned from it.
+        teacher: a network on the device, in eval mode and without gradients.
+        distillation: settings of the distillation from the teacher.
 
     Attributes:
-        average: the network with the exponential moving average of all weights and batch norm statistics, if the
-            settings ask for one.
-        attentive: whether the teacher's attention is learned in this epoch.
+        average: the exponential moving average of all weights and batch norm statistics, or None.
+        attentive: whether attention maps are distilled in this epoch.
+
+    Raises:
+        UserError: batch norms must be synchronised but the network is compiled.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Supervised:
         self.smoothing = section.label_smoothing
         self._compile, self._teacher, self._lesson = section.compile, teacher, distillation
         share = distillation.attention_until if distillation else 0.0
-        self._attentive_epochs = math.ceil(share * section.epochs - 1e-9)  # 0.55 * 20 = 11.000000000000002 is 11
+        self._attentive_epochs = math.ceil(share * section.epochs - 1e-9)  # 0.55 * 20 = 11.000000000000002 must give 11
         self.attentive = True
         self._distillation: Distillation | None = None
         self._watched: Watched | None = None
@@ -61,13 +63,13 @@ class Supervised:
         self.average: MovingAverage | None = None
         if section.ema:
             self.average = MovingAverage(model, section.ema)
-        synchronised = distributed.several() and section.sync_batch_norm
+        synchronised = distributed.is_distributed() and section.sync_batch_norm
         if synchronised and section.compile:
-            raise UserError("compile cannot synchronise batch norms; set sync_batch_norm: false, or compile: false")
+            raise UserError("compile does not support sync_batch_norm; set sync_batch_norm: false or compile: false")
         self._batch_norms: AbstractContextManager[Any] = nullcontext()
         if synchronised:
             self._batch_norms = SynchronisedBatchNorms()
-        elif device.type == "cpu" and not section.compile:  # a compiler makes kernels of its own for every width
+        elif device.type == "cpu" and not section.compile:  # torch.compile generates kernels for each width
             self._batch_norms = NarrowBatchNorms()
         self._undo: Callable[[], None] = pick_pixels_first(model) if device.type == "cpu" else lambda: None
 
@@ -77,11 +79,11 @@ class Supervised:
 
     @property
     def result(self) -> nn.Module:
-        """The network that training is for: that which is trained, or the average."""
+        """The network that training produces: the average if there is one, otherwise the model."""
         return self.model if self.average is None else self.average.module
 
     def finish(self) -> None:
-        """Have the trained network take the average's weights, where there is one, and let go of it."""
+        """Restore the model, remove hooks, and load the average's weights into the model if there is an average."""
         self._undo()
         for watching in (self._distillation, self._watched):
             if watching is not None:
@@ -106,7 +108,7 @@ class Supervised:
         return loss, logits
 
     def _begin(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-        """The forward pass that is trained. Not before the first images, which show where the stages end."""
+        """Return the forward pass to train; the first images are needed to find the ends of the stages."""
         stages: Sequence[str] = ()
         if self._teacher is not None and self._lesson is not None and (self._lesson.weight or self._lesson.attention):
             self._distillation = Distillation(self._teacher, self.model, self._lesson, self.dtype, images)
@@ -121,13 +123,13 @@ class Supervised:
 
 
 class MovingAverage(AveragedModel):
-    """``w <- d w + (1 - d) w'`` of all weights and batch norm statistics, from the first ones on.
+    """``w <- d w + (1 - d) w'`` for all weights and batch norm statistics; the first update copies them.
 
-    Without what a GPU waits for at every step: torch's own way looks at a counter and copies it to where the weights
-    are. Nor does it have four kernels for each batch norm's counter.
+    PyTorch's own update makes a GPU wait at every step, since it reads a counter and copies it to the weights' device,
+    and it runs four kernels for each batch norm's counter. This one does neither.
 
     Args:
-        model: whose average it is.
+        model: the network to average.
         decay: d, in [0, 1).
     """
 
@@ -152,7 +154,7 @@ def _values(network: nn.Module) -> list[Tensor]:
 
 
 def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; weight decay on weights of two and more dimensions only."""
+    """Return SGD with Nesterov momentum, or AdamW; weight decay applies only to weights with two or more dimensions."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": section.weight_decay},
@@ -167,7 +169,7 @@ def make_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Op
 def recalibrate(
     model: nn.Module, batches: TrainingBatches, count: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Take the batch norms' running statistics anew, as plain means over `count` batches."""
+    """Recompute the batch norms' running statistics, as plain means over the first `count` batches."""
     with autocast(device, dtype):
         torch.optim.swa_utils.update_bn(_first(batches, count), model)
 

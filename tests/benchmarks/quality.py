@@ -18,7 +18,7 @@ from scop.data.batches import Augmentation, Batches
 from scop.knockoffs.quality import measure_quality
 from scop.knockoffs.sources import make_source
 from scop.models.artifacts import load_weights
-from scop.selection.candidates import knockoff_threshold
+from scop.selection.strategy import knockoff_threshold
 from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
 from tests.benchmarks.measure import machine, settings_hash
 from tests.benchmarks.scores import BATCHES, First

@@ -1,4 +1,4 @@
-"""Remedies for published gates, most of which end near 1; none of them is in the product, see docs/knockoffs.md.
+"""Remedies for published gates, most of which end near 1; none of them is in the product, see docs/experiments.md.
 
 The gates are trained as published, but open from the start and under a pull: the mean gate of a layer is brought to the
 share of its channels that is to stay, so that one gate is open at the cost of another.
@@ -29,6 +29,7 @@ from scop.knockoffs.gates import Gates, TrainedGates
 from scop.knockoffs.phase import Competition
 from scop.knockoffs.sources import shuffle
 from scop.pruning.graph import ChannelGraph
+from scop.training.learning_rate import Schedule
 from scop.training.loop import TrainingBatches, fit
 
 REMEDIES = ("penalty", "dual variable", "projection", "temperature", "path")
@@ -130,5 +131,5 @@ def ranking(
     section = KnockoffSection(score="published", epochs=EPOCHS, lr=_LR, seed=seed)
     graph = ChannelGraph(model, (3, 32, 32))
     competition = Scarce(remedy, EPOCHS * len(batches), model, graph, shuffle, device, section)
-    fit(competition, batches, competition.optimizer(), epochs=EPOCHS, label=remedy, seed=seed)
+    fit(competition, batches, competition.optimizer(), Schedule(EPOCHS), label=remedy, seed=seed)
     return competition.ranking()

@@ -40,7 +40,8 @@ from scop.models.evaluation import measure_accuracy
 from scop.models.folding import folded_copy
 from scop.models.history import EpochRecord
 from scop.pruning.graph import ChannelGraph
-from scop.selection.candidates import Selection
+from scop.selection.candidates import find_candidates
+from scop.training.learning_rate import Schedule
 from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.benchmarks import remedies
@@ -200,7 +201,7 @@ class Bench:
             )
 
         optimizer, seed = competition.optimizer(), section.seed
-        fit(competition, batches, optimizer, epochs=PASSES, label=SATURATION, seed=seed, on_epoch=watch)
+        fit(competition, batches, optimizer, Schedule(PASSES), label=SATURATION, seed=seed, on_epoch=watch)
         settings = {"settings_hash": settings_of(self.network, SATURATION), "seed": seed}
         return settings | {"steps": BATCHES, "open": OPEN, "passes": found}
 
@@ -213,7 +214,7 @@ class Bench:
         if way in CONTROLS:
             variant = VariantSection.model_validate({"method": way, "seed": seed})
             graph = ChannelGraph(self.model, self.shape)
-            return {c.prunable.name: c.scores.flatten() for c in Selection(self.model, graph, variant).candidates}
+            return {c.prunable.name: c.scores.flatten() for c in find_candidates(self.model, graph, variant)}
         augmentation = Augmentation(crop_padding=4, flip=True)
         batches = First(Batches(dataset()["train"], dataset().info, 256, self.device, augmentation, seed))
         if way in REMEDIES:
@@ -335,7 +336,7 @@ def trained_vgg() -> nn.Module:
     batches = Batches(dataset()["train"], dataset().info, section.batch_size, device, augmentation, 0)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective, optimizer = Supervised(model, device, section), make_optimizer(model, section)
-    fit(objective, batches, optimizer, epochs=section.epochs, label="vgg", schedule=section.schedule)
+    fit(objective, batches, optimizer, Schedule.of(section), label="vgg")
     CACHE.mkdir(parents=True, exist_ok=True)
     torch.save(model.cpu().state_dict(), path)
     return model

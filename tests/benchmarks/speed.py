@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +24,7 @@ from scop.compute.device import pick_device
 from scop.config import BudgetSection, DenseSection, ScoreKind
 from scop.data.batches import Augmentation, Batches
 from scop.data.dataset import Dataset, Split, make_dataset
+from scop.environment import StepEnvironment
 from scop.knockoffs.phase import Competition
 from scop.knockoffs.sources import shuffle
 from scop.models.factories import make_model
@@ -32,11 +33,10 @@ from scop.pruning.surgery import prune
 from scop.runtime.execution import run_step
 from scop.selection.latency import Stopwatch
 from scop.selection.select import select_channels
-from scop.storage import cache
-from scop.storage import folders as remote
+from scop.storage.cache import Cache
+from scop.storage.folders import fetch_folder, upload_folder
 from scop.storage.manifest import write_manifest
 from scop.storage.s3 import client, forget_client
-from scop.tracking.mlflow import PARENT_VARIABLE
 from scop.tracking.pipeline_run import start_parent
 from scop.training.supervised import Supervised, make_optimizer
 from tests.benchmarks.experiments import compare
@@ -183,21 +183,19 @@ def step_overhead(turns: int) -> dict[str, Any]:
         run_step("train_dense", {"dense": {"epochs": 0}}, {"dataset": data}, {"model": dense})
         knockoff = {"epochs": 1, "batch_size": 1024}
         run_step("train_knockoff", {"knockoff": knockoff}, {"dataset": data, "dense": dense}, {"scores": scores})
-        with tracking(folder):
-            command = _as_kfp_does("select_channels", {"dense": dense, "scores": scores}, folder)
-            times = take_turns({"step": lambda: subprocess.run(command, check=True, capture_output=True)}, turns, 1)
+        command = _as_kfp_does("select_channels", {"dense": dense, "scores": scores}, folder)
+        variables = os.environ | tracked(folder).as_variables()
+        times = take_turns(
+            {"step": lambda: subprocess.run(command, check=True, capture_output=True, env=variables)}, turns, 1
+        )
     return {"seconds": times["step"], "at_most": 8.0}
 
 
-@contextlib.contextmanager
-def tracking(folder: Path) -> Iterator[None]:
-    """A fresh MLflow database with a parent run, named in the environment."""
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
-    os.environ[PARENT_VARIABLE] = start_parent("benchmark", "benchmark", {})
-    try:
-        yield
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"], os.environ[PARENT_VARIABLE]
+def tracked(folder: Path) -> StepEnvironment:
+    """The environment of a step that is tracked under a parent run in a fresh MLflow database."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    parent = start_parent(uri, "benchmark", "benchmark", {})
+    return StepEnvironment(tracking_uri=uri, parent_run=parent)
 
 
 def _as_kfp_does(step: str, inputs: dict[str, str], folder: Path) -> list[str]:
@@ -252,7 +250,7 @@ def s3(turns: int) -> dict[str, Any]:
             (folder / "files" / f"{number}.bin").write_bytes(generator.bytes(256 * 2**20))
         with (
             services.s3_server(folder) as address,
-            patch.dict(os.environ, services.environment(address) | {cache.CACHE_VARIABLE: f"{folder}/cache"}),
+            patch.dict(os.environ, services.environment(address)),
         ):
             forget_client()
             client().create_bucket(Bucket="bench")
@@ -260,14 +258,14 @@ def s3(turns: int) -> dict[str, Any]:
             copy = [services.rclone(), "copy", "--config", "/dev/null"]
 
             def ours_up(turn: int) -> None:
-                remote.send_folder(folder / "files", f"s3://bench/ours{turn}")
+                upload_folder(folder / "files", f"s3://bench/ours{turn}")
 
             def theirs_up(turn: int) -> None:
                 subprocess.run([*copy, f"{folder}/files", f"{theirs}/theirs{turn}"], check=True)
 
             # The same objects each time: rclone's server takes their MD5 when they are first asked for, in our time.
             def ours_down(turn: int) -> None:
-                remote.fetch_folder("s3://bench/ours0")
+                fetch_folder("s3://bench/ours0", Cache(folder / "cache"))
 
             def theirs_down(turn: int) -> None:
                 subprocess.run([*copy, f"{theirs}/theirs0", f"{folder}/copy"], check=True)
@@ -281,8 +279,8 @@ def s3(turns: int) -> dict[str, Any]:
             ):
                 for turn in range(turns + 1):
                     for label, run in pieces.items():
-                        for place in ("cache", "copy"):
-                            shutil.rmtree(folder / place, ignore_errors=True)
+                        for copy_of in ("cache", "copy"):
+                            shutil.rmtree(folder / copy_of, ignore_errors=True)
                         os.sync()  # what the last one wrote is not this one's to wait for
                         started = time.perf_counter()
                         run(turn)

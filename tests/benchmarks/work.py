@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from scop.pruning.plan import ChannelPlan
 from scop.report.correctness import packed
 from scop.selection.scores import Scores
 from scop.storage.checkpoints import Checkpoints
+from scop.training.checkpointing import Checkpointing
+from scop.training.learning_rate import Schedule
 from scop.training.loop import Step, fit
 from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.benchmarks.graphs import Replayed
@@ -251,13 +253,10 @@ class Work:
             objective,
             self.batches(section.batch_size, section),
             make_optimizer(model, section),
-            epochs=section.epochs,
+            replace(Schedule.of(section), keep="last"),
             label=f"{self.name} {label}",
             seed=section.seed,
-            schedule=section.schedule,
-            warmup_epochs=section.warmup_epochs,
-            checkpoints=Seldom(checkpoints),
-            stopping=self.stopping,
+            checkpointing=Checkpointing(Seldom(checkpoints), self.stopping),
             step=self._step,
         )
         objective.finish()
@@ -309,8 +308,8 @@ class Seldom:
     written: float = -math.inf
 
     @property
-    def place(self) -> str:
-        return self.checkpoints.place
+    def uri(self) -> str:
+        return self.checkpoints.uri
 
     def part(self, name: str) -> Seldom:
         return Seldom(self.checkpoints.part(name))

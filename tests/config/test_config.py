@@ -14,6 +14,7 @@ from scop.config import (
     load_config,
 )
 from scop.config.parsing import parse
+from scop.storage.cache import Cache
 
 
 def refusal(values: dict[str, object]) -> str:
@@ -31,13 +32,13 @@ def refusal(values: dict[str, object]) -> str:
         ({"finetune": {"epoch": 3}}, "configuration key 'finetune.epoch' is unknown (did you mean 'epochs'?)"),
         ({"finetune": {"distillation": {"wieght": 1}}}, "(did you mean 'weight'?)"),
         ({"variants": [{"prunerate": 0.3}]}, "configuration key 'variants.0.prunerate' is unknown (did you mean 'prune_rate'?)"),
-        ({"variants": [{"prune_rate": 1.0}]}, "configuration 'variants.0.prune_rate' is 1.0: must lie in [0, 1)"),
+        ({"variants": [{"prune_rate": 1.0}]}, "configuration 'variants.0.prune_rate' is 1.0: must be in [0, 1)"),
         ({"variants": [{"prune_rate": -0.1}]}, "configuration 'variants.0.prune_rate' is -0.1"),
         ({"data": {"source": "cifar10"}}, "configuration 'data': path is missing"),
         ({"variants": []}, "configuration 'variants' is []"),
         ({"variants": [{}, {}]}, "variants: the name 'scop-0.45' is used twice"),
         ({"variants": [{"name": "a/b"}]}, "configuration 'variants.0.name' is 'a/b'"),
-        ({"variants": [{"name": "a" * 57, "seeds": [0, 1]}]}, "-seed0' with its seed, which is longer than 60 characters"),
+        ({"variants": [{"name": "a" * 57, "seeds": [0, 1]}]}, "-seed0', longer than 60 characters"),
         ({"data": {"mean": [float("nan")]}}, "configuration 'data.mean.0' is nan"),
         ({"knockoff": {"batch_size": 1}}, "configuration 'knockoff.batch_size' is 1"),
         ({"variants": [{"name": "v", "finetune": {"epoch": 3}}]}, "configuration key 'variants (v).finetune.epoch' is unknown"),
@@ -121,21 +122,21 @@ def test_labels_tell_method_and_rate() -> None:
     assert VariantSection(name="mine").label == "mine"
 
 
-def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path, cache: Cache) -> None:
     path = tmp_path / "config.yaml"
     for content, message in (
         ("a: [", "is not valid YAML"),
         ("- 1", "must hold a mapping of sections, not list"),
-        ("finetune: {epochs: 1}\nfinetune: {lr: 0.1}", "'finetune' is there twice"),
-        ("finetune: {epochs: 1, epochs: 2}", "'epochs' is there twice"),
+        ("finetune: {epochs: 1}\nfinetune: {lr: 0.1}", "duplicate key 'finetune'"),
+        ("finetune: {epochs: 1, epochs: 2}", "duplicate key 'epochs'"),
         ("[1]: 2", "is not valid YAML"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             load_config(path)
     with pytest.raises(UserError, match="did you mean 'digits-resnet20'"):
-        find_config("digit-resnet20")
-    assert find_config("digits-resnet20").is_file()
+        find_config("digit-resnet20", cache)
+    assert find_config("digits-resnet20", cache).is_file()
 
 
 def test_every_setting_is_described_and_the_page_is_up_to_date() -> None:

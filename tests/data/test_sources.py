@@ -77,9 +77,9 @@ def test_an_unfinished_or_damaged_dataset_is_refused(digits: Dataset, tmp_path: 
     with pytest.raises(UserError, match="test.labels.npy is missing"):
         load_dataset(tmp_path)
     (tmp_path / MANIFEST).unlink()
-    with pytest.raises(UserError, match="has no manifest.json: it was not finished"):
+    with pytest.raises(UserError, match="has no manifest.json, so it is unfinished"):
         load_dataset(tmp_path)
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         load_dataset(tmp_path / "nowhere")
 
 
@@ -312,7 +312,7 @@ def test_bad_images_and_archives_are_named(folder: Path, tmp_path: Path) -> None
 
     archive = packed(folder, "tar.gz")
     archive.write_bytes(archive.read_bytes()[:-2000])
-    with pytest.raises(UserError, match="damaged or of an unknown kind"):
+    with pytest.raises(UserError, match="damaged or has an unknown format"):
         load_source(section(archive))
 
     bad = folder / "train" / "bee" / "0003.png"
@@ -343,7 +343,7 @@ def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
 
 def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path, {"training": 2}, CLASSES)
-    with pytest.raises(UserError, match="lies neither at SPLIT/CLASS/FILE.* nor at CLASS/FILE"):
+    with pytest.raises(UserError, match="must be at SPLIT/CLASS/FILE.* or at CLASS/FILE"):
         load_source(section(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no images under train/CLASS/ \(found: no images\)"):
@@ -403,7 +403,7 @@ def test_cifar_in_torchvisions_layout(name, labels_key, meta_key, tmp_path: Path
 def test_the_shared_cifar10_archive() -> None:
     path = SHARED / "data" / "cifar10-jpeg.tar.gz"
     if not path.exists():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"{path} does not exist")
     dataset = load_source(section(path, validation=0))
     assert dataset.info.counts == {"train": 50_000, "validation": 0, "test": 10_000}
     assert dataset.info.mean == pytest.approx([0.49125, 0.48209, 0.44652], abs=1e-4)

@@ -21,7 +21,7 @@ def result(method: str = "scop", rate: float = 0.5, seed: int = 0, **changes: An
     params = {"network": "resnet20", "dataset": "digits", "method": method, "prune_rate": rate, "seed": seed}
     params["recipe"] = f"alike-{method}-{rate}"
     values = {"name": f"{method}-{rate}", "params": params, "metrics": metrics, "dataset": "d0" * 32, "device": "a CPU"}
-    return Result(**(values | {"run": f"run-{method}-{rate}-{seed}", "place": None} | changes))
+    return Result(**(values | {"run": f"run-{method}-{rate}-{seed}", "uri": None} | changes))
 
 
 def log(client: Any, experiment: str, row: Result, parent: str | None = None, status: str = "FINISHED") -> str:

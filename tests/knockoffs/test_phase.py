@@ -18,9 +18,10 @@ from scop.models.evaluation import measure_accuracy
 from scop.models.folding import folded_copy
 from scop.models.history import EpochRecord
 from scop.pruning.graph import ChannelGraph
-from scop.selection.candidates import knockoff_threshold
 from scop.selection.scores import Scores
 from scop.selection.sensitivity import measure_sensitivity
+from scop.selection.strategy import knockoff_threshold
+from scop.training.learning_rate import Schedule
 from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer
 from tests.helpers import randomise_batch_norms
@@ -289,7 +290,7 @@ def test_channels_that_are_fed_noise_are_found(batches: Batches) -> None:
 
     model = NoiseFed()
     section = DenseSection(epochs=4, batch_size=64, lr=0.1)
-    fit(Supervised(model, CPU, section), with_noise(), make_optimizer(model, section), epochs=4, label="noise-fed")
+    fit(Supervised(model, CPU, section), with_noise(), make_optimizer(model, section), Schedule(4), label="noise-fed")
     # By other noise: that of the training the network knows by heart, a little, so that it does tell labels.
     scores = train_knockoffs(model.eval(), with_noise(), epochs=1)
     seen, fed_noise = scores["first"][:16], scores["first"][16:]
@@ -323,7 +324,7 @@ def test_planted_redundant_channels_are_found(score: str, epochs: int, model, ba
     # The others learn to do without them, so that it is a good network and not a broken one.
     section = DenseSection(epochs=6, batch_size=64, lr=0.05)
     optimizer = make_optimizer(model, section)
-    fit(Supervised(model, CPU, section), batches, optimizer, epochs=6, label="planted", schedule="cosine")
+    fit(Supervised(model, CPU, section), batches, optimizer, Schedule(6, "cosine"), label="planted")
     model.zero_grad()
 
     scores = train_knockoffs(model, batches, score=score, epochs=epochs, lr=0.02)
@@ -347,7 +348,7 @@ def test_seeds_reproduce_bit_for_bit(model, batches: Batches) -> None:
 def test_batches_that_cannot_be_trained_on_are_refused(model, batches: Batches) -> None:
     with pytest.raises(UserError, match="batches are empty"):
         train_knockoffs(model, [], epochs=1)
-    with pytest.raises(UserError, match="start anew for each epoch, .* not a generator"):
+    with pytest.raises(UserError, match="support repeated iteration, .* a generator does not"):
         train_knockoffs(model, (batch for batch in batches), epochs=1)
 
 
@@ -429,7 +430,7 @@ def test_a_network_that_only_coupled_can_prune_is_scored_all_the_same(batches: B
     scores = train_knockoffs(model, batches, epochs=1)
     assert set(scores) == {"stem", "branch"}
     assert len(scop.select_channels(model, scores, residual="coupled", prune_rate=0.5).kept["stem"]) == 4
-    with pytest.raises(UserError, match="no branch is simply added"):
+    with pytest.raises(UserError, match="to which no branch is added directly"):
         scop.select_channels(model, scores, residual="scatter")
 
 

@@ -15,6 +15,7 @@ from scop.knockoffs.generator import train_generator
 from scop.knockoffs.quality import measure_quality, swap_test
 from scop.knockoffs.sources import Gaussian, make_source, shuffle
 from scop.storage.checkpoints import Checkpoints
+from scop.training.checkpointing import Checkpointing
 
 CPU = torch.device("cpu")
 
@@ -93,7 +94,7 @@ def test_a_generator_goes_on_where_it_stopped(batches: Batches, tmp_path: Path) 
             return seen == steps
 
         batches.set_epoch(0)
-        source = make_source(section, batches, CPU, Checkpoints(str(place), "abc"), stopping)
+        source = make_source(section, batches, CPU, Checkpointing(Checkpoints(str(place), "abc"), stopping))
         torch.manual_seed(0)
         return source(torch.zeros(20, 1, 8, 8), torch.zeros(20))
 

@@ -8,7 +8,7 @@ import yaml
 
 from pipelines.cli.main import main
 from scop.pruning.plan import ChannelPlan
-from scop.runtime.execution import run_step
+from tests.helpers import run_step
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,7 @@ def test_a_configuration_is_shown_before_anything_is_trained(capsys) -> None:
     row = next(line for line in lines if line.startswith("layer1.1.conv1"))
     assert row.split()[:4] == ["layer1.1.conv1", "16", "8", "50%"]
     assert row.split()[4:7] == ["2.3", "k", "->"]
-    assert lines[-3].startswith(
-        "stays whole: conv1, layer2.0.downsample.0, layer3.0.downsample.0: writes to a residual"
-    )
+    assert lines[-3].startswith("not pruned: conv1, layer2.0.downsample.0, layer3.0.downsample.0: writes to a residual")
     assert lines[-2].startswith("parameters: 272 k -> ")
     assert lines[-1].startswith("MACs: 2.5")
 
@@ -74,7 +72,7 @@ def test_a_runs_scores_are_selected_from_under_other_settings(scored: Path, tmp_
         (["nowhere", "--dry-run"], "there is no run 'nowhere'"),
         (["--dry-run", "--variant", "l2"], "--variant 'l2' is not in the configuration (known: scop-0.45)"),
         (["--dry-run", "--set", "variants.0.selection=global"], "selection global of method scop needs scores"),
-        (["--dry-run", "--set", "variants.0.exclude=[conv9]"], "no layer that can be pruned is named like 'conv9'"),
+        (["--dry-run", "--set", "variants.0.exclude=[conv9]"], "no prunable layer matches 'conv9'"),
         (["--dry-run", "--set", "variants.0.budget={macs: 10}"], "a budget of 10 macs is out of reach"),
         (["--dry-run", "--set", "data={source: imagefolder, path: /nowhere}"], "data.path /nowhere does not exist"),
     ],
@@ -87,4 +85,4 @@ def test_mistakes_are_named(arguments: list[str], message: str, capsys) -> None:
 def test_a_run_without_scores_is_named(tmp_path: Path, capsys) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     assert select(str(tmp_path), "--dry-run") == 2
-    assert "has no step train_dense that is done" in capsys.readouterr().err
+    assert "has no finished step train_dense" in capsys.readouterr().err

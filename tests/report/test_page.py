@@ -27,12 +27,9 @@ EVALUATION: dict[str, Any] = {
     "classes": ["cat", "</script><b>dog"],
     "scores": {"conv1": [0.1, 0.2, -0.1], "conv2": [0.3] * 4},
 }
-PLACE = "a run/scop/evaluate/evaluation"
+URI = "a run/scop/evaluate/evaluation"
 SWEEP = [
-    result(method, rate, seed, place=PLACE)
-    for method in ("scop", "l1", "random")
-    for rate in (0.3, 0.5)
-    for seed in (0, 1)
+    result(method, rate, seed, uri=URI) for method in ("scop", "l1", "random") for rate in (0.3, 0.5) for seed in (0, 1)
 ]
 
 
@@ -111,26 +108,24 @@ def test_a_layers_bar_tells_of_which_channels_the_selection_was_not_sure(page: A
     page.wait_for_selector("#kept-channels .hovertext")
     told = page.locator("#kept-channels .hovertext").first.text_content()
     assert "4 of 16 channels" in told
-    assert "not sure to keep 3" in told
-    assert "not sure to remove 5, 7" in told
+    assert "kept, uncertain: 3" in told
+    assert "removed, uncertain: 5, 7" in told
     assert page.locator("#kept-channels .errorbar").count() >= 1
 
 
 def test_every_plot_has_a_text_for_those_who_do_not_see_it(page: Any) -> None:
     texts = {plot.get_attribute("id"): plot.get_attribute("aria-label") for plot in page.locator(".plot").all()}
-    assert texts["pareto"].startswith(
-        "6 networks by MACs and top-1; 2 are on the Pareto front; the best in top-1 is scop-0.3"
-    )
-    assert "keeps least in conv1: 25%" in texts["kept-channels"]
+    assert texts["pareto"].startswith("6 networks by MACs and top-1; Pareto front: 2; best top-1: scop-0.3")
+    assert "keeps the smallest share in conv1: 25%" in texts["kept-channels"]
     assert "ends at 80.00% on the validation split" in texts["learning-curves"]
-    assert "Most often cat is taken for" in texts["confusion"]
+    assert "Most frequent error: cat classified as" in texts["confusion"]
     assert "2 layers" in texts["scores"]
 
 
 def test_what_is_missing_and_what_it_cost_are_told_and_nothing_is_taken_for_markup(page: Any) -> None:
     assert page.locator(".missing").inner_text() == "never: finetune failed: <i>out of memory</i>"
     assert page.locator("h1").inner_text() == "A <b>sweep</b>"
-    assert page.locator("section", has_text="What it cost").locator("td").all_inner_texts() == [
+    assert page.locator("section", has_text="Compute time and energy").locator("td").all_inner_texts() == [
         "a GPU",
         "1.5 h",
         "800.0 Wh",
@@ -145,10 +140,12 @@ def test_better_is_said_only_where_the_interval_says_so(tmp_path: Path) -> None:
         for seed, own in enumerate(every)
     ]
     with opened(made(tmp_path, rows), 1440) as view:
-        against_l1, against_chance = view.locator("section", has_text="Is it better?").locator("li").all_inner_texts()
+        against_l1, against_chance = (
+            view.locator("section", has_text="Paired comparison").locator("li").all_inner_texts()
+        )
     assert against_l1.startswith("scop-0.5 is better than l1-0.5 at the same MACs: +1.00 points of top-1")
-    assert against_chance.startswith("scop-0.5 against random-0.5 at the same MACs: +0.67 points of top-1")
-    assert against_chance.endswith("no difference can be told.")
+    assert against_chance.startswith("scop-0.5 vs. random-0.5 at the same MACs: +0.67 points of top-1")
+    assert against_chance.endswith("no significant difference.")
 
 
 def test_it_prints(tmp_path: Path) -> None:
@@ -241,9 +238,8 @@ def test_thousands_of_rows_are_shown_in_parts(tmp_path: Path) -> None:
 
 def test_a_network_without_plots_says_so(page: Any) -> None:
     page.locator("tbody th button", has_text="random-0.5").first.click()
-    assert (
-        page.locator("#of-runs").inner_text().startswith("Of random-0.5 this page has no plots; these are of others.")
-    )
+    said = page.locator("#of-runs").inner_text()
+    assert said.startswith("This page has no plots for random-0.5; the plots below show other networks.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -102,7 +102,7 @@ def test_one_image_is_no_evidence_by_however_many_seeds() -> None:
     for one in ([1.0] * 3, [0.92, 0.57, 0.71]):
         (unknown,) = compare_pairs(results({"scop": one, "l1": [top1 - 0.01 for top1 in one]}))
         assert not unknown.told
-        assert "3 pairs, on these very test images)" in str(unknown)
+        assert "3 pairs, for these test images only)" in str(unknown)
 
 
 def test_answers_are_the_same_after_packing() -> None:
@@ -117,8 +117,8 @@ def test_a_difference_that_holds_in_each_pair_is_told() -> None:
     # Between seeds there is more than between methods; within a pair there is not.
     (found,) = compare_pairs(results({"scop": [0.90, 0.92, 0.94], "l1": [0.89, 0.9095, 0.9305]}))
     assert found.told
-    assert str(found).startswith("scop is better than l1 at the same MACs: +1.00 points of top-1 (95% interval +0.")
-    assert str(found).endswith("3 pairs, on these very test images)")
+    assert str(found).startswith("scop is better than l1 at the same MACs: +1.00 points of top-1 (95% CI +0.")
+    assert str(found).endswith("3 pairs, for these test images only)")
     (other,) = compare_pairs(results({"scop": [0.89, 0.9095, 0.9305], "l1": [0.90, 0.92, 0.94]}))
     assert str(other).startswith("scop is worse than l1 at the same MACs: -1.00 points")
 
@@ -133,10 +133,10 @@ def test_a_recipe_of_several_seeds_is_named_without_them() -> None:
 def test_nothing_is_claimed_that_the_interval_does_not_say() -> None:
     (found,) = compare_pairs(results({"scop": [0.90, 0.91, 0.95], "l1": [0.89, 0.92, 0.93]}))
     assert not found.told
-    assert str(found).endswith("no difference can be told")
+    assert str(found).endswith("no significant difference")
     (one,) = compare_pairs(results({"scop": [0.95], "l1": [0.5]}))
     assert not one.told
-    assert str(one).endswith("one pair, from which nothing can be told")
+    assert str(one).endswith("only one pair: not enough to compare")
 
 
 def changed(rows: list[Result], method: str, **params: str) -> list[Result]:
@@ -161,8 +161,8 @@ def test_what_differs_besides_the_method_is_said_and_like_comes_first() -> None:
     rows = changed(changed(rows, "l1", selection="uniform", exclude="layer3.*"), "none", selection="uniform")
     alike, unlike, reference = (str(one) for one in compare_pairs(rows))
     assert alike.startswith("scop is better than fpgm at the same MACs: ")
-    cause = "selection global against uniform, exclude none against layer3.*"
-    assert unlike.startswith(f"scop is better than l1 at the same MACs, {cause}: ")
+    cause = "(selection: global vs. uniform, exclude: none vs. layer3.*)"
+    assert unlike.startswith(f"scop is better than l1 at the same MACs {cause}: ")
     assert "uniform" not in reference
 
 
@@ -186,7 +186,7 @@ def test_only_what_costs_the_same_is_compared_and_the_unpruned_network_is_the_re
     rows = [Result(**{**vars(r), "metrics": {**r.metrics, **dear}}) if r.name in ("l1", "none") else r for r in rows]
     found = compare_pairs(rows)
     assert [(one.second, one.reference) for one in found] == [("random", False), ("none", True)]
-    assert "scop against none, which is not pruned and fine-tuned just as long: -3.00 points" in str(found[1])
+    assert "scop vs. none (unpruned, same fine-tuning): -3.00 points" in str(found[1])
 
 
 def test_seeds_that_only_one_has_are_left_out() -> None:

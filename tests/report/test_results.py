@@ -37,7 +37,7 @@ def changed(section: str, key: str, value: object) -> Result:
 
 def test_parameters_are_flat_and_typed_and_metrics_are_finite() -> None:
     row = Result.of(EVALUATION, "s3://a/place")
-    assert (row.name, row.run, row.place) == ("half", "an-id", "s3://a/place")
+    assert (row.name, row.run, row.uri) == ("half", "an-id", "s3://a/place")
     assert (row.params["network"], row.params["finetune_epochs"], row.params["seed"]) == ("resnet20", 5, 0)
     assert row.metrics["top1_drop"] == pytest.approx(0.1)
     assert row.metrics["params_removed"] == 0.75

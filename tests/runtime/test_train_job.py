@@ -19,13 +19,14 @@ from pipelines.cluster.profile import load_profile
 from scop import UserError
 from scop.config import RunSection
 from scop.runtime import train_job
-from scop.runtime.execution import run_step
-from scop.runtime.record import earlier_record
+from scop.runtime.record import read_record
 from scop.runtime.train_job import TrainJobPlan
-from scop.storage import folders as remote
+from scop.storage.cache import Cache
+from scop.storage.folders import fetch_folder, upload_folder
 from tests.compute.test_distributed import CLOSE, DENSE, ROOT
 from tests.fakes.kubernetes_server import KubernetesServer, kubernetes_server
 from tests.fakes.services import KEY, SECRET
+from tests.helpers import run_step
 from tests.pipelines.cluster.test_compilation import EXAMPLE, container, executor
 
 
@@ -38,7 +39,7 @@ def cluster(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Ite
         server.surroundings |= {"SCOP_CACHE": str(tmp_path / "cache-of-nodes"), "OMP_NUM_THREADS": "1"}
         point_to(server.kubeconfig, monkeypatch)
         monkeypatch.setenv("SCOP_TRAIN_JOB", plan().model_dump_json())
-        monkeypatch.setattr(train_job, "_SECONDS_BETWEEN_LOOKS", 0.2)
+        monkeypatch.setattr(train_job, "_POLL_SECONDS", 0.2)
         yield server
 
 
@@ -56,20 +57,20 @@ def plan(**changes: Any) -> TrainJobPlan:
 
 @pytest.fixture
 def places(digits_folder: Path, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
-    remote.send_folder(digits_folder, f"{bucket}/dataset")
+    upload_folder(digits_folder, f"{bucket}/dataset")
     return {"dataset": f"{bucket}/dataset"}, {"model": f"{bucket}/runs/model"}
 
 
 @pytest.mark.slow
 def test_two_nodes_train_the_network_that_one_process_would(
-    cluster: KubernetesServer, places, digits_folder: Path, tmp_path: Path, monkeypatch, capfd
+    cluster: KubernetesServer, places, digits_folder: Path, tmp_path: Path, monkeypatch, capfd, cache: Cache
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "a-run")
     result = run_step("train_dense", {"dense": DENSE}, *places)
     (name,) = cluster.jobs
     assert name.startswith("scop-train-dense-")
     assert "dense: epoch 2/2" in capfd.readouterr().out  # the first node's log
-    record = earlier_record(places[1]["model"])
+    record = read_record(places[1]["model"])
     assert record is not None
     assert (record.status, record.processes) == ("done", 2)
     assert record.result == result
@@ -83,7 +84,7 @@ def test_two_nodes_train_the_network_that_one_process_would(
     monkeypatch.delenv("SCOP_TRAIN_JOB")
     run_step("train_dense", {"dense": DENSE}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "alone")})
     alone = load_file(tmp_path / "alone" / "model.safetensors")
-    together = load_file(remote.fetch_folder(places[1]["model"], "model") / "model.safetensors")
+    together = load_file(fetch_folder(places[1]["model"], cache, "model") / "model.safetensors")
     for key, tensor in alone.items():
         torch.testing.assert_close(together[key], tensor, **CLOSE)
 
@@ -121,14 +122,14 @@ def test_a_job_that_runs_is_gone_on_with_and_removed_when_its_step_is_told_to_en
 
 
 def test_places_of_one_pod_are_refused(cluster: KubernetesServer, places, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="several nodes need inputs and outputs in S3"):
+    with pytest.raises(UserError, match="with several nodes, inputs and outputs must be in S3"):
         run_step("train_dense", {"dense": DENSE}, places[0], {"model": str(tmp_path / "model")})
     assert cluster.jobs == {}
 
 
 def test_a_refusal_says_what_may_be_missing(cluster: KubernetesServer, places) -> None:
     cluster.refuse = lambda method, path: 403 if method == "POST" else None
-    with pytest.raises(UserError, match=r"cannot be made \(.*403.*\); is Kubeflow Trainer there with the runtime"):
+    with pytest.raises(UserError, match=r"cannot be created \(.*403.*\); check that Kubeflow Trainer is"):
         run_step("train_dense", {"dense": DENSE}, *places)
 
 

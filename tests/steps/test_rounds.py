@@ -14,13 +14,13 @@ from torch import nn
 from scop import load_model, make_model, prune, select_channels, train_knockoffs
 from scop.config import VariantSection
 from scop.knockoffs.phase import gated_layers
-from scop.pruning.cuts import regrow
+from scop.pruning.cuts import expand
 from scop.pruning.graph import RESIDUAL_RULES, ChannelGraph
 from scop.pruning.plan import ChannelPlan
 from scop.pruning.spec import spec_of
-from scop.runtime.execution import run_step
+from scop.selection.rounds import Round
 from scop.selection.scores import Scores
-from tests.helpers import ROOT, randomise_batch_norms
+from tests.helpers import ROOT, randomise_batch_norms, run_step
 from tests.networks import GroupsAndBias
 
 
@@ -34,11 +34,11 @@ def test_a_regrown_network_is_the_pruned_one_and_has_zeros_where_channels_went(n
     pruned = prune(model, plan)
     for parameter in pruned.parameters():  # as if it had been trained
         parameter.data += 0.01 * torch.randn_like(parameter)
-    grown = regrow(pruned, model)
+    grown = expand(pruned, model)
     images = torch.randn(3, 3, 16, 16)
     assert torch.allclose(grown(images), pruned(images), atol=1e-4)
     trained = (copy.deepcopy(network).to(memory_format=torch.channels_last) for network in (pruned, model))
-    assert all(map(torch.equal, regrow(*trained).state_dict().values(), grown.state_dict().values()))
+    assert all(map(torch.equal, expand(*trained).state_dict().values(), grown.state_dict().values()))
     layer = next(iter(plan.kept))
     assert not grown.get_submodule(layer).weight[plan.removed(layer)].any()
     again = prune(grown, plan)
@@ -50,7 +50,7 @@ def test_a_regrown_network_has_its_masks_and_tables_back() -> None:
     model.register_buffer("mask", torch.arange(400) % 3 == 0)
     model.register_buffer("table", (torch.arange(400) % 251).to(torch.uint8))
     pruned = prune(model, select_channels(model, method="l1", prune_rate=0.5, input_shape=(3, 16, 16)))
-    grown = regrow(pruned, model)
+    grown = expand(pruned, model)
     for name in ("mask", "table"):
         assert torch.equal(grown.get_buffer(name), model.get_buffer(name))
         assert grown.get_buffer(name).dtype == model.get_buffer(name).dtype
@@ -74,11 +74,10 @@ def test_what_went_in_one_round_is_gone_in_the_next(method: str, selection: dict
     def scores() -> dict[str, torch.Tensor]:
         return {layer: torch.rand(model.get_submodule(layer).out_channels) for layer in layers}
 
-    first = select_channels(model, scores(), input_shape=shape, variant=variant, part=0.5)
-    grown = regrow(prune(model, first), model)
-    second = select_channels(
-        grown, scores(), input_shape=shape, variant=variant.model_copy(update={"seed": 1}), before=first
-    )
+    first = select_channels(model, scores(), input_shape=shape, variant=variant, round=Round(1, 2))
+    grown = expand(prune(model, first), model)
+    other_seed, last = variant.model_copy(update={"seed": 1}), Round(2, 2, first)
+    second = select_channels(grown, scores(), input_shape=shape, variant=other_seed, round=last)
     for layer, kept in second.kept.items():
         assert set(kept) <= set(first.kept[layer])
     at_once = select_channels(model, scores(), input_shape=shape, variant=variant)
@@ -175,8 +174,8 @@ def test_a_killed_round_is_gone_on_with_to_the_same_weights(
     inputs = {"dataset": str(digits_folder), "dense": str(model_folder), "plan": f"{tmp_path}/plan"}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = (
-        "from scop.runtime.execution import run_step; "
-        f"run_step('finetune', {config!r}, {inputs!r}, {{'model': {str(killed)!r}}})"
+        "from scop.runtime.execution import execute; "
+        f"execute('finetune', {config!r}, {inputs!r}, {{'model': {str(killed)!r}}})"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while not list(killed.glob("checkpoints/*/round2/*.json")):

@@ -14,16 +14,16 @@ import torch
 
 from pipelines.cli.main import main
 from scop import UserError, load_model
+from scop.environment import StepEnvironment
 from scop.models.artifacts import WEIGHTS, load_settings
 from scop.report.plots import confusion_matrix
-from scop.runtime.execution import run_step
 from scop.runtime.record import StepRecord
 from scop.runtime.registry import STEPS
 from scop.runtime.result import StepResult
 from scop.runtime.step import find_step
 from scop.selection.scores import Scores
 from scop.storage.manifest import MANIFEST, read_folder
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_step
 
 TINY = {"model": "tests.networks:Plain", "epochs": 1, "batch_size": 64}
 
@@ -104,7 +104,7 @@ def test_a_step_that_fails_leaves_a_record_and_no_whole_output(digits_folder: Pa
     record = json.loads((output / "step.json").read_text())
     assert record["status"] == "failed"
     assert "the loss is" in record["error"]
-    with pytest.raises(UserError, match="was not finished"):
+    with pytest.raises(UserError, match="so it is unfinished"):
         load_model(output)
 
 
@@ -152,14 +152,14 @@ def test_a_killed_step_resumes_to_the_same_weights(
     inputs = {key: inputs[key] for key in taken}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = (
-        f"from scop.runtime.execution import run_step; run_step({step!r}, {config!r}, {inputs!r}, "
+        f"from scop.runtime.execution import execute; execute({step!r}, {config!r}, {inputs!r}, "
         f"{{{made!r}: {str(killed)!r}}})"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while not list(killed.glob("checkpoints/*/*.json")):
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
-    with pytest.raises(UserError, match="was not finished"):
+    with pytest.raises(UserError, match="so it is unfinished"):
         read_folder(killed)
     other = config | {name: config[name] | {"lr": 0.01}}
     with pytest.raises(UserError, match="another configuration or other inputs"):
@@ -182,13 +182,18 @@ def test_inputs_and_outputs_are_checked_before_any_work(
         ({"dense": TINY}, dataset | {"modle": "x"}, out, "has no input 'modle'"),
         ({"dense": TINY}, dataset, {}, "needs --output model=FOLDER"),
         ({"dense": TINY}, {"dataset": str(model_folder)}, out, "holds a model, but a dataset is needed"),
-        ({"dense": TINY}, {"dataset": str(tmp_path / "no")}, out, "is not there"),
+        ({"dense": TINY}, {"dataset": str(tmp_path / "no")}, out, "does not exist"),
         ({"dense": TINY | {"epoch": 1}}, dataset, out, "did you mean 'epochs'"),
         ({"dense": TINY | {"batch_size": 5000}}, dataset, out, "1295 training images are fewer than a batch"),
         ({"dense": TINY | {"weights": "no.pt"}}, dataset, out, "weights no.pt do not exist"),
         ({"dense": TINY | {"model": "tests.networks:OnlyLinear"}}, dataset, out, "no prunable layer .*no convolution"),
-        ({"dense": TINY | {"model": "tests.networks:View"}}, dataset, out, r"take \.reshape or \.flatten for \.view"),
-        ({"dense": TINY | {"arguments": {"num_classes": 7}}}, dataset, out, "with 2x7; 2x10 logits are needed"),
+        ({"dense": TINY | {"model": "tests.networks:View"}}, dataset, out, r"replace \.view by \.reshape or \.flatten"),
+        (
+            {"dense": TINY | {"arguments": {"num_classes": 7}}},
+            dataset,
+            out,
+            "2x10 logits are needed",
+        ),
         ({"dense": TINY | {"model": "torchvision:resnet18"}}, dataset, out, "set data.channels: 3"),
     ):
         with pytest.raises(UserError, match=message):
@@ -209,8 +214,8 @@ def test_a_second_signal_does_not_cut_off_what_the_first_one_ends(tmp_path: Path
     """Ctrl-C reaches a step twice: from the terminal, and handed on by `scop run`."""
     code = """
 import os, signal
-from scop.runtime.exit_codes import Terminated, ending_when_told
-with ending_when_told():
+from scop.runtime.exit_codes import Terminated, stop_signals_raise
+with stop_signals_raise():
     try:
         os.kill(os.getpid(), signal.SIGINT)
     except Terminated:
@@ -220,14 +225,14 @@ with ending_when_told():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "recorded\n"
 
 
-@pytest.mark.parametrize(("by_nohup", "said"), [(False, "told to stop"), (True, "went on")])
+@pytest.mark.parametrize(("by_nohup", "said"), [(False, "terminated"), (True, "went on")])
 def test_a_closed_terminal_ends_a_step_unless_nohup_ran_it(by_nohup: bool, said: str) -> None:
     code = f"""
 import os, signal
-from scop.runtime.exit_codes import Terminated, ending_when_told
+from scop.runtime.exit_codes import Terminated, stop_signals_raise
 signal.signal(signal.SIGHUP, signal.{"SIG_IGN" if by_nohup else "SIG_DFL"})
 try:
-    with ending_when_told():
+    with stop_signals_raise():
         os.kill(os.getpid(), signal.SIGHUP)
         print("went on")
 except Terminated as end:
@@ -238,7 +243,8 @@ except Terminated as end:
 
 def test_a_figure_that_is_no_number_leaves_a_record_that_can_be_read(tmp_path: Path) -> None:
     result = StepResult({"validation_loss": float("nan"), "top1": 0.5})
-    record = StepRecord.starting("train_dense", {}, {}, {"model": str(tmp_path)}).model_copy(update={"result": result})
+    record = StepRecord.start("train_dense", {}, {}, {"model": str(tmp_path)}, StepEnvironment())
+    record = record.model_copy(update={"result": result})
     read = StepRecord.parse(record.model_dump_json().encode(), "step.json")
     assert read.result is not None
     assert read.result.metrics == {"top1": 0.5}
@@ -294,7 +300,7 @@ def test_a_tilde_means_the_same_for_all_that_a_step_writes(digits_folder: Path, 
 
 def test_how_many_checkpoints_are_kept_must_be_a_number(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SCOP_KEEP_CHECKPOINTS", "all")
-    with pytest.raises(UserError, match="SCOP_KEEP_CHECKPOINTS is 'all'; it must be a number of checkpoints"):
+    with pytest.raises(UserError, match="SCOP_KEEP_CHECKPOINTS is 'all': Input should be a valid integer"):
         train_dense(digits_folder, tmp_path / "dense")
 
 
@@ -387,7 +393,7 @@ def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path
         (["run", "-f", "nowhere.yaml"], "neither a file nor a preset"),
         (["run", "--set", "variants.0.prune_rate=2", "--out", str(tmp_path)], "'variants.0.prune_rate' is 2"),
         (["run", "--set", "dense.weights=no.pt", "--out", str(tmp_path)], "no.pt does not exist"),
-        (["run", "--out", "/proc/runs"], "output folder /proc/runs cannot be made"),
+        (["run", "--out", "/proc/runs"], "output folder /proc/runs cannot be created"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
@@ -399,7 +405,9 @@ def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path
 def test_help_knows_the_inputs_and_outputs_of_every_step() -> None:
     for name, (inputs, output) in STEPS.items():
         step = find_step(name)
-        assert inputs.replace("...", "").split() == [field.name for field in dataclasses.fields(step.Inputs)]
+        assert [name.removesuffix("...") for name in inputs] == [
+            field.name for field in dataclasses.fields(step.Inputs)
+        ]
         assert [output] == [field.name for field in dataclasses.fields(step.Outputs)]
 
 

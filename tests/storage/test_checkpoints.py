@@ -17,19 +17,20 @@ from scop.data.batches import Batches
 from scop.data.dataset import Dataset
 from scop.errors import Stopped
 from scop.knockoffs.phase import train_knockoffs
-from scop.runtime.execution import run_step
-from scop.storage import files as storage
-from scop.storage import folders as remote
 from scop.storage import s3
+from scop.storage.cache import Cache
 from scop.storage.checkpoints import Checkpoints
+from scop.storage.files import delete_files, join_uri, list_files, read_bytes, read_if_exists, write_bytes
+from scop.storage.folders import fetch_folder
 from scop.storage.manifest import read_folder
+from scop.training.checkpointing import Checkpointing
 from tests.fakes import services
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_step
 from tests.training.test_training import same, train
 
 
 @pytest.fixture(params=["folder", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("bucket") + "/checkpoints" if request.param == "s3" else str(tmp_path / "kept")
 
 
@@ -39,12 +40,12 @@ def after(steps: int) -> Callable[[], bool]:
     return lambda: next(count) >= steps
 
 
-def test_a_killed_run_resumes_to_the_same_weights(digits: Dataset, place: str, capsys) -> None:
+def test_a_killed_run_resumes_to_the_same_weights(digits: Dataset, folder: str, capsys) -> None:
     whole, history = train(digits, epochs=4)
-    checkpoints = Checkpoints(place, "abc")
+    checkpoints = Checkpoints(folder, "abc")
     train(digits, epochs=4, checkpoints=checkpoints, stop_after=2)
     resumed, resumed_history = train(digits, epochs=4, checkpoints=checkpoints)
-    assert f"resumes after epoch 2 of 4, {place}" in capsys.readouterr().out
+    assert f"resumes after epoch 2 of 4, from {folder}" in capsys.readouterr().out
     assert same(whole, resumed)
     assert [record.loss for record in resumed_history] == [record.loss for record in history]
 
@@ -53,7 +54,7 @@ def test_a_run_that_is_stopped_within_an_epoch_resumes_there(digits: Dataset, tm
     whole, history = train(digits, epochs=3, crop_padding=1)
     checkpoints = Checkpoints(str(tmp_path), "abc")
     for steps in (27, 20):  # 20 steps are an epoch: once within one, once at the end of one
-        with pytest.raises(Stopped, match="stopped as asked in epoch"):
+        with pytest.raises(Stopped, match="stopped in epoch"):
             train(digits, epochs=3, checkpoints=checkpoints, stopping=after(steps), crop_padding=1)
     resumed, resumed_history = train(digits, epochs=3, checkpoints=checkpoints, crop_padding=1)
     assert "resumes after epoch 1 and 7 steps of 3" in capsys.readouterr().out
@@ -73,8 +74,8 @@ def test_knockoffs_are_drawn_on_where_they_stopped(score: str, model, batches: B
 
     whole = run()
     with pytest.raises(Stopped):
-        run(checkpoints=Checkpoints(str(tmp_path), "abc"), stopping=after(9))
-    resumed = run(checkpoints=Checkpoints(str(tmp_path), "abc"))
+        run(checkpointing=Checkpointing(Checkpoints(str(tmp_path), "abc"), after(9)))
+    resumed = run(checkpointing=Checkpointing(Checkpoints(str(tmp_path), "abc")))
     assert all(torch.equal(whole[layer], resumed[layer]) for layer in whole)
 
 
@@ -90,38 +91,38 @@ def test_an_average_of_weights_is_resumed_too(digits: Dataset, tmp_path: Path) -
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_the_newest_ones_are_kept(digits: Dataset, place: str) -> None:
-    train(digits, epochs=4, checkpoints=Checkpoints(place, "abc", keep=2))
-    assert storage.names(place) == [f"0000{n}-00000000.{end}" for n in (3, 4) for end in ("json", "pt")]
-    Checkpoints(place, "abc").remove()
-    assert storage.names(place) == []
+def test_the_newest_ones_are_kept(digits: Dataset, folder: str) -> None:
+    train(digits, epochs=4, checkpoints=Checkpoints(folder, "abc", keep=2))
+    assert list_files(folder) == [f"0000{n}-00000000.{end}" for n in (3, 4) for end in ("json", "pt")]
+    Checkpoints(folder, "abc").remove()
+    assert list_files(folder) == []
 
 
-def test_a_damaged_newest_one_is_passed_over_with_a_warning(digits: Dataset, place: str, capsys) -> None:
+def test_a_damaged_newest_one_is_passed_over_with_a_warning(digits: Dataset, folder: str, capsys) -> None:
     whole, _ = train(digits, epochs=4)
-    checkpoints = Checkpoints(place, "abc")
+    checkpoints = Checkpoints(folder, "abc")
     train(digits, epochs=4, checkpoints=checkpoints, stop_after=2)
-    newest = storage.join(place, "00002-00000000.pt")
-    storage.write(newest, storage.read(newest)[:1000])
+    newest = join_uri(folder, "00002-00000000.pt")
+    write_bytes(newest, read_bytes(newest)[:1000])
     capsys.readouterr()
     resumed, _ = train(digits, epochs=4, checkpoints=checkpoints)
     printed = capsys.readouterr().out
-    assert f"warning: checkpoint {newest} is passed over: it does not match its checksum" in printed
+    assert f"warning: checkpoint {newest} is skipped: it does not match its checksum" in printed
     assert "resumes after epoch 1 of 4" in printed
     assert same(whole, resumed)
 
 
-def test_one_of_another_configuration_is_never_taken(digits: Dataset, place: str, capsys) -> None:
-    train(digits, epochs=1, checkpoints=Checkpoints(place, "abc"))
-    assert Checkpoints(place, "def").load() is None
-    assert "it is of another configuration or other inputs" in capsys.readouterr().out
+def test_one_of_another_configuration_is_never_taken(digits: Dataset, folder: str, capsys) -> None:
+    train(digits, epochs=1, checkpoints=Checkpoints(folder, "abc"))
+    assert Checkpoints(folder, "def").load() is None
+    assert "it belongs to another configuration or other inputs" in capsys.readouterr().out
 
 
-def test_new_ones_are_kept_where_later_ones_are_damaged(digits: Dataset, place: str) -> None:
-    train(digits, epochs=3, checkpoints=Checkpoints(place, "abc"))
+def test_new_ones_are_kept_where_later_ones_are_damaged(digits: Dataset, folder: str) -> None:
+    train(digits, epochs=3, checkpoints=Checkpoints(folder, "abc"))
     for epoch in (2, 3):
-        storage.write(f"{place}/{epoch:05}-00000000.pt", b"damaged")
-    checkpoints = Checkpoints(place, "abc")
+        write_bytes(f"{folder}/{epoch:05}-00000000.pt", b"damaged")
+    checkpoints = Checkpoints(folder, "abc")
     assert checkpoints.load() is None
     checkpoints.save({"epoch": 1}, 1)
     assert checkpoints.load() == {"epoch": 1}
@@ -147,15 +148,15 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_training(
     assert "warning: test: no checkpoint after epoch 1: cannot write" in capsys.readouterr().out
 
 
-def test_an_unsealed_one_is_none(digits: Dataset, place: str) -> None:
-    train(digits, epochs=1, checkpoints=Checkpoints(place, "abc"))
-    storage.delete(place, ["00001-00000000.json"])
-    assert Checkpoints(place, "abc").load() is None
+def test_an_unsealed_one_is_none(digits: Dataset, folder: str) -> None:
+    train(digits, epochs=1, checkpoints=Checkpoints(folder, "abc"))
+    delete_files(folder, ["00001-00000000.json"])
+    assert Checkpoints(folder, "abc").load() is None
 
 
 @pytest.mark.parametrize("step", ["train_dense", pytest.param("train_knockoff", marks=pytest.mark.slow)])
 def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
-    step: str, digits_folder: Path, model_folder: Path, bucket: str, tmp_path: Path
+    step: str, digits_folder: Path, model_folder: Path, bucket: str, tmp_path: Path, cache: Cache
 ) -> None:
     config, inputs, output, weights = {
         "train_dense": (
@@ -172,24 +173,24 @@ def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
         ),
     }[step]
     stopped, whole = f"{bucket}/stopped", tmp_path / "whole"
-    call = f"run_step({step!r}, {config!r}, {inputs!r}, {{{output!r}: {stopped!r}}})"
-    code = f"from scop.runtime.execution import run_step; {call}"
+    call = f"execute({step!r}, {config!r}, {inputs!r}, {{{output!r}: {stopped!r}}})"
+    code = f"from scop.runtime.execution import execute; {call}"
     environment = os.environ | {"SCOP_CHECKPOINTS": f"{bucket}/checkpoints"}
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        while not storage.names(f"{bucket}/checkpoints"):
+        while not list_files(f"{bucket}/checkpoints"):
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 143
-    assert "run it again, and it goes on from there" in printed
-    assert json.loads(storage.read(f"{stopped}/step.json"))["status"] == "stopped"
-    assert storage.read(f"{stopped}/manifest.json", must_exist=False) is None
+    assert "run it again to resume" in printed
+    assert json.loads(read_bytes(f"{stopped}/step.json"))["status"] == "stopped"
+    assert read_if_exists(f"{stopped}/manifest.json") is None
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert "resumes after epoch" in again.stdout
-    assert storage.names(f"{bucket}/checkpoints") == []
+    assert list_files(f"{bucket}/checkpoints") == []
     run_step(step, config, inputs, {output: str(whole)})
     read_folder(whole)
-    assert (remote.fetch_folder(stopped) / weights).read_bytes() == (whole / weights).read_bytes()
-    assert json.loads(storage.read(f"{stopped}/step.json"))["status"] == "done"
+    assert (fetch_folder(stopped, cache) / weights).read_bytes() == (whole / weights).read_bytes()
+    assert json.loads(read_bytes(f"{stopped}/step.json"))["status"] == "done"

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from scop import UserError
-from scop.storage import files as storage
-from scop.storage import folders as remote
-from scop.storage import s3
+from scop.storage import folders, s3
+from scop.storage.cache import Cache
 from scop.storage.checkpoints import Checkpoints
+from scop.storage.fetch import fetch_file, fetch_tree
+from scop.storage.files import delete_files, list_files, read_bytes, write_bytes
+from scop.storage.folders import fetch_folder, is_complete, upload_folder
 from scop.storage.manifest import MANIFEST, Manifest, read_folder, write_manifest
 from tests.fakes import services
 
@@ -33,68 +35,70 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in read_folder(folder).files}
 
 
-def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path) -> None:
+def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
-    remote.send_folder(folder, f"{bucket}/runs/model")
-    fetched = remote.fetch_folder(f"{bucket}/runs/model/", "model")
+    upload_folder(folder, f"{bucket}/runs/model")
+    fetched = fetch_folder(f"{bucket}/runs/model/", cache, "model")
     assert bytes_of(fetched) == bytes_of(folder)
     assert read_folder(fetched) == read_folder(folder)
     with pytest.raises(UserError, match="holds a model, but a dataset is needed"):
-        remote.fetch_folder(f"{bucket}/runs/model", "dataset")
+        fetch_folder(f"{bucket}/runs/model", cache, "dataset")
 
 
-def test_what_is_in_the_cache_is_not_fetched_again_unless_it_was_changed(bucket: str, tmp_path: Path) -> None:
+def test_what_is_in_the_cache_is_not_fetched_again_unless_it_was_changed(
+    bucket: str, tmp_path: Path, cache: Cache
+) -> None:
     folder = artifact(tmp_path / "model")
-    remote.send_folder(folder, f"{bucket}/a")
-    remote.send_folder(folder, f"{bucket}/b")
-    first = remote.fetch_folder(f"{bucket}/a")
-    storage.delete(f"{bucket}/b", ["large.bin"])  # whatever has the same content need not be there
-    assert remote.fetch_folder(f"{bucket}/b") == first
+    upload_folder(folder, f"{bucket}/a")
+    upload_folder(folder, f"{bucket}/b")
+    first = fetch_folder(f"{bucket}/a", cache)
+    delete_files(f"{bucket}/b", ["large.bin"])  # whatever has the same content need not be there
+    assert fetch_folder(f"{bucket}/b", cache) == first
     (first / "small.bin").write_bytes(b"SMALL")
-    assert bytes_of(remote.fetch_folder(f"{bucket}/a"))["small.bin"] == b"small"
+    assert bytes_of(fetch_folder(f"{bucket}/a", cache))["small.bin"] == b"small"
 
 
-def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: Path) -> None:
+def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: Path, cache: Cache) -> None:
     old, new = artifact(tmp_path / "old", more=b"1"), artifact(tmp_path / "new", more=b"22")
     uri = f"{bucket}/model"
-    remote.send_folder(old, uri)
-    remote.send_folder(new, uri)
-    assert bytes_of(remote.fetch_folder(uri)) == bytes_of(new)
+    upload_folder(old, uri)
+    upload_folder(new, uri)
+    assert bytes_of(fetch_folder(uri, cache)) == bytes_of(new)
     # What the old one alone had is gone, what both have was not sent again.
-    listed = storage.names(uri)
+    listed = list_files(uri)
     assert sum(name.startswith("large.bin") for name in listed) == 1
     assert sum(name.startswith("small.bin") for name in listed) == 1
     # All by their own names, as others fetch them.
     assert {*listed} == {MANIFEST, *read_folder(new).files}
-    assert storage.read(f"{uri}/large.bin") == (new / "large.bin").read_bytes()
-    assert remote.stands(uri)
+    assert read_bytes(f"{uri}/large.bin") == (new / "large.bin").read_bytes()
+    assert is_complete(uri)
 
 
-def test_a_reader_gets_over_a_replacement_meanwhile(bucket: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_reader_gets_over_a_replacement_meanwhile(bucket: str, tmp_path: Path, monkeypatch, cache: Cache) -> None:
     uri, new = f"{bucket}/model", artifact(tmp_path / "new")
-    remote.send_folder(artifact(tmp_path / "old"), uri)
-    download = remote.download
+    upload_folder(artifact(tmp_path / "old"), uri)
+    download = folders.download
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(remote, "download", download)
-        remote.send_folder(new, uri)
+        monkeypatch.setattr(folders, "download", download)
+        upload_folder(new, uri)
         return download(*arguments)
 
-    monkeypatch.setattr(remote, "download", meanwhile)
-    assert bytes_of(remote.fetch_folder(uri)) == bytes_of(new)
+    monkeypatch.setattr(folders, "download", meanwhile)
+    assert bytes_of(fetch_folder(uri, cache)) == bytes_of(new)
 
 
 def test_what_lies_deeper_is_another_artifacts(bucket: str, tmp_path: Path) -> None:
     outer, inner = f"{bucket}/exp", f"{bucket}/exp/plan/large.bin~0123456789ab"
-    storage.write(inner, b"of the inner one")
+    write_bytes(inner, b"of the inner one")
     for number in (b"1", b"2"):
-        remote.send_folder(artifact(tmp_path / number.decode(), more=number), outer)
-    assert storage.read(inner) == b"of the inner one"
+        upload_folder(artifact(tmp_path / number.decode(), more=number), outer)
+    assert read_bytes(inner) == b"of the inner one"
 
 
-def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch) -> None:
+def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
-    remote.send_folder(folder, f"{bucket}/model")
+    upload_folder(folder, f"{bucket}/model")
 
     def failure(call, *arguments) -> str:
         with pytest.raises(UserError) as caught:
@@ -102,48 +106,48 @@ def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, m
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert re.match(r"bucket 'nowhere' does not exist at http://127", failure(remote.fetch_folder, "s3://nowhere/x"))
-    assert "bucket 'nowhere' does not exist" in failure(remote.send_folder, folder, "s3://nowhere/x")
-    assert f"{bucket}/none holds no whole artifact" in failure(remote.fetch_folder, f"{bucket}/none")
-    assert f"{bucket}/none does not exist" in failure(storage.fetch_file, f"{bucket}/none")
-    assert f"{bucket}/none does not exist" in failure(storage.fetch_tree, f"{bucket}/none")
-    assert "not of the form s3://BUCKET/PREFIX" in failure(remote.fetch_folder, "s3://")
-    assert "leads out of its folder" in failure(storage.fetch_tree, f"{bucket}/model/..")
+    assert re.match(r"bucket 'nowhere' does not exist at http://127", failure(fetch_folder, "s3://nowhere/x", cache))
+    assert "bucket 'nowhere' does not exist" in failure(upload_folder, folder, "s3://nowhere/x")
+    assert f"{bucket}/none holds no complete artifact" in failure(fetch_folder, f"{bucket}/none", cache)
+    assert f"{bucket}/none does not exist" in failure(fetch_file, f"{bucket}/none", cache)
+    assert f"{bucket}/none does not exist" in failure(fetch_tree, f"{bucket}/none", cache)
+    assert "does not have the form s3://BUCKET/PREFIX" in failure(fetch_folder, "s3://", cache)
+    assert "points outside its folder" in failure(fetch_tree, f"{bucket}/model/..", cache)
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3.forget_client()
-    assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(remote.fetch_folder, f"{bucket}/model")
+    assert "S3 refuses the credentials (SignatureDoesNotMatch" in failure(fetch_folder, f"{bucket}/model", cache)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     s3.forget_client()
-    assert "there are no credentials for" in failure(remote.fetch_folder, f"{bucket}/model")
+    assert "no credentials for" in failure(fetch_folder, f"{bucket}/model", cache)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     s3.forget_client()
-    assert "S3 cannot be used: The config profile (nobody)" in failure(remote.fetch_folder, f"{bucket}/model")
+    assert "S3 cannot be used: The config profile (nobody)" in failure(fetch_folder, f"{bucket}/model", cache)
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{services.free_port()}")
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "some-key-that-is-long")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     s3.forget_client()
-    assert re.match(r"S3 at http://127\S+ cannot be reached", failure(remote.fetch_folder, f"{bucket}/model"))
+    assert re.match(r"S3 at http://127\S+ cannot be reached", failure(fetch_folder, f"{bucket}/model", cache))
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "C:evil", "a\\b", ""])
-def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path) -> None:
+def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path, cache: Cache) -> None:
     entry = {"size": 4, "sha256": "0" * 64}
     manifest = {"format": 1, "kind": "model", "files": {name: entry}}
-    storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
-    with pytest.raises(UserError, match="leads out of its folder; refused"):
-        remote.fetch_folder(f"{bucket}/evil")
+    write_bytes(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="points outside its folder, which is refused"):
+        fetch_folder(f"{bucket}/evil", cache)
     manifest["files"] = {"fine": entry | {"stored_as": name or "../x"}}
-    storage.write(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
-    with pytest.raises(UserError, match="leads out of its folder; refused"):
-        remote.fetch_folder(f"{bucket}/evil")
+    write_bytes(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="points outside its folder, which is refused"):
+        fetch_folder(f"{bucket}/evil", cache)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / MANIFEST).write_text(json.dumps({"format": 1, "kind": "model", "files": {"../x": entry}}))
-    with pytest.raises(UserError, match="leads out of its folder; refused"):
+    with pytest.raises(UserError, match="points outside its folder, which is refused"):
         read_folder(tmp_path / "here")
 
 
@@ -154,10 +158,10 @@ def test_a_manifest_that_is_no_text_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_change_in_place_is_seen_by_a_listing(bucket: str, tmp_path: Path) -> None:
-    remote.send_folder(artifact(tmp_path / "model"), f"{bucket}/model")
-    assert remote.stands(f"{bucket}/model")
-    storage.write(f"{bucket}/model/small.bin", b"smalL")  # of the same size
-    assert not remote.stands(f"{bucket}/model")
+    upload_folder(artifact(tmp_path / "model"), f"{bucket}/model")
+    assert is_complete(f"{bucket}/model")
+    write_bytes(f"{bucket}/model/small.bin", b"smalL")  # of the same size
+    assert not is_complete(f"{bucket}/model")
 
 
 # -- a server that fails -----------------------------------------------------------------------------------------------
@@ -178,8 +182,8 @@ def shaky(faults: services.Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     s3.forget_client()
     faults.plan = lambda method, path: None
     s3.client().create_bucket(Bucket="bucket")
-    for name in storage.names("s3://bucket"):
-        storage.delete("s3://bucket", [name])
+    for name in list_files("s3://bucket"):
+        delete_files("s3://bucket", [name])
     faults.seen.clear()
     yield faults
     faults.plan = lambda method, path: None
@@ -203,107 +207,109 @@ ALWAYS = 10**9
 URI = "s3://bucket/model"
 
 
-def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path) -> None:
+def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
     shaky.plan = first(2, "503", "PUT", "small.bin")
-    remote.send_folder(folder, URI)
+    upload_folder(folder, URI)
     shaky.plan = first(2, "503", "GET", "small.bin")
-    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
+    assert bytes_of(fetch_folder(URI, cache)) == bytes_of(folder)
     assert sum(method == "GET" and "small.bin" in path for method, path in shaky.seen) == 3
 
 
 def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path: Path) -> None:
     shaky.plan = first(ALWAYS, "503", "PUT", "small.bin")
-    with pytest.raises(UserError, match="fails, after several tries, with SlowDown on"):
-        remote.send_folder(artifact(tmp_path / "model"), URI)
+    with pytest.raises(UserError, match="fails with SlowDown on"):
+        upload_folder(artifact(tmp_path / "model"), URI)
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("drop", "cannot be reached|failed"),
-        ("503", "fails, after several tries, with SlowDown"),
+        ("503", "fails with SlowDown"),
         ("expired", "refuses the credentials \\(ExpiredToken"),
         ("denied", "access to .* is denied"),
     ],
 )
 def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
-    fault: str, message: str, shaky: services.Faults, tmp_path: Path
+    fault: str, message: str, shaky: services.Faults, tmp_path: Path, cache: Cache
 ) -> None:
     # The credentials may expire between the first object and the last.
     shaky.plan = first(ALWAYS, fault, "PUT", "large.bin")
     with pytest.raises(UserError, match=message):
-        remote.send_folder(artifact(tmp_path / "model"), URI)
-    with pytest.raises(UserError, match="holds no whole artifact"):
-        remote.fetch_folder(URI)
+        upload_folder(artifact(tmp_path / "model"), URI)
+    with pytest.raises(UserError, match="holds no complete artifact"):
+        fetch_folder(URI, cache)
 
 
 @pytest.mark.parametrize("part", ["large.bin", MANIFEST])
 def test_what_was_whole_stays_whole_when_its_replacement_breaks_off(
-    part: str, shaky: services.Faults, tmp_path: Path
+    part: str, shaky: services.Faults, tmp_path: Path, cache: Cache
 ) -> None:
     old, new = artifact(tmp_path / "old"), artifact(tmp_path / "new")
-    remote.send_folder(old, URI)
+    upload_folder(old, URI)
     shaky.plan = first(ALWAYS, "drop", "PUT", part)
     with pytest.raises(UserError, match="cannot be reached|failed"):
-        remote.send_folder(new, URI)
-    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(old)
+        upload_folder(new, URI)
+    assert bytes_of(fetch_folder(URI, cache)) == bytes_of(old)
     shaky.plan = lambda method, path: None
-    remote.send_folder(new, URI)
-    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(new)
+    upload_folder(new, URI)
+    assert bytes_of(fetch_folder(URI, cache)) == bytes_of(new)
 
 
 @pytest.mark.parametrize("fault", ["truncate", "flip"])
-def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults, tmp_path: Path) -> None:
+def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
-    remote.send_folder(folder, URI)
+    upload_folder(folder, URI)
     shaky.plan = first(1, fault, "GET", "small.bin")
-    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
-    remote.send_folder(artifact(tmp_path / "other"), f"{URI}2")
+    assert bytes_of(fetch_folder(URI, cache)) == bytes_of(folder)
+    upload_folder(artifact(tmp_path / "other"), f"{URI}2")
     shaky.plan = first(ALWAYS, fault, "GET", "small.bin")
-    with pytest.raises(UserError, match="wrong checksum|broke off again and again"):
-        remote.fetch_folder(f"{URI}2")
+    with pytest.raises(UserError, match="wrong checksum|failed repeatedly"):
+        fetch_folder(f"{URI}2", cache)
     assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
 
 
 def test_what_broken_tries_left_is_removed_in_the_end(shaky: services.Faults, tmp_path: Path) -> None:
-    remote.send_folder(artifact(tmp_path / "old"), URI)
+    upload_folder(artifact(tmp_path / "old"), URI)
     new = artifact(tmp_path / "new")
     for _ in range(2):
         shaky.plan = first(ALWAYS, "denied", "PUT", MANIFEST)
         with pytest.raises(UserError):
-            remote.send_folder(new, URI)
+            upload_folder(new, URI)
     shaky.plan = lambda method, path: None
-    remote.send_folder(new, URI)
-    manifest = Manifest.parse(storage.read(f"{URI}/{MANIFEST}"), URI)
-    assert set(storage.names(URI)) == {MANIFEST} | {entry.key(name) for name, entry in manifest.files.items()}
+    upload_folder(new, URI)
+    manifest = Manifest.parse(read_bytes(f"{URI}/{MANIFEST}"), URI)
+    assert set(list_files(URI)) == {MANIFEST} | {entry.key(name) for name, entry in manifest.files.items()}
 
 
-def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path) -> None:
-    remote.send_folder(artifact(tmp_path / "model"), URI)
-    manifest = json.loads(storage.read(f"{URI}/{MANIFEST}")) | {"format": 99}
-    storage.write(f"{URI}/{MANIFEST}", json.dumps(manifest).encode())
-    with pytest.raises(UserError, match="has format 99, this version of scop reads 1"):
-        remote.fetch_folder(URI)
+def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+    upload_folder(artifact(tmp_path / "model"), URI)
+    manifest = json.loads(read_bytes(f"{URI}/{MANIFEST}")) | {"format": 99}
+    write_bytes(f"{URI}/{MANIFEST}", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="has format 99, and this version of scop reads format 1"):
+        fetch_folder(URI, cache)
 
 
-def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path) -> None:
-    remote.send_folder(artifact(tmp_path / "model"), URI)
+def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+    upload_folder(artifact(tmp_path / "model"), URI)
     for damaged in (b"smalL", b"small and more"):
-        storage.write(f"{URI}/small.bin", damaged)
+        write_bytes(f"{URI}/small.bin", damaged)
         with pytest.raises(UserError, match="small.bin does not match its manifest \\(wrong checksum\\)"):
-            remote.fetch_folder(URI)
+            fetch_folder(URI, cache)
 
 
-def test_sending_again_mends_what_was_damaged_at_its_place(shaky: services.Faults, tmp_path: Path) -> None:
+def test_sending_again_mends_what_was_damaged_at_its_place(
+    shaky: services.Faults, tmp_path: Path, cache: Cache
+) -> None:
     folder = artifact(tmp_path / "model")
-    remote.send_folder(folder, URI)
-    storage.write(f"{URI}/small.bin", b"smalL")
-    storage.delete(URI, ["deep/er.bin"])
-    assert not remote.stands(URI)
-    remote.send_folder(folder, URI)
-    assert remote.stands(URI)
-    assert bytes_of(remote.fetch_folder(URI)) == bytes_of(folder)
+    upload_folder(folder, URI)
+    write_bytes(f"{URI}/small.bin", b"smalL")
+    delete_files(URI, ["deep/er.bin"])
+    assert not is_complete(URI)
+    upload_folder(folder, URI)
+    assert is_complete(URI)
+    assert bytes_of(fetch_folder(URI, cache)) == bytes_of(folder)
 
 
 @pytest.mark.parametrize("fault", ["flip", "truncate"])
@@ -317,18 +323,18 @@ def test_a_checkpoint_that_s3_finds_damaged_is_passed_over(
     assert checkpoints.load() == {"epoch": 2}  # got over
     shaky.plan = first(ALWAYS, fault, "GET", "00002-00000000.pt")
     assert checkpoints.load() == {"epoch": 1}
-    assert "00002-00000000.pt is passed over" in capsys.readouterr().out
+    assert "00002-00000000.pt is skipped" in capsys.readouterr().out
 
 
-def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path) -> None:
-    remote.send_folder(artifact(tmp_path / "model"), URI)
-    manifest = storage.read(f"{URI}/{MANIFEST}")
-    storage.delete(URI, [MANIFEST])
-    with pytest.raises(UserError, match=f"holds no whole artifact \\(there is no {MANIFEST}\\)"):
-        remote.fetch_folder(URI)
-    storage.write(f"{URI}/{MANIFEST}", manifest[: len(manifest) // 2])
+def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+    upload_folder(artifact(tmp_path / "model"), URI)
+    manifest = read_bytes(f"{URI}/{MANIFEST}")
+    delete_files(URI, [MANIFEST])
+    with pytest.raises(UserError, match=f"holds no complete artifact \\(it has no {MANIFEST}\\)"):
+        fetch_folder(URI, cache)
+    write_bytes(f"{URI}/{MANIFEST}", manifest[: len(manifest) // 2])
     with pytest.raises(UserError, match="is damaged"):
-        remote.fetch_folder(URI)
+        fetch_folder(URI, cache)
     assert Manifest.model_validate_json(manifest).kind == "model"
 
 
@@ -338,13 +344,15 @@ def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path
         ("expired", r"S3 refuses the credentials \(ExpiredToken: .*renew AWS_ACCESS_KEY_ID"),
         (
             "denied",
-            r"access to s3://bucket/model/manifest.json is denied \(GetObject\); give these credentials the right",
+            r"access to s3://bucket/model/manifest.json is denied \(GetObject\); grant these credentials access",
         ),
         ("elsewhere", r"bucket 'bucket' is not in region 'us-east-1' \(Auth.*\); set AWS_REGION=eu-west-1"),
     ],
 )
-def test_refusals_say_what_to_mend(fault: str, message: str, shaky: services.Faults, tmp_path: Path) -> None:
-    remote.send_folder(artifact(tmp_path / "model"), URI)
+def test_refusals_say_what_to_mend(
+    fault: str, message: str, shaky: services.Faults, tmp_path: Path, cache: Cache
+) -> None:
+    upload_folder(artifact(tmp_path / "model"), URI)
     shaky.plan = first(ALWAYS, fault, "GET", "")
     with pytest.raises(UserError, match=message):
-        remote.fetch_folder(URI)
+        fetch_folder(URI, cache)

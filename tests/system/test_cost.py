@@ -91,6 +91,6 @@ def test_a_step_that_does_not_use_the_gpu_is_not_charged_for_it(gpus: SimpleName
 def test_sums_are_by_device_and_say_what_is_not_known() -> None:
     told = Spent("finetune", "a GPU", 3600, 720_000)
     cpu, gpu = total([Spent("export", "a CPU", 10), told, Spent("evaluate", "a GPU", 60)], "1 run")
-    assert (cpu.what, cpu.device, cpu.time, cpu.energy) == ("1 run", "a CPU", "10 s", "not told")
+    assert (cpu.what, cpu.device, cpu.time, cpu.energy) == ("1 run", "a CPU", "10 s", "n/a")
     assert (gpu.device, gpu.time, gpu.energy) == ("a GPU", "1.0 h", "at least 200.0 Wh")
     assert total([told, told], "2 steps")[0].energy == "400.0 Wh"

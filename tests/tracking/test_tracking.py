@@ -6,22 +6,35 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from scop import UserError, load_model
-from scop.runtime.execution import run_step
+from scop.environment import StepEnvironment
 from scop.runtime.record import flat
-from scop.tracking.mlflow import KFP_RUN_VARIABLE, PARENT_VARIABLE, UNSENT, MlflowTracker
+from scop.tracking import pipeline_run
+from scop.tracking.mlflow import MlflowTracker
 from scop.tracking.pipeline_run import close_parent, end_parent, start_parent
-from scop.tracking.server import find_experiment
+from scop.tracking.server import find_or_create_experiment
 from scop.tracking.tags import KFP_TAG, PARENT_TAG
+from scop.tracking.tracker import UNSENT
 from tests.fakes import services
+from tests.helpers import run_step
 
 TINY = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64}
+
+
+def uri() -> str:
+    """The address of the server that a test has named in the environment."""
+    return os.environ["MLFLOW_TRACKING_URI"]
+
+
+def tracker_for(run_name: str, tags: Mapping[str, str], unsent: Path) -> MlflowTracker:
+    """A tracker in the environment that a test has set for it."""
+    return MlflowTracker.start(StepEnvironment.read(), run_name, tags, unsent)
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +51,10 @@ def server(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_step_is_a_child_run_on_the_server(server: str, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    parent = start_parent("experiment", "run", {"scop.run": "run"})
-    monkeypatch.setenv(PARENT_VARIABLE, parent)
+    parent = start_parent(uri(), "experiment", "run", {"scop.run": "run"})
+    monkeypatch.setenv("SCOP_PARENT_RUN_ID", parent)
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
-    end_parent(parent, True, {"seconds": 1.0}, [])
+    end_parent(MlflowClient(), parent, True, {"seconds": 1.0}, [])
     client = MlflowClient()
     runs = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
     (child,) = (run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent)
@@ -55,7 +68,7 @@ def test_a_step_is_a_child_run_on_the_server(server: str, digits_folder: Path, t
 def on_a_cluster(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The id of a KFP run, by which the steps find each other, and the name of its experiment."""
     name: str = request.node.name
-    monkeypatch.setenv(KFP_RUN_VARIABLE, name)
+    monkeypatch.setenv("KFP_RUN_ID", name)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
     return name
 
@@ -69,12 +82,12 @@ def runs_of(experiment: str) -> tuple[list, list]:
 
 
 def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path: Path) -> None:
-    find_experiment(MlflowClient(), on_a_cluster)
+    find_or_create_experiment(MlflowClient(), on_a_cluster)
     together = threading.Barrier(4)
 
     def step(number: int) -> None:
         together.wait()
-        tracker = MlflowTracker(f"step {number}", {"scop.version": "1"}, tmp_path / f"{number}-{UNSENT}")
+        tracker = tracker_for(f"step {number}", {"scop.version": "1"}, tmp_path / f"{number}-{UNSENT}")
         together.wait()
         tracker.close(succeeded=True)
 
@@ -106,14 +119,12 @@ def test_the_run_knows_image_machine_device_and_versions(
 
 def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
     """The worst order: each looks before the other has created."""
-    from scop.tracking.mlflow import pipeline_run as parents
-
     with monkeypatch.context() as blind:
-        look, looks = parents._parents, iter([True, False, True, False])
-        blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
-        first = MlflowTracker("first", {}, tmp_path / "first")
-        blind.setattr(parents, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
-        second = MlflowTracker("second", {}, tmp_path / "second")
+        look, looks = pipeline_run._parents, iter([True, False, True, False])
+        blind.setattr(pipeline_run, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
+        first = tracker_for("first", {}, tmp_path / "first")
+        blind.setattr(pipeline_run, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
+        second = tracker_for("second", {}, tmp_path / "second")
     assert len(runs_of(on_a_cluster)[0]) == 2
     first.close(succeeded=True)
     second.close(succeeded=True)
@@ -122,14 +133,14 @@ def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path
 
 
 def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_cluster: str, tmp_path: Path) -> None:
-    MlflowTracker("finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
+    tracker_for("finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
     (parent,), _ = runs_of(on_a_cluster)
     assert (parent.info.status, parent.data.tags["scop.error"]) == ("FAILED", "finetune: out of memory")
-    retry = MlflowTracker("finetune", {}, tmp_path / "b")
+    retry = tracker_for("finetune", {}, tmp_path / "b")
     assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
     retry.close(succeeded=True)
     assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
-    MlflowTracker("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
+    tracker_for("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
     (parent,), _ = runs_of(on_a_cluster)
     assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"scop/top1": 0.9})
     assert "scop.error" not in parent.data.tags
@@ -138,30 +149,30 @@ def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_clust
 def test_a_run_of_which_one_variant_failed_stays_failed_while_the_others_go_on(
     on_a_cluster: str, tmp_path: Path
 ) -> None:
-    MlflowTracker("a finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
+    tracker_for("a finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
     for name in ("b finetune", "b evaluate"):
-        MlflowTracker(name, {}, tmp_path / name).close(succeeded=True)
+        tracker_for(name, {}, tmp_path / name).close(succeeded=True)
     assert runs_of(on_a_cluster)[0][0].info.status == "FAILED"
-    MlflowTracker("a finetune", {}, tmp_path / "retry").close(succeeded=True)
+    tracker_for("a finetune", {}, tmp_path / "retry").close(succeeded=True)
     assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
 
 
 def test_the_command_line_closes_what_a_killed_pod_left_open(on_a_cluster: str, tmp_path: Path) -> None:
-    MlflowTracker("finetune", {}, tmp_path / "a")  # and is never heard of again
-    close_parent(on_a_cluster, on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
+    tracker_for("finetune", {}, tmp_path / "a")  # and is never heard of again
+    close_parent(uri(), on_a_cluster, on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
     (parent,), (child,) = runs_of(on_a_cluster)
     assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
     assert parent.data.tags["scop.error"] == "step finetune failed: OOMKilled"
-    assert close_parent(on_a_cluster, "another", succeeded=True) is None
+    assert close_parent(uri(), on_a_cluster, "another", succeeded=True) is None
 
 
 def test_a_run_that_kfp_opened_is_the_steps(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
     client = MlflowClient()
-    experiment = find_experiment(client, on_a_cluster)
+    experiment = find_or_create_experiment(client, on_a_cluster)
     above = client.create_run(experiment).info.run_id
     given = client.create_run(experiment, tags={PARENT_TAG: above}).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
-    tracker = MlflowTracker("finetune", {"scop.step": "finetune"}, tmp_path / "a")
+    tracker = tracker_for("finetune", {"scop.step": "finetune"}, tmp_path / "a")
     assert tracker.run_id == given
     tracker.close(succeeded=True)
     (parent,), (child,) = runs_of(on_a_cluster)
@@ -172,7 +183,7 @@ def test_a_run_that_kfp_opened_is_the_steps(on_a_cluster: str, tmp_path: Path, m
 def test_a_server_that_dies_costs_no_training(tmp_path: Path, monkeypatch, capsys) -> None:
     with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+        tracker = tracker_for("train_dense", {}, tmp_path / UNSENT)
         tracker.log_metrics({"loss": 1.0}, step=1)
         assert not (tmp_path / UNSENT).exists()
     tracker.log_metrics({"loss": 0.5}, step=2)
@@ -191,8 +202,8 @@ def test_a_server_that_fails_or_refuses_midway_costs_no_training(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     with services.faulty(int(server.rpartition(":")[2])) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
-        parent = start_parent("midway", str(status), {"scop.run": str(status)})
-        monkeypatch.setenv(PARENT_VARIABLE, parent)
+        parent = start_parent(uri(), "midway", str(status), {"scop.run": str(status)})
+        monkeypatch.setenv("SCOP_PARENT_RUN_ID", parent)
         logged = [("POST", "/api/2.0/mlflow/runs/log-batch")] * 3  # of an epoch too
 
         def plan(method: str, path: str) -> str | None:
@@ -211,11 +222,11 @@ def test_a_server_that_fails_or_refuses_midway_costs_no_training(
 
 
 def test_what_a_server_does_not_take_does_not_stop_what_comes_after_it(server: str, tmp_path: Path, capsys) -> None:
-    tracker = MlflowTracker("select_channels", {}, tmp_path / UNSENT)
+    tracker = tracker_for("select_channels", {}, tmp_path / UNSENT)
     tracker.log_params({"layer3.*": 0.3})
     tracker.log_params({"prune_rate": 0.5})
     tracker.close(succeeded=True)
-    assert "tracking: MLflow refused params" in capsys.readouterr().out
+    assert "tracking: MLflow rejected params" in capsys.readouterr().out
     (unsent,) = (json.loads(line) for line in (tmp_path / UNSENT).read_text().splitlines())
     assert unsent == {"what": "params", "content": {"layer3.*": "0.3"}}
     run = MlflowClient().get_run(tracker.run_id)
@@ -230,7 +241,7 @@ def test_rates_by_pattern_are_one_parameter() -> None:
 def test_what_the_machine_does_is_recorded_while_a_step_works(server: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
-    tracker = MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+    tracker = tracker_for("train_dense", {}, tmp_path / UNSENT)
     tracker.watch_system()
     client, deadline = MlflowClient(), time.monotonic() + 60
     while not (found := client.get_run(tracker.run_id).data.metrics):
@@ -245,7 +256,7 @@ def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path
     output = tmp_path / "model"
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
     assert load_model(output) is not None
-    assert "the step goes on" in capsys.readouterr().out
+    assert "the step continues" in capsys.readouterr().out
     assert (output / UNSENT).exists()
 
 
@@ -253,7 +264,7 @@ def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI and its credentials"):
-        start_parent("experiment", "run", {})
+        start_parent(uri(), "experiment", "run", {})
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -293,7 +304,7 @@ def refusing(monkeypatch) -> Iterator[None]:
 def test_refused_credentials_are_a_clear_error_at_the_start(tmp_path: Path, monkeypatch, refusing, status: int) -> None:
     monkeypatch.setattr(Refusing, "status", status)
     with pytest.raises(UserError, match="refuses access .*MLFLOW_TRACKING_USERNAME"):
-        MlflowTracker("train_dense", {}, tmp_path / UNSENT)
+        tracker_for("train_dense", {}, tmp_path / UNSENT)
 
 
 @pytest.mark.parametrize("status", [500, 0])
@@ -304,4 +315,4 @@ def test_a_step_goes_on_without_a_server_that_fails_or_does_not_answer(
     output = tmp_path / "model"
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
     assert load_model(output) is not None
-    assert "the step goes on" in capsys.readouterr().out
+    assert "the step continues" in capsys.readouterr().out

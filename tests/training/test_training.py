@@ -14,8 +14,9 @@ from scop.data.dataset import Dataset
 from scop.models.evaluation import measure_accuracy
 from scop.models.history import EpochRecord
 from scop.storage.checkpoints import Checkpoints
+from scop.training.checkpointing import Checkpointing
 from scop.training.distillation import Distillation, attention, find_stages
-from scop.training.learning_rate import lr_factor
+from scop.training.learning_rate import Schedule, lr_factor
 from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer, recalibrate
 from tests.networks import small_convnext
@@ -56,14 +57,10 @@ def train(
             objective,
             batches,
             make_optimizer(model, section),
-            epochs=epochs,
+            Schedule.of(section),
             label="test",
-            schedule=section.schedule,
-            warmup_epochs=section.warmup_epochs,
-            keep=section.keep,
             validate=validate,
-            checkpoints=checkpoints,
-            stopping=stopping,
+            checkpointing=Checkpointing(checkpoints, stopping),
             on_epoch=on_epoch,
         )
     except Killed:
@@ -107,9 +104,8 @@ def test_best_without_a_validation_split_is_refused(batches: Batches) -> None:
             Supervised(model, CPU, section),
             batches,
             make_optimizer(model, section),
-            epochs=1,
+            Schedule(1, keep="best"),
             label="test",
-            keep="best",
         )
 
 
@@ -310,7 +306,7 @@ def test_the_average_is_what_is_kept(digits: Dataset) -> None:
                     continue
                 expected[name] = value.clone() if known is None else 0.9 * known + 0.1 * value
 
-    fit(Watched(), batches, make_optimizer(model, section), epochs=1, label="average")
+    fit(Watched(), batches, make_optimizer(model, section), Schedule(1), label="average")
     last = copy.deepcopy(model.state_dict())
     objective.finish()
     for name, value in last.items():  # what is counted is not averaged
@@ -346,7 +342,7 @@ def test_attention_is_learned_for_the_first_part_of_the_epochs(digits: Dataset, 
         loss, logits = objective.loss(images, labels)
         attended.append(loss.item() - F.cross_entropy(logits, labels).item() > 1e-3)
 
-    fit(objective, batches, make_optimizer(student, section), epochs=5, label="attention", on_epoch=look)
+    fit(objective, batches, make_optimizer(student, section), Schedule(5), label="attention", on_epoch=look)
     assert attended == [True, True, False, False, False]
 
 
@@ -356,7 +352,7 @@ def test_attention_without_maps_is_refused(digits: Dataset) -> None:
     objective = Supervised(flat, CPU, section, copy.deepcopy(flat).eval(), section.distillation)
     batches = Batches(digits["train"], digits.info, 64, CPU)
     with pytest.raises(UserError, match=r"distillation\.attention: .* set it to 0"):
-        fit(objective, batches, make_optimizer(flat, section), epochs=1, label="flat")
+        fit(objective, batches, make_optimizer(flat, section), Schedule(1), label="flat")
 
 
 def test_compiled_training_ends_like_eager_training(digits: Dataset, model: nn.Module) -> None:
@@ -373,7 +369,7 @@ def test_compiled_training_ends_like_eager_training(digits: Dataset, model: nn.M
         section = FinetuneSection(compile=flag, precision="fp32", lr=0.05)
         objective = Supervised(student, CPU, section, teacher, distillation)
         batches = Batches(digits["train"], digits.info, 64, CPU, seed=0)
-        (record,) = fit(objective, batches, make_optimizer(student, section), epochs=1, label="compiled")
+        (record,) = fit(objective, batches, make_optimizer(student, section), Schedule(1), label="compiled")
         losses.append(record.loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert math.isfinite(losses[1])

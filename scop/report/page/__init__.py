@@ -1,4 +1,4 @@
-"""The page on which results are compared: one HTML file that needs nothing else, neither network nor server."""
+"""The results page: one self-contained HTML file that needs neither network nor server."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from scop.system.cost import Spent
 _HERE = Path(__file__).parent
 _BINS = 50
 _PAIRS = 40
-# Of an evaluation, what the plots of a single network show.
+# Entries of an evaluation that the plots of a single network show.
 DETAILS = ("kept", "channels", "unsure", "history", "dense_history", "confusion", "classes")
 _COLUMNS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params", "pruned_bytes")
-# Parameters by which results are told apart, where they differ.
+# Parameters that get a column if they differ between results.
 _LABELS = (
     "network",
     "method",
@@ -39,16 +39,16 @@ _LABELS = (
 
 @dataclass(frozen=True)
 class Page:
-    """What the page shows.
+    """Content of the results page.
 
     Attributes:
-        title: its heading.
-        results: at least one.
-        details: the evaluations of some of them, by the result's place in `results`; each has beside what step evaluate
-            wrote its run's ``scores``: layer -> scores of its channels, empty for none.
-        missing: why there is no result, by what was to give one.
+        title: heading of the page.
+        results: results to show; at least one.
+        details: index in `results` -> evaluation, for some of the results. Each evaluation also has its run's
+            ``scores``: layer -> scores of its channels, empty if there are none.
+        missing: name -> reason, for variants or runs without a result.
         facts: lines below the heading.
-        spent: what it cost.
+        spent: compute time and energy used.
     """
 
     title: str
@@ -59,18 +59,22 @@ class Page:
     spent: Sequence[Spent] = ()
 
     def write(self, path: Path) -> None:
-        """Write it; raises OSError where that cannot be done."""
+        """Write the page.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         write_atomically(path, self.render())
 
     def render(self) -> str:
-        """The file's content."""
+        """Return the page as HTML."""
         from jinja2 import Environment, FileSystemLoader
         from markupsafe import Markup
         from plotly.offline import get_plotlyjs
 
         environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        # What is no number, such as the loss of a training that diverged, JSON does not know: null. In a script element
-        # "<" may begin its end, or a comment.
+        # JSON has no NaN or infinity (the loss of a diverged training): they become null. Within a script element,
+        # "<" could start the end tag or a comment.
         data = to_json(self._data(), inf_nan_mode="null").decode().replace("<", "\\u003c")
         return environment.get_template("page.html").render(
             title=self.title,
@@ -88,7 +92,7 @@ class Page:
         facts = list(self.facts)
         devices = sorted({result.device for result in self.results})
         names = sorted({f"{result.params.get('dataset', 'unknown data')}" for result in self.results})
-        facts.append(f"{', '.join(names)}. Times on {', '.join(devices)}.")
+        facts.append(f"{', '.join(names)}. Latency measured on {', '.join(devices)}.")
         return facts
 
     def _data(self) -> dict[str, Any]:
@@ -111,9 +115,9 @@ class Page:
 
     def _row(self, number: int, result: Result) -> dict[str, Any]:
         row = asdict(result) | {"identity": result.identity, "rerun": result.rerun, "details": None}
-        del row["right"]  # for the comparison alone
+        del row["right"]  # only the paired comparison uses it
         evaluation = self.details.get(number, {})
-        if not all(key in evaluation for key in DETAILS):  # of an earlier version
+        if not all(key in evaluation for key in DETAILS):  # written by an earlier version
             return row
         scores = {layer: entry for layer, entry in (evaluation.get("scores") or {}).items() if len(entry)}
         shown = {key: evaluation[key] for key in DETAILS} | {"scores": _histograms(scores) if scores else None}
@@ -125,7 +129,7 @@ def _described(metric: Metric) -> dict[str, Any]:
 
 
 def _histograms(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Counts of channels by layer, in bins that all layers share."""
+    """Return the histogram of the scores of each layer, with the same bins for all layers."""
     shown, title = comparable(scores)
     values = {layer: np.asarray(entry, dtype=float) for layer, entry in shown.items()}
     everything = np.concatenate(list(values.values()))

@@ -1,15 +1,15 @@
 "use strict";
-// The page's data, as scop/page/__init__.py writes them. Plots are Plotly's; what is here chooses what they show.
+// Fills the page from the data that scop/report/page/__init__.py embeds. Plots are drawn by Plotly.
 const data = JSON.parse(document.getElementById("data").textContent);
 const metrics = new Map(data.metrics.map((metric) => [metric.key, metric]));
-// Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too light on white.
+// Okabe and Ito's palette, safe for colour-blind readers; without its yellow, which is too light on white.
 const PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a"];
 const SYMBOLS = ["circle", "square", "triangle-up", "cross", "x", "star", "pentagon"];
 const ROWS_AT_ONCE = 200, MARKS_IN_SVG = 1500, CURVES_AT_ONCE = 6, RUNS_IN_HOVER = 4;
 const methods = [...new Set(data.rows.map((row) => row.params.method ?? "?"))];
 const colour = (method) => PALETTE[methods.indexOf(method) % PALETTE.length];
 const element = (id) => document.getElementById(id);
-// Plotly takes text for markup of its own.
+// Plotly interprets text as markup.
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -41,10 +41,10 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 const deviation = (values) => values.length < 2 ? 0
   : Math.sqrt(values.reduce((sum, value) => sum + (value - mean(values)) ** 2, 0) / (values.length - 1));
 
-// Which run a row is of, and how to make it again.
+// The run of a row and the command that repeats it.
 const source = (row) => [row.run && `run ${row.run}`, row.rerun].filter(Boolean);
 
-// -- which rows -------------------------------------------------------------------------------------------------------
+// -- row selection ----------------------------------------------------------------------------------------------------
 
 const distinct = (key) => [...new Set(data.rows.map((row) => row[key]))];
 const several = { dataset: distinct("dataset").length > 1, device: distinct("device").length > 1,
@@ -54,18 +54,18 @@ function fill(select, entries, chosen) {
   select.replaceChildren(...entries.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
 
-// Accuracies on other data, and times on other devices, are never shown in one column or plot.
+// One column or plot never mixes accuracies on different data sets, or latencies of different devices.
 function inScope() {
   return data.rows.filter((row) => (!several.dataset || row.dataset === element("dataset").value)
     && (!several.device || row.device === element("device").value));
 }
 
-function fitting() {
+function matching() {
   const words = state.words.toLowerCase().split(/\s+/).filter(Boolean);
   return inScope().filter((row) => words.every((word) => row.text.includes(word)));
 }
 
-// Of equals the one that is better in the next column comes first, as in the terminal.
+// Ties are sorted by the next columns, best first, as in the terminal.
 function tie(a, b) {
   for (const key of data.columns) {
     const difference = (a.metrics[key] ?? 0) - (b.metrics[key] ?? 0);
@@ -99,7 +99,7 @@ function header() {
     });
     cell.append(button);
     return cell;
-  }), ...["run", "to run it again"].map((text) => {
+  }), ...["run", "rerun command"].map((text) => {
     const cell = document.createElement("th");
     cell.scope = "col";
     cell.textContent = text;
@@ -144,18 +144,18 @@ function tableRow(row, bests) {
     line.append(made);
   }
   const run = document.createElement("td"), rerun = document.createElement("td");
-  for (const [place, text] of [[run, row.run ?? "–"], [rerun, row.rerun ?? "–"]]) {
+  for (const [target, text] of [[run, row.run ?? "–"], [rerun, row.rerun ?? "–"]]) {
     const code = document.createElement("code");
     code.textContent = text;
-    place.className = place === run ? "text" : "text rerun";
-    place.append(code);
+    target.className = target === run ? "text" : "text rerun";
+    target.append(code);
   }
   line.append(run, rerun);
   return line;
 }
 
 function table() {
-  const all = sorted(fitting()), rows = all.slice(0, state.limit);
+  const all = sorted(matching()), rows = all.slice(0, state.limit);
   const bests = new Map(data.columns.map((key) => [key, best(all, key)]));
   const focused = document.activeElement.closest("tbody tr")?.id;
   element("results").querySelector("tbody").replaceChildren(...rows.map((row) => tableRow(row, bests)));
@@ -172,7 +172,7 @@ function table() {
 
 function choose(index, scroll = false) {
   state.chosen = index;
-  const position = sorted(fitting()).findIndex((row) => row.index === index);
+  const position = sorted(matching()).findIndex((row) => row.index === index);
   if (position >= state.limit) state.limit = position + 1;
   table();
   details();
@@ -185,7 +185,7 @@ function choose(index, scroll = false) {
 
 // -- plots ------------------------------------------------------------------------------------------------------------
 
-// A colour of the style sheet's, as it is now: light, dark or print.
+// A colour of the current style sheet: light, dark or print.
 const of = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function draw(id, traces, layout, says) {
@@ -212,7 +212,7 @@ function axisOf(metric) {
   return { title: { text: metric.title + unit }, ...(format ? { tickformat: format } : {}) };
 }
 
-// Rows that differ in nothing but their seeds are one point.
+// Rows that differ only in their seeds form one point.
 function groups(rows) {
   if (!element("group").checked) return rows.map((row) => [row]);
   const found = new Map();
@@ -224,7 +224,7 @@ function groups(rows) {
 
 function pareto() {
   const x = metrics.get(element("x-axis").value), y = metrics.get(element("y-axis").value);
-  const rows = fitting().filter((row) => x.key in row.metrics && y.key in row.metrics);
+  const rows = matching().filter((row) => x.key in row.metrics && y.key in row.metrics);
   const points = groups(rows).map((own) => {
     const of = (key) => own.map((row) => row.metrics[key]);
     return { own, method: own[0].params.method ?? "?", x: mean(of(x.key)), y: mean(of(y.key)),
@@ -232,7 +232,7 @@ function pareto() {
   });
   const kind = points.length > MARKS_IN_SVG ? "scattergl" : "scatter";
   const bars = (values) => ({ type: "data", array: values, visible: values.some(Boolean), thickness: 1, width: 3 });
-  // A command with a long path would be wider than a phone.
+  // Wrap long commands: they would be wider than a phone's screen.
   const pieces = new RegExp(`.{1,${element("pareto").clientWidth < 560 ? 32 : 80}}`, "gu");
   const facts = ({ own }) => [plain(own[0].name) + (own.length > 1 ? ` (${own.length} runs)` : ""),
     ...data.labels.map((label) => own[0].params[label] === undefined || (own.length > 1 && label === "seed") ? null
@@ -258,9 +258,9 @@ function pareto() {
     text: dense.map((point) => `dense<br>${x.title} ${shown(x, point.x)}<br>${y.title} ${shown(y, point.y)}`),
     hovertemplate: "%{text}<extra></extra>" });
   const top = sortedBy(points, y)[0];
-  const says = points.length ? `${points.length} networks by ${x.title} and ${y.title}; ${front.length} are on the Pareto `
-    + `front; the best in ${y.title} is ${top.own[0].name} with ${shown(y, top.y)} at ${shown(x, top.x)}. The table has all figures.`
-    : "No network has both figures.";
+  const says = points.length ? `${points.length} network${points.length === 1 ? "" : "s"} by ${x.title} and ${y.title}; `
+    + `Pareto front: ${front.length}; best ${y.title}: ${top.own[0].name} with ${shown(y, top.y)} at ${shown(x, top.x)}. `
+    + "The table has all values." : "No network has both metrics.";
   const ups = [...points, ...dense].flatMap((point) => [point.y - (point.dy ?? 0), point.y + (point.dy ?? 0)]);
   draw("pareto", traces, { xaxis: { ...axisOf(x), rangemode: "tozero" },
     yaxis: { ...axisOf(y), ...(y.kind === "share" && ups.length ? span(ups) : {}) } }, says);
@@ -268,7 +268,7 @@ function pareto() {
 
 const sortedBy = (points, metric) => [...points].sort((a, b) => metric.higher ? b.y - a.y : a.y - b.y);
 
-// Dense networks, one for each that the rows came from; of times, which differ from row to row, the median.
+// One point per dense network. Latencies vary between rows, so take the median.
 function denseOf(rows, x, y) {
   const keys = [x, y].map((key) => key.replace("pruned_", "dense_"));
   if (!x.startsWith("pruned_") || !(y.startsWith("pruned_"))) return [];
@@ -296,8 +296,8 @@ function frontOf(points, moreIsBetterAcross, moreIsBetterUp) {
 
 function withDetails() {
   const chosen = data.rows[state.chosen];
-  if (chosen?.details && fitting().includes(chosen)) return [chosen];
-  return sorted(fitting()).filter((row) => row.details).slice(0, CURVES_AT_ONCE);
+  if (chosen?.details && matching().includes(chosen)) return [chosen];
+  return sorted(matching()).filter((row) => row.details).slice(0, CURVES_AT_ONCE);
 }
 
 function details() {
@@ -305,7 +305,7 @@ function details() {
   element("details").hidden = rows.length === 0;
   if (!rows.length) return;
   const chosen = data.rows[state.chosen];
-  const lacking = chosen && !rows.includes(chosen) ? [`Of ${chosen.name} this page has no plots; these are of others.`,
+  const lacking = chosen && !rows.includes(chosen) ? [`This page has no plots for ${chosen.name}; the plots below show other networks.`,
     document.createElement("br")] : [];
   element("of-runs").replaceChildren(...lacking, ...rows.flatMap((row) => {
     const run = document.createElement("code");
@@ -320,13 +320,13 @@ function details() {
   confusion();
 }
 
-// By method as above, where that tells the rows apart.
+// Colours by method, as above, if the methods are distinct.
 function shades(rows) {
   const own = rows.map((row) => row.params.method ?? "?");
   return new Set(own).size === own.length ? own.map(colour) : rows.map((_, number) => PALETTE[number % PALETTE.length]);
 }
 
-// Within 0 to 1, and at least two points wide: Plotly's own choice may be a hair's breadth.
+// Axis range within 0 to 1 and at least two percentage points wide: Plotly's automatic range can be too narrow.
 function span(shares) {
   const low = Math.min(...shares), high = Math.max(...shares), space = Math.max(0.01, 0.08 * (high - low));
   return { range: [Math.max(-0.002, low - space), Math.min(1.002, high + space)] };
@@ -338,7 +338,7 @@ function keptChannels(rows) {
   const share = (row, layer) => (row.details.kept[layer] ?? channels[layer]) / channels[layer];
   const unsure = (row, layer) => row.details.unsure[layer] ?? { kept: [], removed: [] };
   const doubts = ({ kept, removed }) => (kept.length || removed.length
-    ? `<br>not sure to keep ${kept.join(", ") || "none"}<br>not sure to remove ${removed.join(", ") || "none"}` : "");
+    ? `<br>kept, uncertain: ${kept.join(", ") || "none"}<br>removed, uncertain: ${removed.join(", ") || "none"}` : "");
   const traces = rows.map((row, number) => ({ type: "bar", orientation: "h", name: plain(row.name), y: layers,
     x: layers.map((layer) => share(row, layer)), marker: { color: shades(rows)[number], opacity: 0.75 },
     error_x: { type: "data", symmetric: false, thickness: 1.5, width: 2, color: of("--text"),
@@ -351,7 +351,7 @@ function keptChannels(rows) {
   }));
   const least = rows.map((row) => {
     const layer = layers.reduce((least, other) => share(row, other) < share(row, least) ? other : least, layers[0]);
-    return `${row.name} keeps least in ${layer}: ${(100 * share(row, layer)).toFixed(0)}%`;
+    return `${row.name} keeps the smallest share in ${layer}: ${(100 * share(row, layer)).toFixed(0)}%`;
   });
   draw("kept-channels", traces, { barmode: "group", height: 140 + layers.length * Math.max(18, 9 * rows.length),
     yaxis: { autorange: "reversed", tickfont: { size: 10 } },
@@ -359,20 +359,20 @@ function keptChannels(rows) {
   `Share of channels kept in ${layers.length} layers. ${least.join("; ")}.`);
 }
 
-// Of one run: that of the chosen network, or else of the first that has any.
+// Scores of one run: the first of these rows that has any.
 function scores(rows) {
   const row = rows.find((one) => one.details.scores);
   element("scores-section").hidden = !row;
   if (!row) return;
   const { title, layers, centres, counts } = row.details.scores;
-  element("scores-of").textContent = several.scores ? ` of the run of ${row.name}` : "";
+  element("scores-of").textContent = several.scores ? ` (run of ${row.name})` : "";
   const share = counts.map((row) => row.map((count) => count / row.reduce((a, b) => a + b, 0) || null));
   draw("scores", [{ type: "heatmap", y: layers, x: centres, z: share, customdata: counts, showscale: false, xgap: 1, ygap: 3,
     colorscale: [[0, of("--least")], [1, of("--most")]],
-    hovertemplate: "%{y}: %{customdata} channels at about %{x:.2f}<extra></extra>" }],
+    hovertemplate: "%{y}: %{customdata} channels near %{x:.2f}<extra></extra>" }],
   { height: 120 + 22 * layers.length, yaxis: { autorange: "reversed", tickfont: { size: 10 }, showgrid: false },
     xaxis: { title: { text: title }, zeroline: true } },
-  `Histograms of the knockoff score of the channels of ${layers.length} layers.`);
+  `Histograms of the knockoff scores of the channels in ${layers.length} layers.`);
 }
 
 function learningCurves(rows) {
@@ -390,7 +390,7 @@ function learningCurves(rows) {
   const longest = Math.max(1, ...curves.map(([, history]) => history?.length ?? 0));
   draw("learning-curves", traces, { height: 420, xaxis: { title: { text: "epoch" }, tick0: 0,
     dtick: Math.max(1, Math.round(longest / 10)), range: [0.5, longest + 0.5] },
-    yaxis: { title: { text: "top-1" }, tickformat: ".0%", ...span(traces.flatMap((trace) => trace.y)) } }, `Accuracy by epoch: ${said.join("; ") || "none was trained"}.`);
+    yaxis: { title: { text: "top-1" }, tickformat: ".0%", ...span(traces.flatMap((trace) => trace.y)) } }, `Accuracy by epoch: ${said.join("; ") || "no network was trained"}.`);
 }
 
 function confusion() {
@@ -404,14 +404,15 @@ function confusion() {
     x: classes.map(plain), y: classes.map(plain), customdata: counts, showscale: false, xgap: 1, ygap: 1, zmin: 0, zmax: 1,
     colorscale: [[0, of("--least")], [1, of("--most")]],
     ...(classes.length <= 12 ? { text: counts, texttemplate: "%{text}" } : {}),
-    hovertemplate: "%{y} taken for %{x}: %{customdata}<extra></extra>" }],
+    hovertemplate: "%{y} classified as %{x}: %{customdata}<extra></extra>" }],
   { xaxis: { title: { text: "predicted" }, type: "category", showgrid: false },
     yaxis: { title: { text: "true" }, type: "category", autorange: "reversed", showgrid: false } },
   `Confusion matrix of ${row.name}, ${classes.length} classes. ` + (worst.count
-    ? `Most often ${classes[worst.truth]} is taken for ${classes[worst.said]}: ${worst.count} times.` : "No image is mistaken."));
+    ? `Most frequent error: ${classes[worst.truth]} classified as ${classes[worst.said]} (count: ${worst.count}).`
+    : "No image is misclassified."));
 }
 
-// -- life -------------------------------------------------------------------------------------------------------------
+// -- events -----------------------------------------------------------------------------------------------------------
 
 function everything() {
   table();
@@ -451,7 +452,7 @@ element("pareto").on("plotly_click", (event) => {
   if (index !== undefined) choose(index, true);
 });
 dark.addEventListener("change", everything);
-// Paper is white, whatever the screen is.
+// Print in light colours even if the screen is dark.
 const plots = () => document.querySelectorAll(".plot.js-plotly-plot");
 for (const event of ["beforeprint", "afterprint"])
   window.addEventListener(event, () => {

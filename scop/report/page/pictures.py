@@ -1,4 +1,4 @@
-"""The page's plots as PNG, for papers and slides."""
+"""The plots of the results page as PNG, for papers and slides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scop.report.page import DETAILS, Page
 from scop.report.plots import confusion_matrix, score_histograms
 from scop.report.results import Result
 
-# Okabe and Ito's palette, as on the page, with a marker each: colours alone do not survive a black and white print.
+# The page's palette (Okabe and Ito), with one marker per colour so that the plots stay readable in black and white.
 _STYLES = list(
     zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a"), "os^PXDv", strict=True)
 )
@@ -25,12 +25,13 @@ _SOURCES = 200
 
 @dataclass(frozen=True)
 class Point:
-    """Results that differ in nothing but their seeds.
+    """Group of results that differ only in their seeds.
 
     Attributes:
-        name, method: of them.
-        x, y: means.
-        dx, dy: standard deviations, 0 of one result.
+        name: name of the first result.
+        method: pruning method.
+        x, y: means over the results.
+        dx, dy: standard deviations; 0 for a single result.
     """
 
     name: str
@@ -42,10 +43,10 @@ class Point:
 
 
 def write_pictures(page: Page, folder: Path) -> list[Path]:
-    """Write the plots into a folder, and give their paths.
+    """Write the plots to a folder and return their paths.
 
-    Results on different data, and latencies of different devices, are plots of their own. Each file says in its
-    metadata (PNG's text ``Description``) which runs it shows, and the commands that measure them again.
+    Each data set has plots of its own, and each device its own latency plot. The PNG text ``Description`` of each file
+    lists the runs shown and the commands that repeat the measurements.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -71,7 +72,7 @@ def write_pictures(page: Page, folder: Path) -> list[Path]:
         path = folder / f"confusion-{_file_name(name)}.png"
         confusion_matrix(evaluation["confusion"], evaluation["classes"], path, _sources([result]))
         written.append(path)
-    scored: list[tuple[str, Result, Any]] = []  # the variants of one run share their scores
+    scored: list[tuple[str, Result, Any]] = []  # variants of one run share their scores
     for name, (result, evaluation) in details.items():
         if (scores := evaluation.get("scores")) and all(scores != other for _, _, other in scored):
             scored.append((name, result, scores))
@@ -83,7 +84,7 @@ def write_pictures(page: Page, folder: Path) -> list[Path]:
 
 
 def _sources(results: Sequence[Result]) -> dict[str, str]:
-    """What a PNG file says of where it comes from."""
+    """Return the PNG metadata that lists the runs shown."""
     lines = [
         f"{result.name}: {'; '.join(filter(None, (result.run and f'run {result.run}', result.rerun)))}"
         for result in results[:_SOURCES]
@@ -93,7 +94,7 @@ def _sources(results: Sequence[Result]) -> dict[str, str]:
 
 
 def points(results: Sequence[Result], across: str, up: str = _ACCURACY) -> list[Point]:
-    """A point for each group of results that differ in nothing but their seeds; those without a figure are left out."""
+    """Return one point per group of results that differ only in their seeds; results that lack a metric are skipped."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         if across in result.metrics and up in result.metrics:
@@ -107,7 +108,7 @@ def points(results: Sequence[Result], across: str, up: str = _ACCURACY) -> list[
 
 
 def pareto_front(found: Sequence[Point]) -> list[Point]:
-    """Those that no other one beats in both: less across, more up; from left to right."""
+    """Return the Pareto-optimal points (low x, high y), ordered by x."""
     front: list[Point] = []
     for point in sorted(found, key=lambda p: (p.x, -p.y)):
         if not front or point.y > front[-1].y:
@@ -125,12 +126,12 @@ def _on_one_dataset(results: Sequence[Result]) -> Iterator[tuple[str, list[Resul
 
 
 def _named(page: Page) -> dict[str, tuple[Result, Mapping[str, Any]]]:
-    """Results whose evaluations have all that is drawn, by name, those of one name numbered."""
+    """Return the results with complete evaluations by name; duplicate names get a number."""
     found: dict[str, tuple[Result, Mapping[str, Any]]] = {}
     for number, evaluation in page.details.items():
         if not all(key in evaluation for key in DETAILS):
             continue
-        name, count = page.results[number].name.replace("$", r"\$"), 1  # which matplotlib takes for mathematics
+        name, count = page.results[number].name.replace("$", r"\$"), 1  # $ starts matplotlib's math mode
         while (title := name if count == 1 else f"{name} {count}") in found:
             count += 1
         found[title] = page.results[number], evaluation
@@ -153,7 +154,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str) -> bool:
-    """Accuracy against a cost; whether there was anything to draw."""
+    """Plot accuracy against a cost. Return False if there is nothing to plot."""
     found = points(results, metric.key)
     if not found:
         return False
@@ -174,9 +175,9 @@ def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str
         if all(key in r.metrics for key in (*own_dense, "dense_params")):
             identity = (r.metrics["dense_params"], r.metrics["dense_top1"])
             dense.setdefault(identity, []).append(r.metrics[own_dense[0]])
-    if dense:  # of times, which differ from result to result, the median
-        places = zip(*((median(across), top1) for (_, top1), across in dense.items()), strict=True)
-        axes.scatter(*places, marker="D", facecolors="none", edgecolors="#566270", label="dense")
+    if dense:  # median, because latencies of one dense network vary between results
+        coordinates = zip(*((median(across), top1) for (_, top1), across in dense.items()), strict=True)
+        axes.scatter(*coordinates, marker="D", facecolors="none", edgecolors="#566270", label="dense")
     axes.set_xlim(left=0)
     axes.set_xlabel(
         metric.title + (", ms" if metric.kind == "milliseconds" else "") + (f", {device}" if device else "")
@@ -209,14 +210,14 @@ def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path, met
     height = 0.8 / len(evaluations)
     for number, (name, evaluation) in enumerate(evaluations.items()):
         shares = [evaluation["kept"].get(layer, count) / count for layer, count in channels.items()]
-        places = [row + (number - (len(evaluations) - 1) / 2) * height for row in range(len(channels))]
+        centres = [row + (number - (len(evaluations) - 1) / 2) * height for row in range(len(channels))]
         unsure = [evaluation["unsure"].get(layer, {"kept": [], "removed": []}) for layer in channels]
         reach = [
             [len(own[part]) / count for own, count in zip(unsure, channels.values(), strict=True)]
             for part in ("kept", "removed")
         ]
         whiskers = {"xerr": reach, "error_kw": {"elinewidth": 1.0}} if any(map(any, reach)) else {}
-        axes.barh(places, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0], alpha=0.75, **whiskers)
+        axes.barh(centres, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0], alpha=0.75, **whiskers)
     axes.set_yticks(range(len(channels)), list(channels), fontsize=7)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(_percent())

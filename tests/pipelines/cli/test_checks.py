@@ -12,7 +12,7 @@ import pytest
 from pipelines.cli.checks import _kfp
 from pipelines.local.run import mlflow_command
 from scop import UserError
-from scop.errors import shown
+from scop.errors import redact
 from tests.fakes import services
 from tests.helpers import ROOT
 
@@ -53,7 +53,7 @@ def test_all_is_in_order_in_the_stack(servers: dict[str, str], tmp_path: Path) -
     code, lines = doctor("--out", "s3://scop/runs", cwd=tmp_path, **servers)
     assert code == 0
     assert lines["S3"].startswith("ok ")
-    assert "put, got, listed and deleted a probe" in lines["S3"]
+    assert "wrote, read, listed and deleted a test file" in lines["S3"]
     assert lines["MLflow"].startswith("ok ")
     assert "wrote and deleted a run and a file" in lines["MLflow"]
     assert list(tmp_path.iterdir()) == []  # and nothing is left behind
@@ -73,7 +73,7 @@ def test_each_thing_that_is_missing_is_named_with_its_remedy(servers: dict[str, 
     assert "bucket 'no-such-bucket' does not exist" in lines["S3"]
     assert "check MLFLOW_TRACKING_URI" in lines["MLflow"]
     assert "hidden-password" not in str(lines)
-    assert "gone.pt does not exist; mend it with --set dense.weights=PLACE" in lines["weights"]
+    assert "gone.pt does not exist; correct it with --set dense.weights=PATH" in lines["weights"]
     assert "port-forward" in lines["KFP"]
 
 
@@ -91,9 +91,9 @@ def test_wrong_credentials_are_named(servers: dict[str, str], tmp_path: Path) ->
     assert "refuses the credentials" in lines["S3"]
 
 
-def test_a_tracking_uri_is_shown_without_its_password() -> None:
-    assert shown("https://me:secret@mlflow.example:8443/path") == "https://mlflow.example:8443/path"
-    assert shown("https://me:p@ss@mlflow.example/path") == "https://mlflow.example/path"
-    assert shown("sqlite:////runs/mlflow.db") == "sqlite:////runs/mlflow.db"
+def test_a_tracking_uri_is_redact_without_its_password() -> None:
+    assert redact("https://me:secret@mlflow.example:8443/path") == "https://mlflow.example:8443/path"
+    assert redact("https://me:p@ss@mlflow.example/path") == "https://mlflow.example/path"
+    assert redact("sqlite:////runs/mlflow.db") == "sqlite:////runs/mlflow.db"
     # Nor does the line that ends a run, whose command would need the password.
     assert mlflow_command("postgresql://scop:secret@db/mlflow") == "postgresql://db/mlflow"

@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from pipelines.compare.comparison import compare
+from pipelines.compare.experiments import Source
 from pipelines.presets import find_config
 from pipelines.runs import records_of
 from scop.config import load_config
 from scop.runtime.registry import STEPS
 from scop.storage import s3
+from scop.storage.cache import Cache
 from tests.fakes import services
 from tests.helpers import ROOT
 from tests.pipelines.cluster.test_compilation import EXAMPLE
@@ -41,7 +43,8 @@ components.load_component_from_file(file)(**json.loads(sections))
 """
 
 
-FIRST = load_config(find_config("digits-resnet20")).variants[0].model_dump(mode="json", exclude_none=True)
+PRESET = find_config("digits-resnet20", Cache(ROOT / "none"))
+FIRST = load_config(PRESET).variants[0].model_dump(mode="json", exclude_none=True)
 FAILING, MENDED = (
     f"variants={json.dumps([FIRST, {'name': 'other', 'method': 'l1', 'finetune': changes}])}"
     for changes in ({"batch_size": 100_000}, {})
@@ -79,13 +82,13 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
             environment = clean | surroundings | {"KFP_RUN_ID": f"kfp-run-{number}", "PYTHONPATH": str(ROOT)}
             compile_ = [sys.executable, "-m", "pipelines.cli", "compile", "--cluster", str(folder / "cluster.yaml")]
             subprocess.run([*compile_, "-o", str(folder / "pipeline.yaml")], env=environment, check=True, cwd=folder)
-            config = load_config(find_config("digits-resnet20"), [*SMALL, *change])
+            config = load_config(PRESET, [*SMALL, *change])
             sections = json.dumps(config.model_dump(mode="json", exclude={"run"}, exclude_none=True))
             (folder / f"root{number}").mkdir()
             (folder / f"root{number}" / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-            places = [str(folder / "pipeline.yaml"), str(folder / f"root{number}"), str(folder / "cache"), sections]
+            paths = [str(folder / "pipeline.yaml"), str(folder / f"root{number}"), str(folder / "cache"), sections]
             with (folder / f"log{number}.txt").open("w") as log:
-                command = [sys.executable, "-c", RUN, *places]
+                command = [sys.executable, "-c", RUN, *paths]
                 result = subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, timeout=500)
             codes.append(result.returncode)
             records = (folder / f"root{number}").rglob("step.json")
@@ -103,7 +106,11 @@ def test_only_what_depends_on_the_changed_section_runs_again(submitted: Submitte
 def test_a_sweep_with_a_failed_variant_leaves_the_others_whole_and_says_why(submitted: Submitted) -> None:
     assert submitted.codes[2] != 0
     assert submitted.executed[2] == {"select_channels", "finetune"}  # the first variant came from the cache
-    found = compare([str(submitted.folder / "root0"), str(submitted.folder / "root2")], "runs")
+    found = compare(
+        [str(submitted.folder / "root0"), str(submitted.folder / "root2")],
+        Source("runs"),
+        Cache(submitted.folder / "cache"),
+    )
     assert [result.name for result in found.results] == ["scop-0.45"]
     why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
     assert found.missing == {"other": why}
@@ -115,7 +122,7 @@ def test_a_resubmission_runs_only_what_is_missing(submitted: Submitted) -> None:
     executed = {record.title for record in records}
     assert executed == {*(f"other/{step}" for step in ("select_channels", "finetune", "evaluate", "export")), "compare"}
     # Its own page has both, since the cache gave the first one's results to the last step.
-    found = compare([str(submitted.folder / "root3")], "runs")
+    found = compare([str(submitted.folder / "root3")], Source("runs"), Cache(submitted.folder / "cache"))
     assert [result.name for result in found.results] == ["scop-0.45", "other"]
     assert found.missing == {}
 

@@ -103,7 +103,7 @@ def test_training_gets_gpus_and_the_rest_does_not(documents, step: str) -> None:
 
 def test_a_file_that_kfp_would_not_take_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipelines.cluster.compilation.SIZE_LIMIT", 2**14)
-    with pytest.raises(UserError, match="KFP takes pipelines up to"):
+    with pytest.raises(UserError, match="KFP accepts up to"):
         compile_for(load_profile(EXAMPLE), RunSection(), tmp_path / "pipeline.yaml")
     assert not (tmp_path / "pipeline.yaml").exists()
 
@@ -140,20 +140,20 @@ def test_evaluation_can_have_the_gpu(tmp_path: Path) -> None:
         ("classes.gpu.node_selectors=1", "key 'classes.gpu.node_selectors' is unknown (did you mean 'node_selector'?)"),
         ("classes.gpu={node_selector: {a: b}}", "'classes.gpu.requests' is missing"),
         ("classes.cpu.requests.memory=8 GB", "'classes.cpu.requests.memory' is '8 GB'"),
-        ("image=registry.example.com/scop-python:0.1.0", "is named by a tag, which may move, and require_digest is on"),
-        ("image=NOT AN IMAGE", "is no image's name"),
+        ("image=registry.example.com/scop-python:0.1.0", "has no digest, but require_digest is true"),
+        ("image=NOT AN IMAGE", "not a valid image name"),
         ("classes.cpu.requests.cpu=8Gi", "'classes.cpu.requests.cpu' is '8Gi'"),
         ("classes.cpu.requests.memory=500m", "'classes.cpu.requests.memory' is '500m'"),
-        ("classes.gpu.affinity=[{key: a, operator: In}]", "operator In needs values"),
-        ("classes.cpu.nodes=2", "only training, class gpu, can have several nodes"),
+        ("classes.gpu.affinity=[{key: a, operator: In}]", "operator In requires values"),
+        ("classes.cpu.nodes=2", "only class gpu supports several nodes"),
         ("pipeline_root=/home/me", "'pipeline_root' is '/home/me'"),
         ("secrets.scop-s3.key=not a variable", "'secrets.scop-s3.key' is 'not a variable'"),
-        ("classes.gpu.tolerations=[{operator: Equal, value: x}]", "a toleration without a key needs operator: Exists"),
+        ("classes.gpu.tolerations=[{operator: Equal, value: x}]", "a toleration without a key requires"),
         ("classes.cpu.limits.cpu=1500m", "limits.cpu 1500m is below requests.cpu 2"),
         ("classes.cpu.limits.memory=8G", "limits.memory 8G is below requests.memory 8Gi"),
-        ("classes.gpu={requests: {cpu: 1, memory: 1Gi}, limits: {cpu: 2, memory: 1Gi}, nodes: 2}", "leave them out"),
-        ("secrets.scop-s3.key=SCOP_CHECKPOINTS", "secrets.scop-s3 sets SCOP_CHECKPOINTS, which is the pipeline's own"),
-        ("secrets.scop-s3.key=AWS_REGION", "config_maps.scop-settings sets AWS_REGION, and so does secrets.scop-s3"),
+        ("classes.gpu={requests: {cpu: 1, memory: 1Gi}, limits: {cpu: 2, memory: 1Gi}, nodes: 2}", "remove gpu.limits"),
+        ("secrets.scop-s3.key=SCOP_CHECKPOINTS", "sets SCOP_CHECKPOINTS, but SCOP_* and KFP_* are reserved"),
+        ("secrets.scop-s3.key=AWS_REGION", "sets AWS_REGION, but secrets.scop-s3 sets it, too"),
     ],
 )
 def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, capsys, change: str, message: str) -> None:
@@ -199,9 +199,9 @@ def test_places_that_a_pod_would_lose_are_refused(place: str, kind: str, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["knockoff.batch_size=250"], "knockoff.batch_size 250 cannot be shared evenly: "),
-        (["variants=[{finetune: {batch_size: 100}}]"], "variants (scop-0.45).finetune.batch_size 100 cannot be shared"),
-        (["dense.compile=true"], "dense.compile cannot synchronise batch norms, and "),
+        (["knockoff.batch_size=250"], "knockoff.batch_size 250 cannot be divided evenly: "),
+        (["variants=[{finetune: {batch_size: 100}}]"], "(scop-0.45).finetune.batch_size 100 cannot be divided"),
+        (["dense.compile=true"], "dense.compile does not support sync_batch_norm, and "),
     ],
 )
 def test_what_the_profiles_gpus_cannot_share_is_refused_before_a_pod_starts(
@@ -237,7 +237,7 @@ def test_a_step_that_was_promised_a_gpu_and_sees_none_ends_with_code_3(tmp_path:
     assert result.stderr.count("\n") == 1
     assert wanted in result.stderr
     record = json.loads((tmp_path / "out" / "step.json").read_text())
-    assert (record["status"], record["code"]) == ("failed", 3)
+    assert (record["status"], record["exit_code"]) == ("failed", 3)
     assert wanted in record["error"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step.json"]
 

@@ -12,7 +12,9 @@ from pipelines.cli.main import main
 from pipelines.cluster import submit
 from scop import UserError
 from scop.config import Config, DataSection
-from scop.storage import files as storage
+from scop.storage.cache import Cache
+from scop.storage.fetch import local_path
+from scop.storage.files import read_bytes, write_bytes
 from tests.fakes.kfp_server import KfpServer, kfp_server
 from tests.fakes.services import free_port
 from tests.helpers import ROOT
@@ -52,7 +54,7 @@ def test_a_pipeline_is_uploaded_once_and_run_with_the_sections_as_parameters(ser
         f"run first: {server.address}/#/runs/details/{first.run_id}",
         f"artifacts: {bucket}/root/scop/{first.run_id}",
     ]
-    kept = yaml.safe_load(storage.read(f"{bucket}/root/scop/{first.run_id}/config.yaml") or b"")
+    kept = yaml.safe_load(read_bytes(f"{bucket}/root/scop/{first.run_id}/config.yaml") or b"")
     assert kept["finetune"]["epochs"] == 3
     assert first.display_name == "first"
     assert first.runtime_config.parameters["finetune"]["epochs"] == 3
@@ -85,7 +87,7 @@ def test_a_configuration_that_cannot_be_kept_costs_no_run(server, profile, bucke
     values = yaml.safe_load(profile.read_text()) | {"pipeline_root": f"{bucket}-gone/root"}
     profile.write_text(yaml.safe_dump(values))
     assert run(profile) == 0
-    assert "the configuration could not be put there: bucket" in capsys.readouterr().out
+    assert "the configuration could not be written there: bucket" in capsys.readouterr().out
     assert len(server.runs) == 1
 
 
@@ -95,10 +97,10 @@ def test_doctor_looks_at_the_cluster_too(server, profile, bucket, capsys) -> Non
     lines = {line[9:19].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert lines["KFP"].startswith("MISSING")
     assert "set KF_PIPELINES_TOKEN" in lines["KFP"]
-    assert f"{bucket}/root/checkpoints: put, got, listed and deleted a probe" in lines["S3"]
+    assert f"{bucket}/root/checkpoints: wrote, read, listed and deleted a test file" in lines["S3"]
     server.token = None
     assert main(["doctor", "--cluster", str(profile)]) == 0
-    assert f"{server.address} answers, and lets these credentials list experiments" in capsys.readouterr().out
+    assert f"{server.address} answers, and these credentials may list experiments" in capsys.readouterr().out
 
 
 def test_a_recurring_run(server, profile, capsys) -> None:
@@ -157,7 +159,7 @@ def test_a_run_that_does_not_succeed_is_exit_code_1_with_the_failing_task(server
     [
         (401, "/pipelines", "refuses the credentials (401"),
         (403, "/experiments", "refuses to use experiment 'digits-resnet20' (403"),
-        (404, "/pipelines", "is this address KFP's API, version 2?"),
+        (404, "/pipelines", "is this the address of KFP's API, version 2?"),
         (500, "/runs", "fails to start a run (500"),
     ],
 )
@@ -248,7 +250,7 @@ def test_a_run_that_the_server_does_not_know(server, profile, capsys) -> None:
 def test_a_page_to_log_in_is_not_taken_for_kfp(server, profile, capsys) -> None:
     server.plan = lambda method, path: "page"
     assert run(profile) == 2
-    assert "answers, but not as KFP does (with a page to log in?)" in capsys.readouterr().err
+    assert "does not answer like KFP (perhaps with a login page)" in capsys.readouterr().err
 
 
 def test_a_pipeline_of_ones_own_namespace_is_found_again(server, profile, monkeypatch) -> None:
@@ -268,7 +270,7 @@ def test_a_token_is_handed_on(server, profile, monkeypatch, capsys) -> None:
 
 
 def test_a_server_that_does_not_answer(server, profile, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("pipelines.cluster.server._SECONDS", (0.2, 0.2))
+    monkeypatch.setattr("pipelines.cluster.server._TIMEOUT", (0.2, 0.2))
     server.plan = lambda method, path: "hang"
     assert run(profile) == 2
     assert "cannot be reached" in capsys.readouterr().err
@@ -286,21 +288,21 @@ def test_no_server_at_all(profile, monkeypatch, capsys, tmp_path) -> None:
     profile.write_text(yaml.safe_dump(values))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     assert run(profile) == 2
-    assert "there is no KFP server to submit to" in capsys.readouterr().err
+    assert "no KFP server is known" in capsys.readouterr().err
 
 
-def test_places_carry_a_hash_of_what_they_hold(bucket: str, tmp_path: Path) -> None:
+def test_places_carry_a_hash_of_what_they_hold(bucket: str, tmp_path: Path, cache: Cache) -> None:
     archive = f"{bucket}/images.tar"
-    storage.write(archive, b"old")
+    write_bytes(archive, b"old")
     config = Config(data=DataSection(source="cifar10", path=archive))
-    pinned = submit.pin_places(config).data.path
+    pinned = submit.pin_files(config).data.path
     assert pinned is not None
     assert pinned.startswith(f"{archive}#content=")
-    assert submit.pin_places(submit.pin_places(config)).data.path == pinned
-    assert storage.local(pinned).read_bytes() == b"old"
-    storage.write(archive, b"new!")
-    assert submit.pin_places(config).data.path != pinned
+    assert submit.pin_files(submit.pin_files(config)).data.path == pinned
+    assert local_path(pinned, cache).read_bytes() == b"old"
+    write_bytes(archive, b"new!")
+    assert submit.pin_files(config).data.path != pinned
     with pytest.raises(UserError, match="has changed since the run was submitted"):
-        storage.local(pinned)
-    with pytest.raises(UserError, match="is a path of this machine; put it into S3"):
-        submit.pin_places(Config(data=DataSection(source="cifar10", path=os.devnull)))
+        local_path(pinned, cache)
+    with pytest.raises(UserError, match="is a path of this machine; upload it to S3"):
+        submit.pin_files(Config(data=DataSection(source="cifar10", path=os.devnull)))

@@ -10,27 +10,30 @@ import yaml
 
 from pipelines.cli.main import main
 from pipelines.compare.comparison import compare
+from pipelines.compare.experiments import Source
 from pipelines.runs import find_record
 from pipelines.select import dense_of_run
 from scop import UserError
-from scop.runtime.execution import run_step
-from scop.storage import files as storage
+from scop.storage.cache import Cache
+from scop.storage.files import join_uri, write_bytes
+from tests.helpers import run_step
 
 DENSE = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64, "lr": 0.05}
 FINETUNE = {"epochs": 1, "batch_size": 64, "recalibration_batches": 0}
 ROOT_PIPELINE = "scop"
-NOT_BEGUN = "this run has no record of it: it was not begun, or an earlier run's result was taken, which then name too"
+SOURCE = Source("runs")
+NOT_BEGUN = "this run has no record of it: it was not started, or KFP took an earlier run's result; then name that too"
 
 
 class Run:
     """A run as KFP lays it out: ROOT/PIPELINE/RUN_ID/TASK/POD/NAME."""
 
     def __init__(self, root: str, name: str, dataset: Path) -> None:
-        self.place = storage.join(root, ROOT_PIPELINE, name)
+        self.uri = join_uri(root, ROOT_PIPELINE, name)
         self.dataset = str(dataset)
 
     def at(self, task: str, variant: str, output: str) -> str:
-        return storage.join(self.place, task.replace("_", "-"), f"pod-of-{variant}", output)
+        return join_uri(self.uri, task.replace("_", "-"), f"pod-of-{variant}", output)
 
     def step(
         self, task: str, config: dict[str, Any], inputs: dict[str, Any], output: str, variant: str = "all"
@@ -52,7 +55,7 @@ class Run:
 
 
 def test_a_sweep_with_a_failed_variant_and_its_resubmission(
-    digits_folder: Path, bucket: str, tmp_path: Path, capsys, monkeypatch
+    digits_folder: Path, bucket: str, tmp_path: Path, capsys, monkeypatch, cache: Cache
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     first = Run(bucket, "first", digits_folder)
@@ -66,7 +69,7 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
     with pytest.raises(UserError):
         first.prune(failing, dense, scores, batch_size=100_000)
 
-    assert main(["compare", first.place, "--html", str(tmp_path / "page.html")]) == 1
+    assert main(["compare", first.uri, "--html", str(tmp_path / "page.html")]) == 1
     said = capsys.readouterr()
     assert "half" in said.out
     why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
@@ -77,18 +80,18 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
 
     # What the run was to have is told by its configuration, which scop submit leaves there.
     never = {"variants": [half, failing, {"name": "never"}]}
-    storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump(never).encode())
-    assert compare([first.place], "runs").missing == {"failing": why, "never": NOT_BEGUN}
+    write_bytes(join_uri(first.uri, "config.yaml"), yaml.safe_dump(never).encode())
+    assert compare([first.uri], SOURCE, cache).missing == {"failing": why, "never": NOT_BEGUN}
 
     # A step of it at the desk, by the run's place.
-    assert find_record(f"{first.place}/failing/finetune", "runs").error == why.removeprefix("finetune failed: ")
+    assert find_record(f"{first.uri}/failing/finetune", "runs").error == why.removeprefix("finetune failed: ")
 
     # Submitted again, KFP's cache gives the rest: only what was missing has run, and has records.
     second = Run(bucket, "second", digits_folder)
     second.prune(failing, dense, scores)
-    alone = compare([second.place], "runs")
+    alone = compare([second.uri], SOURCE, cache)
     assert ([result.name for result in alone.results], alone.missing) == (["failing"], {})
-    both = compare([first.place, second.place], "runs")
+    both = compare([first.uri, second.uri], SOURCE, cache)
     assert [result.name for result in both.results] == ["half", "failing"]
     assert both.missing == {"never": NOT_BEGUN}
     assert both.title == "first, second"
@@ -99,18 +102,18 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
         inputs["evaluations"].append(run.at("evaluate", name, "evaluation"))
         inputs["exports"].append(run.at("export", name, "exported"))
     second.step("compare", {}, inputs, "report")
-    assert main(["compare", second.place, "--json", str(tmp_path / "summary.json")]) == 0
+    assert main(["compare", second.uri, "--json", str(tmp_path / "summary.json")]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [variant["name"] for variant in summary["variants"]] == ["half", "failing"]
 
     # Another seed does not make good what failed by the first one.
     for run, seed in ((first, 0), (second, 1)):
         config = {"variants": [half, failing], "finetune": FINETUNE | {"seed": seed}}
-        storage.write(storage.join(run.place, "config.yaml"), yaml.safe_dump(config).encode())
-    assert compare([first.place, second.place], "runs").missing["failing of first"] == why
-    storage.write(storage.join(second.place, "config.yaml"), yaml.safe_dump({"variants": [failing]}).encode())
-    storage.write(storage.join(first.place, "config.yaml"), yaml.safe_dump({"variants": [half, failing]}).encode())
-    assert compare([first.place, second.place], "runs").missing == {}
+        write_bytes(join_uri(run.uri, "config.yaml"), yaml.safe_dump(config).encode())
+    assert compare([first.uri, second.uri], SOURCE, cache).missing["failing of first"] == why
+    write_bytes(join_uri(second.uri, "config.yaml"), yaml.safe_dump({"variants": [failing]}).encode())
+    write_bytes(join_uri(first.uri, "config.yaml"), yaml.safe_dump({"variants": [half, failing]}).encode())
+    assert compare([first.uri, second.uri], SOURCE, cache).missing == {}
 
 
 @pytest.fixture(scope="module")
@@ -134,47 +137,49 @@ def configured(run: str, *names: str) -> None:
     (Path(run) / "config.yaml").write_text(yaml.safe_dump({"variants": [{"name": name} for name in names]}))
 
 
-def test_what_was_made_after_the_last_step_counts_and_what_is_not_wanted_any_more_does_not(grown: Run) -> None:
-    configured(grown.place, "early", "late", "failed")
-    found = compare([grown.place], "runs")
+def test_what_was_made_after_the_last_step_counts_and_what_is_not_wanted_any_more_does_not(
+    grown: Run, cache: Cache
+) -> None:
+    configured(grown.uri, "early", "late", "failed")
+    found = compare([grown.uri], SOURCE, cache)
     assert [result.name for result in found.results] == ["early", "late"]
     assert list(found.missing) == ["failed"]
-    configured(grown.place, "early", "late")
-    assert compare([grown.place], "runs").missing == {}
-    configured(grown.place, "late")
-    assert [result.name for result in compare([grown.place], "runs").results] == ["late"]
+    configured(grown.uri, "early", "late")
+    assert compare([grown.uri], SOURCE, cache).missing == {}
+    configured(grown.uri, "late")
+    assert [result.name for result in compare([grown.uri], SOURCE, cache).results] == ["late"]
 
 
-def test_what_failed_in_several_runs_by_several_seeds_is_told_of_each(grown: Run, tmp_path: Path) -> None:
-    runs = [shutil.copytree(grown.place, tmp_path / name) for name in ("one", "two", "three")]
+def test_what_failed_in_several_runs_by_several_seeds_is_told_of_each(grown: Run, tmp_path: Path, cache: Cache) -> None:
+    runs = [shutil.copytree(grown.uri, tmp_path / name) for name in ("one", "two", "three")]
     for run, seed in zip(runs, (0, 1, 1), strict=True):
         config = {"variants": [{"name": "early"}, {"name": "failed"}], "finetune": {"seed": seed}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
     why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
-    assert compare([str(runs[0])], "runs").missing == {"failed": why}
-    assert compare([*map(str, runs)], "runs").missing == {f"failed of {run.name}": why for run in runs}
+    assert compare([str(runs[0])], SOURCE, cache).missing == {"failed": why}
+    assert compare([*map(str, runs)], SOURCE, cache).missing == {f"failed of {run.name}": why for run in runs}
 
 
-def test_what_is_damaged_is_missing_for_that_reason(grown: Run, tmp_path: Path) -> None:
-    copy = shutil.copytree(grown.place, tmp_path / "copy")
+def test_what_is_damaged_is_missing_for_that_reason(grown: Run, tmp_path: Path, cache: Cache) -> None:
+    copy = shutil.copytree(grown.uri, tmp_path / "copy")
     configured(str(copy), "early", "late")
     (copy / "evaluate" / "pod-of-late" / "evaluation" / "evaluation.json").write_text("{}")
-    found = compare([str(copy)], "runs")
+    found = compare([str(copy)], SOURCE, cache)
     assert [result.name for result in found.results] == ["early"]
     assert "evaluation.json does not match manifest.json" in found.missing["late"]
 
 
-def test_a_run_that_was_copied_or_moved_is_read_where_it_is_now(grown: Run, tmp_path: Path) -> None:
-    configured(grown.place, "early", "late")
-    copy = str(shutil.copytree(grown.place, tmp_path / "archive" / "other name"))
-    both = compare([grown.place, copy], "runs")
-    assert [result.place.startswith(copy) for result in both.results] == [False, False, True, True]
+def test_a_run_that_was_copied_or_moved_is_read_where_it_is_now(grown: Run, tmp_path: Path, cache: Cache) -> None:
+    configured(grown.uri, "early", "late")
+    copy = str(shutil.copytree(grown.uri, tmp_path / "archive" / "other name"))
+    both = compare([grown.uri, copy], SOURCE, cache)
+    assert [result.uri.startswith(copy) for result in both.results] == [False, False, True, True]
     moved = str(shutil.move(copy, tmp_path / "moved"))
-    assert [result.name for result in compare([moved], "runs").results] == ["early", "late"]
+    assert [result.name for result in compare([moved], SOURCE, cache).results] == ["early", "late"]
     record = find_record(f"{moved}/late/evaluate", "runs")
     assert record.inputs["pruned"].uri == f"{moved}/finetune/pod-of-late/model"
     assert record.inputs["dataset"].uri == grown.dataset
-    assert dense_of_run(moved).scores is not None
+    assert dense_of_run(moved, cache).scores is not None
 
 
 def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:
@@ -183,4 +188,6 @@ def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("variants: [{name: half}]")
     assert main(["compare", str(tmp_path / "run")]) == 2
-    assert f"no variant of run is whole, so there is nothing to compare (half: {NOT_BEGUN})" in capsys.readouterr().err
+    assert (
+        f"no variant of run is complete, so there is nothing to compare (half: {NOT_BEGUN})" in capsys.readouterr().err
+    )

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,22 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.cli.main import main
 from pipelines.compare import experiments
-from pipelines.compare.experiments import Mlflow
+from pipelines.compare.experiments import Mlflow, Source
 from scop import UserError
 from scop.report.correctness import packed
 from scop.tracking.pipeline_run import end_parent, start_parent
 from tests.fakes import services
 from tests.fakes.results import log, result
+
+
+def uri() -> str:
+    """The address of the server that a test has named in the environment."""
+    return os.environ["MLFLOW_TRACKING_URI"]
+
+
+def source() -> Source:
+    """That server, and no runs beside it."""
+    return Source("none", uri())
 
 
 @pytest.fixture
@@ -30,7 +41,7 @@ def client(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient
 def sweep(client: MlflowClient, request: pytest.FixtureRequest) -> str:
     """An experiment of two pipeline runs: six results, one of them made twice, and a step that failed."""
     name = request.node.name
-    first, second = (start_parent(name, run, {"scop.run": run}) for run in ("first", "second"))
+    first, second = (start_parent(uri(), name, run, {"scop.run": run}) for run in ("first", "second"))
     experiment = client.get_experiment_by_name(name).experiment_id
     for method in ("scop", "l1"):
         for seed, parent in enumerate((first, second)):
@@ -41,8 +52,8 @@ def sweep(client: MlflowClient, request: pytest.FixtureRequest) -> str:
     log(client, experiment, again, second)  # the last try counts
     unfinished = log(client, experiment, result("scop", 0.9), second, status="FAILED")
     client.set_tag(unfinished, "scop.error", "evaluate: out of memory")
-    end_parent(first, True, {}, [])
-    end_parent(second, False, {}, [])
+    end_parent(client, first, True, {}, [])
+    end_parent(client, second, False, {}, [])
     return name
 
 
@@ -59,7 +70,7 @@ def test_results_of_an_experiment_with_what_failed_and_what_it_cost(client, swee
     assert said.err.startswith("missing: scop-0.9 evaluate (run ")
     assert said.err.endswith("): evaluate: out of memory\n")
     # Of every try, also of those that were made again, and that failed.
-    assert "cost:    80 s on a CPU, energy not told, 2 runs" in said.out
+    assert "cost:    80 s on a CPU, energy n/a, 2 runs" in said.out
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 7
 
 
@@ -85,17 +96,17 @@ def test_what_few_images_say_is_no_claim(client, request, capsys) -> None:
             log(client, experiment, result(method, 0.5, seed, metrics=metrics, right=right))
     assert compare(request.node.name) == 0
     (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("paired:"))
-    assert "+1.00 points of top-1 (95% interval -0.98 to +2.98, 3 pairs); no difference can be told" in said
+    assert "+1.00 points of top-1 (95% CI -0.98 to +2.98, 3 pairs); no significant difference" in said
 
 
 def test_a_try_that_was_made_again_does_not_come_back_by_a_filter(client, sweep: str, capsys) -> None:
     assert compare(sweep, "--where", "metrics.pruned_top1 < 0.5") == 2
-    assert "there is nothing to compare (nothing fits --where)" in capsys.readouterr().err
+    assert "there is nothing to compare (no result matches --where)" in capsys.readouterr().err
 
 
 def test_costs_are_told_by_the_device_that_each_step_used(client, request, capsys) -> None:
     name = request.node.name
-    parent = start_parent(name, "run", {})
+    parent = start_parent(uri(), name, "run", {})
     experiment = client.get_experiment_by_name(name).experiment_id
     log(client, experiment, result(), parent)
     training = client.create_run(experiment, run_name="finetune", tags={"mlflow.parentRunId": parent})
@@ -103,32 +114,32 @@ def test_costs_are_told_by_the_device_that_each_step_used(client, request, capsy
     client.log_metric(training.info.run_id, "device_seconds", 36_000)
     client.log_metric(training.info.run_id, "energy_joules", 25e6)
     client.set_terminated(training.info.run_id)
-    end_parent(parent, True, {}, [])
+    end_parent(client, parent, True, {}, [])
     assert client.get_run(parent).data.metrics["total_device_seconds"] == 36_010
     assert compare(name) == 0
     said = capsys.readouterr().out
     assert "cost:    10.0 h on a GPU, energy 6.94 kWh, 1 run\n" in said
-    assert "cost:    10 s on a CPU, energy not told, 1 run\n" in said
+    assert "cost:    10 s on a CPU, energy n/a, 1 run\n" in said
 
 
 def test_a_killed_step_is_named_whatever_it_is_called(client, request, capsys) -> None:
     name = request.node.name
-    parent = start_parent(name, "run", {"scop.run": "run"})
+    parent = start_parent(uri(), name, "run", {"scop.run": "run"})
     experiment = client.get_experiment_by_name(name).experiment_id
     log(client, experiment, result(), parent)
     killed = log(client, experiment, result(), parent, status="KILLED")
     client.update_run(killed, name='it\'s "mine"')
     assert compare(name) == 0
     assert capsys.readouterr().err == f'missing: it\'s "mine" (run {killed}): it was killed\n'
-    end_parent(parent, False, {}, [], "step finetune failed: OOMKilled")  # as who saw it says
+    end_parent(client, parent, False, {}, [], "step finetune failed: OOMKilled")  # as who saw it says
     assert compare(name) == 0
     assert capsys.readouterr().err == f'missing: it\'s "mine" (run {killed}): step finetune failed: OOMKilled\n'
 
 
 def test_a_run_that_failed_without_a_step_that_did_is_named_itself(client, sweep: str, capsys) -> None:
     experiment = client.get_experiment_by_name(sweep).experiment_id
-    log(client, experiment, result("l1", 0.7), alone := start_parent(sweep, "third", {"scop.run": "third"}))
-    end_parent(alone, False, {}, [], "step finetune vanished without a word")
+    log(client, experiment, result("l1", 0.7), alone := start_parent(uri(), sweep, "third", {"scop.run": "third"}))
+    end_parent(client, alone, False, {}, [], "step finetune vanished without a word")
     other = client.create_run(experiment, run_name="somebody else's").info.run_id
     client.set_terminated(other, "FAILED")
     assert compare(sweep) == 0
@@ -141,19 +152,19 @@ def test_a_run_that_failed_without_a_step_that_did_is_named_itself(client, sweep
 
 def test_a_step_that_never_closed_was_killed_and_what_it_cost_is_not_known(client, request, capsys) -> None:
     name = request.node.name
-    parent = start_parent(name, "run", {"scop.run": "run"})
+    parent = start_parent(uri(), name, "run", {"scop.run": "run"})
     experiment = client.get_experiment_by_name(name).experiment_id
     log(client, experiment, result(), parent)
     tags = {"mlflow.parentRunId": parent, "scop.step": "finetune"}
     lost = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
-    end_parent(parent, False, {}, [])  # as a step on a cluster does, beside others
+    end_parent(client, parent, False, {}, [])  # as a step on a cluster does, beside others
     assert client.get_run(lost).info.status == "RUNNING"
-    end_parent(parent, False, {}, [], "step finetune failed", alone=True)
+    end_parent(client, parent, False, {}, [], "step finetune failed", alone=True)
     assert client.get_run(lost).info.status == "KILLED"
     assert compare(name) == 0
     said = capsys.readouterr()
     assert said.err == f"missing: scop finetune (run {lost}): step finetune failed\n"
-    assert "cost:    at least 10 s on a CPU, energy not told, 1 run\n" in said.out
+    assert "cost:    at least 10 s on a CPU, energy n/a, 1 run\n" in said.out
     failed = client.create_run(experiment, run_name="l1 finetune", tags=tags).info.run_id
     client.set_tag(failed, "scop.error", "the loss is nan")
     client.set_terminated(failed, "FAILED")
@@ -163,11 +174,11 @@ def test_a_step_that_never_closed_was_killed_and_what_it_cost_is_not_known(clien
         f"missing: l1 finetune (run {failed}): the loss is nan",
     }
     lost = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
-    assert start_parent(name, "run", {"scop.run": "run"}, resumed=True) == parent
+    assert start_parent(uri(), name, "run", {"scop.run": "run"}, resumed=True) == parent
     assert client.get_run(lost).info.status == "KILLED"  # with the whole run, which could not say so
     assert "scop.error" not in client.get_run(parent).data.tags
     silent = client.create_run(experiment, run_name="scop finetune", tags=tags).info.run_id
-    end_parent(parent, True, {}, [], alone=True)
+    end_parent(client, parent, True, {}, [], alone=True)
     assert client.get_run(silent).info.status == "FINISHED"  # it succeeded, and could not reach MLflow at its end
 
 
@@ -181,7 +192,7 @@ def test_what_the_page_lacks_is_said(client, sweep: str, tmp_path: Path, capsys)
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/typo.db")
     with pytest.raises(UserError, match="there is no database at MLFLOW_TRACKING_URI"):
-        Mlflow("none")
+        Mlflow(source())
     assert not list(tmp_path.iterdir())
 
 
@@ -193,7 +204,7 @@ def test_what_is_no_number_is_missing(client, request, tmp_path: Path, monkeypat
     experiment = client.create_experiment(request.node.name)
     log(client, experiment, diverged := result("scop", 0.9, metrics=result().metrics | {"pruned_loss": float("nan")}))
     log(client, experiment, result("l1", 0.9, metrics=result().metrics | {"pruned_loss": 0.5}))
-    found = Mlflow("none").read([request.node.name]).results
+    found = Mlflow(source()).read([request.node.name]).results
     assert "pruned_loss" in diverged.metrics
     assert [("pruned_loss" in row.metrics, len(row.metrics)) for row in found] == [
         (True, len(diverged.metrics)),
@@ -206,16 +217,16 @@ def test_what_is_no_number_is_missing(client, request, tmp_path: Path, monkeypat
 
 def test_many_runs_are_read_page_by_page(client, sweep: str, monkeypatch) -> None:
     monkeypatch.setattr(experiments, "_PAGE", 2)
-    assert len(Mlflow("none").read([sweep]).results) == 6
+    assert len(Mlflow(source()).read([sweep]).results) == 6
 
 
 def test_a_failure_that_was_made_good_is_none(client, request) -> None:
     name = request.node.name
-    parent = start_parent(name, "run", {})
+    parent = start_parent(uri(), name, "run", {})
     experiment = client.get_experiment_by_name(name).experiment_id
     log(client, experiment, result(), parent, status="FAILED")
     log(client, experiment, result(), parent)
-    found = Mlflow("none").read([name])
+    found = Mlflow(source()).read([name])
     assert (len(found.results), found.failures) == (1, [])
 
 
@@ -228,10 +239,10 @@ def test_a_failure_that_was_made_good_is_none(client, request) -> None:
         (["{sweep}", "--where", "params.method = 'nets'"], "there is nothing to compare"),
         (["{sweep}", "--where", "params.metod = 'scop'"], "no result has a param 'metod' (did you mean 'method'?)"),
         (["{sweep}", "--where", "metrics.top1_dorp < 0.1"], "a metric 'top1_dorp' (did you mean 'top1_drop'?)"),
-        (["{sweep}", "--metric", "top1"], "--metric 'top1' is nothing that these results have"),
+        (["{sweep}", "--metric", "top1"], "--metric 'top1' is not in these results"),
         (
             ["{sweep}", "--where", "params.prune_rate > 0.3"],
-            "parameters are text, to be compared by = and != with quot",
+            "parameters are text: compare them by = or != with a quot",
         ),
         (["a/name/like/a/path"], "'a/name/like/a/path' is no run, and no experiment of MLflow"),
     ],
@@ -246,17 +257,17 @@ def test_what_cannot_be_is_said_in_one_line(client, sweep: str, capsys, bucket, 
 def test_runs_and_experiments_are_not_mixed(client, sweep: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "config.yaml").touch()
     assert compare(str(tmp_path), sweep) == 2
-    assert f"{str(tmp_path)!r} is a run and {sweep!r} is none; compare runs with runs" in capsys.readouterr().err
+    assert f"{str(tmp_path)!r} is a run and {sweep!r} is not; compare runs with runs" in capsys.readouterr().err
     assert compare(str(tmp_path), "--where", "metrics.pruned_top1 > 0.5") == 2
-    assert f"--where is a question to MLflow, of experiments, and {str(tmp_path)!r} is a run" in capsys.readouterr().err
+    assert f"--where selects from experiments in MLflow, and {str(tmp_path)!r} is a run" in capsys.readouterr().err
 
 
 def test_without_mlflow_and_runs_it_says_what_to_set(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(
-        UserError, match=r"MLFLOW_TRACKING_URI is not set, and \S+ has no runs; set it, or name another"
+        UserError, match=r"MLFLOW_TRACKING_URI is not set, and \S+ has no runs; set it, or give another"
     ):
-        Mlflow(str(tmp_path))
+        Mlflow(Source(str(tmp_path)))
 
 
 @pytest.fixture
@@ -319,7 +330,7 @@ def test_a_server_that_fails_is_one_line(
 
 
 def test_it_is_said_what_is_waited_for(failing: dict[str, int], monkeypatch, capsys) -> None:
-    monkeypatch.setattr("pipelines.compare.experiments._SILENCE", 0.5)
+    monkeypatch.setattr("pipelines.compare.experiments._SILENT_SECONDS", 0.5)
     failing["status"] = 0
     assert compare() == 2
     assert capsys.readouterr().err.startswith("scop: waiting for MLflow at http://127.0.0.1:")
@@ -330,7 +341,7 @@ def test_it_is_said_what_is_waited_for(failing: dict[str, int], monkeypatch, cap
 def test_an_address_of_no_server_or_database_is_one_line(command: list[str], uri: str, monkeypatch, capsys) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert main(command) == 2
-    assert f"MLFLOW_TRACKING_URI {uri!r} is no server or database; such as" in capsys.readouterr().err
+    assert f"MLFLOW_TRACKING_URI {uri!r} is neither a server nor a database, such as" in capsys.readouterr().err
 
 
 def test_a_server_that_is_down_is_one_line(monkeypatch, capsys) -> None:

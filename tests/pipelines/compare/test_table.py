@@ -70,7 +70,7 @@ def test_times_of_two_devices_are_two_columns_and_accuracy_is_one(capsys) -> Non
     assert set(l1.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a GPU"}
     print_table(table)
     said = capsys.readouterr().out
-    assert "times are told apart by device" in said
+    assert "times are listed per device" in said
     assert "latency, batch 1 on a GPU" in said
     assert said.splitlines()[2].split()[-1] == "-"  # missing is shown as missing
 
@@ -92,10 +92,10 @@ def test_changes_are_told_against_the_dense_network_or_a_variant(capsys) -> None
     [
         (
             {"metrics": ["pruned_top_1"]},
-            "--metric 'pruned_top_1' is nothing that these results have .did you mean 'pru",
+            "--metric 'pruned_top_1' is not in these results .did you mean 'pru",
         ),
-        ({"group_by": ["methd"]}, r"--group-by 'methd' is nothing that these results have \(did you mean 'method'\?\)"),
-        ({"baseline": "l1"}, r"--baseline 'l1' is nothing that these results have \(known: dense, scop-0.5\)"),
+        ({"group_by": ["methd"]}, r"--group-by 'methd' is not in these results \(did you mean 'method'\?\)"),
+        ({"baseline": "l1"}, r"--baseline 'l1' is not in these results \(known: dense, scop-0.5\)"),
     ],
 )
 def test_what_no_result_has_is_refused(changes: dict, message: str) -> None:
@@ -106,10 +106,13 @@ def test_what_no_result_has_is_refused(changes: dict, message: str) -> None:
 def test_a_group_that_mixes_more_than_seeds_says_so() -> None:
     long = result(seed=1, params=result().params | {"finetune_epochs": 100, "recipe": "long"})
     (table,) = tables([result(), long, result("l1")], ["pruned_top1"], ["method"])
-    assert table.notes[-1] == "rows hold results that differ in finetune_epochs (-, 100)"
+    assert table.notes[-1] == "some rows combine results that differ in finetune_epochs (-, 100)"
     other = result(seed=1, params=result().params | {"recipe": "other"})
-    assert tables([result(), other], ["pruned_top1"], ["method"])[0].notes[-1] == "rows hold results of several recipes"
-    assert "rows hold" not in tables([result(), result(seed=1)], group_by=["method"])[0].notes[-1]
+    assert (
+        tables([result(), other], ["pruned_top1"], ["method"])[0].notes[-1]
+        == "some rows combine results of several recipes"
+    )
+    assert "some rows combine" not in tables([result(), result(seed=1)], group_by=["method"])[0].notes[-1]
 
 
 def test_a_figure_of_fewer_results_than_its_row_says_of_how_many(capsys) -> None:
@@ -126,7 +129,7 @@ def test_a_baseline_is_of_the_same_network() -> None:
     (table,) = tables([result("l1"), small], ["pruned_top1"], baseline="l1-0.5")
     assert [row.figures["pruned_top1"].change for row in table.rows] == [0, 0]
     _, without = tables([result("l1"), result(dataset="e1" * 32)], ["pruned_top1"], baseline="l1-0.5")
-    assert without.notes[-1] == "nothing here to compare with: no l1-0.5 on these data"
+    assert without.notes[-1] == "no changes shown: baseline l1-0.5 has no comparable result on this data set"
 
 
 def test_results_that_nothing_tells_apart_have_their_run() -> None:

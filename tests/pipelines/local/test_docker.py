@@ -12,12 +12,13 @@ from types import MappingProxyType
 
 import pytest
 
-from pipelines.local.containers import DEFAULT_IMAGE, Sandbox
+from components.image import IMAGE
+from pipelines.local.containers import Sandbox
 from scop import load_model
 from scop.runtime.registry import STEPS
 from scop.storage.manifest import read_folder
 from tests.fakes import services
-from tests.helpers import ROOT
+from tests.helpers import ROOT, reproducible_files
 
 pytestmark = pytest.mark.docker
 SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluate.repeats": 3}
@@ -55,15 +56,15 @@ def image() -> str:
             unavailable(f"base image {BASE} is not there, and debootstrap, which makes it, needs root")
         subprocess.run(["docker/base.sh", BASE], cwd=ROOT, check=True)
     planted = {"AWS_SECRET_ACCESS_KEY": PLANTED, "MLFLOW_TRACKING_PASSWORD": PLANTED}
-    subprocess.run(["docker/build.sh", BASE, DEFAULT_IMAGE], cwd=ROOT, check=True, env=os.environ | planted)
-    return DEFAULT_IMAGE
+    subprocess.run(["docker/build.sh", BASE, IMAGE], cwd=ROOT, check=True, env=os.environ | planted)
+    return IMAGE
 
 
 def inside(image: str, script: str, *options: str) -> str:
     """What a shell script prints in a container that is closed as tightly as ours are."""
     command = Sandbox(image).command(["sh", "-c", script])
-    place = command.index(image)
-    result = subprocess.run([*command[:place], *options, *command[place:]], capture_output=True, text=True)
+    position = command.index(image)
+    result = subprocess.run([*command[:position], *options, *command[position:]], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.strip()
 
@@ -87,7 +88,7 @@ def test_the_image_is_tight(image: str) -> None:
 
 def test_the_image_says_what_it_is(image: str) -> None:
     labels = json.loads(docker("image", "inspect", image).stdout)[0]["Config"]["Labels"]
-    assert labels["org.opencontainers.image.version"] == DEFAULT_IMAGE.partition(":")[2]
+    assert labels["org.opencontainers.image.version"] == IMAGE.partition(":")[2]
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert labels["org.opencontainers.image.revision"].rstrip("+") == head.stdout.strip()
     history = docker("image", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image).stdout
@@ -98,7 +99,7 @@ def test_no_secret_of_the_builder_is_in_the_image(image: str) -> None:
     assert PLANTED not in docker("image", "inspect", image).stdout
     assert PLANTED not in docker("image", "history", "--no-trunc", image).stdout
     # With a text that is there, to show that the search finds what it looks for.
-    patterns = f"-e {PLANTED} -e 'made ready to run again'"
+    patterns = f"-e {PLANTED} -e 'Rerun one recorded step'"
     search = f"grep -rlF --exclude-dir=proc --exclude-dir=sys --exclude-dir=torch {patterns} / 2>/dev/null"
     found = docker("run", "--rm", "--user", "0", image, "sh", "-c", search).stdout.split()
     assert found
@@ -140,14 +141,22 @@ def test_a_run_in_containers_is_whole(run: Path, image: str) -> None:
     assert load_model(summary["variants"][0]["model"]) is not None
     records = [json.loads(path.read_text()) for path in run.rglob("step.json")]
     assert sorted(record["step"] for record in records) == sorted(STEPS)
-    assert {(record["status"], record["image"]) for record in records} == {("done", image)}
+    assert {(record["status"], record["software"]["image"]) for record in records} == {("done", image)}
+
+
+def test_containers_make_the_same_bytes_as_one_process(run: Path, tmp_path: Path) -> None:
+    settings = [f"--set={key}={value}" for key, value in SMALL.items()]
+    result = scop("run", *settings, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/summary.json"))
+    assert reproducible_files(folder) == reproducible_files(run)
 
 
 @pytest.mark.parametrize("step", list(STEPS))
 def test_each_step_again_is_equal_to_the_byte(step: str, run: Path, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/{step}", "--docker", "--verify", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "files are equal to the byte" in result.stdout
+    assert "files are byte-equal" in result.stdout
 
 
 def test_a_rerun_with_a_change_differs(run: Path, tmp_path: Path) -> None:
@@ -200,7 +209,7 @@ def test_a_step_is_reproduced_from_s3_with_the_runs_uri_alone(remote, tmp_path: 
     more = environment | {"SCOP_CACHE": str(tmp_path / "cache")}  # nothing of the run is here
     result = scop("rerun", f"{uri}/finetune", "--docker", "--verify", cwd=tmp_path, more=more)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "verify: all 5 files are equal to the byte" in result.stdout
+    assert "verify: all 5 files are byte-equal" in result.stdout
     assert len(list((tmp_path / "cache" / "artifacts").iterdir())) == 3  # dataset, dense, plan
 
 
@@ -263,7 +272,7 @@ def test_a_shell_has_everything_in_place(image: str, run: Path, tmp_path: Path) 
     # What is printed can be typed: here the shell takes it from the folder that the first one made.
     first = scop("rerun", f"{run}/select_channels", "--docker", "--shell", cwd=tmp_path, input="scop --version\n")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.rstrip().endswith(f"scop {DEFAULT_IMAGE.partition(':')[2]}")
+    assert first.stdout.rstrip().endswith(f"scop {IMAGE.partition(':')[2]}")
     command = next(line.strip() for line in first.stdout.splitlines() if "scop step select_channels --config" in line)
     (folder,) = (tmp_path / "reruns").iterdir()
     sandbox = Sandbox(image, (folder,), tuple(Path(p.partition("=")[2]) for p in command.split() if "=/" in p)[:-1])

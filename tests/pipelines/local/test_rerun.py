@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.local.containers import Sandbox, variables_of_steps
+from pipelines.local.containers import Sandbox, passed_on_variables
 from pipelines.local.rerun import Rerun, rerun
 from pipelines.runs import find_record
 from scop import UserError, load_model
+from scop.environment import StepEnvironment
 from scop.runtime.record import StepRecord
-from scop.storage import files as storage
-from scop.storage import folders as remote
 from scop.storage import s3
+from scop.storage.cache import Cache
+from scop.storage.fetch import uri_exists
+from scop.storage.files import delete_files, list_files, read_bytes
+from scop.storage.folders import fetch_folder
 from scop.storage.manifest import read_folder
 from tests.fakes import services
 from tests.helpers import ROOT
@@ -57,13 +60,13 @@ def run(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     result = scop("run", "--out", "s3://pipeline/runs", *settings, cwd=here, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
     assert list(here.iterdir()) == []
-    (summary,) = (n for n in storage.names("s3://pipeline/runs") if n.endswith("/summary.json") and n.count("/") == 1)
+    (summary,) = (n for n in list_files("s3://pipeline/runs") if n.endswith("/summary.json") and n.count("/") == 1)
     return f"s3://pipeline/runs/{summary.partition('/')[0]}"
 
 
-def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str) -> None:
-    summary = json.loads(storage.read(f"{run}/summary.json"))
-    names = storage.names(run)
+def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str, cache: Cache) -> None:
+    summary = json.loads(read_bytes(f"{run}/summary.json"))
+    names = list_files(run)
     assert {"config.yaml", "log.txt", "report.html", "summary.json"} <= set(names)
     assert sorted(name for name in names if name.endswith("/step.json")) == [
         "compare/report/step.json",
@@ -77,22 +80,22 @@ def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str) -> None:
     ]
     for variant in summary["variants"]:
         assert variant["model"].startswith(run)
-        assert load_model(remote.fetch_folder(variant["model"])) is not None
-        assert storage.exists(variant["onnx"])
-    assert storage.names("s3://pipeline/runs/checkpoints") == []
-    assert any("report.html" in name for name in storage.names("s3://pipeline/mlflow"))
+        assert load_model(fetch_folder(variant["model"], cache)) is not None
+        assert uri_exists(variant["onnx"])
+    assert list_files("s3://pipeline/runs/checkpoints") == []
+    assert any("report.html" in name for name in list_files("s3://pipeline/mlflow"))
 
 
 def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundings, tmp_path: Path) -> None:
     environment = surroundings | {"SCOP_CACHE": str(tmp_path / "cache")}
-    before = storage.names(run)
+    before = list_files(run)
     result = scop("rerun", f"{run}/finetune", "--verify", cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "verify: all 5 files are equal to the byte" in result.stdout
+    assert "verify: all 5 files are byte-equal" in result.stdout
     (folder,) = (tmp_path / "reruns").iterdir()
     assert load_model(folder / "model").conv1.out_channels == 16
     assert (folder / "mlflow.db").exists()  # not the server
-    assert storage.names(run) == before
+    assert list_files(run) == before
 
 
 @pytest.mark.slow
@@ -109,7 +112,7 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
     result = scop("rerun", f"{run}/prepare_data", "--dry-run", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0
     command = result.stdout.strip()
-    assert command.startswith("env --unset=SCOP_CHECKPOINTS --unset=SCOP_PARENT_RUN_ID SCOP_RUN_ID=")
+    assert command.startswith("env --unset=SCOP_CHECKPOINTS --unset=SCOP_PARENT_RUN_ID MLFLOW_TRACKING_URI=sqlite:///")
     (folder,) = (tmp_path / "reruns").iterdir()
     assert not (folder / "dataset").exists()
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=surroundings, capture_output=True)
@@ -121,9 +124,9 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
     [
         (["{run}/train"], "has no step 'train' (did you mean 'train_dense'?)"),
         (["{run}/l1/finetune"], "has no step 'l1/finetune'"),
-        (["nowhere/finetune"], "there is no step 'nowhere/finetune', neither at this place nor in runs"),
-        (["{run}"], "is a run; say which step: prepare_data, train_dense"),
-        (["{run}-gone/finetune"], "-gone/finetune', at this place; name a step's record"),
+        (["nowhere/finetune"], "there is no step 'nowhere/finetune', neither at this path nor in runs"),
+        (["{run}"], "is a run; add the step: prepare_data, train_dense"),
+        (["{run}-gone/finetune"], "-gone/finetune', at this URI; name a step's record"),
         (
             ["{run}/train_dense", "--set", "finetune.lr=1"],
             "step 'train_dense' has no section 'finetune' (it has: dense)",
@@ -141,8 +144,8 @@ def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, su
 
 
 @pytest.mark.slow  # a whole run once more; test_docker.py has one too
-def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, tmp_path: Path) -> None:
-    storage.delete(f"{run}/train_knockoff/scores", ["scores.png"])  # still in the cache, but not there any more
+def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, tmp_path: Path, cache: Cache) -> None:
+    delete_files(f"{run}/train_knockoff/scores", ["scores.png"])  # still in the cache, but not there any more
     arguments = ["run", "--out", "s3://pipeline/runs", "--resume", run.rpartition("/")[2]]
     result = scop(*arguments, "--set", "evaluate.repeats=2", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -153,15 +156,15 @@ def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, 
     assert said["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not whole any more"
     assert said["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
     assert said["export"] == "runs again: its input 'evaluation' has changed"
-    assert json.loads(storage.read(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
-    remote.fetch_folder(f"{run}/scop-0.45/export/exported", "model")
+    assert json.loads(read_bytes(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
+    fetch_folder(f"{run}/scop-0.45/export/exported", cache, "model")
     assert scop("run", "--resume", "nowhere", cwd=tmp_path, env=surroundings).returncode == 2
 
 
 def test_the_summary_of_a_rerun_names_the_recorded_places(run: str, surroundings, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/compare", "--verify", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "files are equal to the byte" in result.stdout
+    assert "files are byte-equal" in result.stdout
 
 
 def test_a_reruns_results_are_not_uploaded(run: str, surroundings, tmp_path: Path) -> None:
@@ -171,13 +174,14 @@ def test_a_reruns_results_are_not_uploaded(run: str, surroundings, tmp_path: Pat
 
 
 def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
-    record = {"step": "finetune", "status": "done", "version": "0", "inputs": {}, "outputs": {}}
     for name in ("a", "b"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-        content = record | {"config": {"variant": {"name": name}}}
-        (tmp_path / "run" / name / "step.json").write_text(json.dumps(content))
+        output = tmp_path / "run" / name
+        output.mkdir(parents=True)
+        config = {"variant": {"name": name}}
+        record = StepRecord.start("finetune", config, {}, {"model": str(output)}, StepEnvironment())
+        (output / "step.json").write_text(record.model_dump_json())
     (tmp_path / "run" / "config.yaml").touch()
-    with pytest.raises(UserError, match="has several steps 'finetune'; say which: .*run/a/finetune, .*run/b/finetune"):
+    with pytest.raises(UserError, match="has several steps 'finetune'; choose one: .*run/a/finetune, .*run/b/finetune"):
         find_record("run/finetune", str(tmp_path))
     assert find_record("run/b/finetune", str(tmp_path)).variant == "b"
     with pytest.raises(UserError, match="there is no step 'rnu/finetune'"):  # no search through all runs
@@ -186,7 +190,8 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
 
 def test_a_step_that_ran_in_several_processes_is_run_by_one_and_that_is_said(tmp_path: Path, capsys) -> None:
     for processes, said in ((1, False), (2, True)):
-        record = StepRecord.starting("train_dense", {}, {}, {"model": str(tmp_path)}, processes)
+        outputs = {"model": str(tmp_path)}
+        record = StepRecord.start("train_dense", {}, {}, outputs, StepEnvironment(), processes)
         assert rerun(Rerun(record, tmp_path, {}, ()), image=None, gpus=False, dry_run=True, shell=False) == 0
         assert ("note: recorded with 2 processes, runs with one" in capsys.readouterr().err) == said
 
@@ -194,7 +199,7 @@ def test_a_step_that_ran_in_several_processes_is_run_by_one_and_that_is_said(tmp
 def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, monkeypatch) -> None:
     for key in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(key, services.SECRET)
-    command = " ".join(Sandbox("image", handed_on=variables_of_steps(with_s3=True)).command(["scop"]))
+    command = " ".join(Sandbox("image", passed_on=passed_on_variables(with_s3=True)).command(["scop"]))
     assert "--env AWS_SECRET_ACCESS_KEY" in command
     assert services.SECRET not in command
     shown = scop("rerun", f"{run}/prepare_data", "--dry-run", "--track", cwd=tmp_path, env=surroundings).stdout
@@ -211,7 +216,7 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digi
     assert scop(*step, cwd=tmp_path, env=environment).returncode == 0
     (tmp_path / "runs" / "one" / "config.yaml").touch()
     again = scop("rerun", "one/train_dense", "--verify", cwd=tmp_path, env=environment)  # a local run, by its name
-    assert "verify: all 4 files are equal to the byte" in again.stdout, again.stderr
+    assert "verify: all 4 files are byte-equal" in again.stdout, again.stderr
 
     scop("step", "prepare_data", "--output", "dataset=data2", "--set", "data.seed=1", cwd=tmp_path, env=environment)
     shutil.rmtree(tmp_path / "data")

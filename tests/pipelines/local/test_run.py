@@ -20,19 +20,20 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.cli.main import main
-from pipelines.compare.experiments import Mlflow
-from pipelines.local.console import Console
+from pipelines.compare.experiments import Mlflow, Source
+from pipelines.local.console import KfpView, View
 from pipelines.local.run import run_locally
 from pipelines.local.workspace import workspace
 from pipelines.pipeline import compile_pipeline
 from scop import UserError, load_model, make_model
 from scop.config import Config
 from scop.data.dataset import load_dataset
+from scop.environment import UserEnvironment
 from scop.report.correctness import unpacked
 from scop.runtime.registry import STEPS
 from tests.fakes import services
 from tests.fakes.browser import opened
-from tests.helpers import ROOT
+from tests.helpers import ROOT, reproducible_files
 
 GOLDEN = ROOT / "tests" / "golden" / "pipeline.yaml"
 
@@ -85,22 +86,20 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
 
 
+SETTINGS = [
+    "--set=dense.epochs=8",
+    "--set=knockoff.epochs=2",
+    "--set=finetune.epochs=4",
+    "--set=variants=[{name: scop, prune_rate: 0.45}, {method: none, finetune: {epochs: 1}}]",
+    "--set=evaluate.repeats=5",
+]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of the default preset, shortened, with two variants: its output folder and what it printed."""
     out = tmp_path_factory.mktemp("runs")
-    variants = "[{name: scop, prune_rate: 0.45}, {method: none, finetune: {epochs: 1}}]"
-    settings = {
-        "dense.epochs": 8,
-        "knockoff.epochs": 2,
-        "finetune.epochs": 4,
-        "variants": variants,
-        "evaluate.repeats": 5,
-    }
-    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(out)]
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value}"]
-    result = run(command)
+    result = run([sys.executable, "-m", "pipelines.cli", "run", "--out", str(out), *SETTINGS])
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in out.glob("*/summary.json"))
     return folder, result.stdout
@@ -141,14 +140,31 @@ def test_the_exported_network_is_used_as_the_readme_says(finished: tuple[Path, s
 
 def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple[Path, str]) -> None:
     folder, printed = finished
+    log = (folder / "log.txt").read_text()
     for name in STEPS:
         assert f"\n{name}\n" in printed
-    assert "KFP Executor" not in printed
-    assert "executor_input" in (folder / "log.txt").read_text()
+        assert f"\n{name}\n" in f"\n{log}"
+    assert "dense: epoch 8/8" in log
     assert re.search(r"dense +\d+\.\d\d% +272 k", printed)
     assert f"mlflow server --backend-store-uri sqlite:///{folder.parent / 'mlflow.db'}" in printed
     mlflow = Path(re.search(r"MLflow: +(\S+) server", printed)[1])
     assert not mlflow.is_absolute() or mlflow.exists()
+
+
+@pytest.mark.slow
+def test_kfps_local_runner_makes_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "run", "--runner", "kfp", "--out", str(tmp_path)]
+    result = run([*command, *SETTINGS])
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (path.parent for path in tmp_path.glob("*/summary.json"))
+    made = reproducible_files(folder)
+    assert len(made) > 20
+    assert made == reproducible_files(finished[0])
+    assert "KFP Executor" not in result.stdout
+    assert "executor_input" in (folder / "log.txt").read_text()
+    (metrics, _) = (p for p in folder.rglob("executor_output.json") if "evaluate" in str(p))
+    confusion = json.loads(metrics.read_text())["artifacts"]["confusion"]["artifacts"][0]["metadata"]
+    assert len(confusion["confusionMatrix"]["rows"]) == 10
 
 
 def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
@@ -156,11 +172,7 @@ def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
     records = [json.loads(path.read_text()) for path in folder.rglob("step.json")]
     assert sorted(record["step"] for record in records) == sorted([*STEPS, *list(STEPS)[3:7]])
     assert {record["status"] for record in records} == {"done"}
-    assert {record["run"] for record in records} == {folder.name}
-    metrics = [p for p in folder.rglob("executor_output.json") if "evaluate" in str(p)]
-    assert len(metrics) == 2
-    confusion = json.loads(metrics[0].read_text())["artifacts"]["confusion"]["artifacts"][0]["metadata"]
-    assert len(confusion["confusionMatrix"]["rows"]) == 10
+    assert {record["launch"]["run"] for record in records} == {folder.name}
 
 
 def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str]) -> None:
@@ -235,13 +247,13 @@ def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple
     with opened(folder / "report.html", width) as page:
         assert page.locator(".plot .main-svg").count() >= 5
         assert sorted(page.locator("#results tbody th").all_inner_texts()) == ["none", "scop"]
-        steps = page.locator("section", has_text="What it cost").locator("tbody th").all_inner_texts()
-        assert {"train_dense", "scop/finetune", "none/export", "compare", "all steps, last tries"} <= set(steps)
+        steps = page.locator("section", has_text="Compute time and energy").locator("tbody th").all_inner_texts()
+        assert {"train_dense", "scop/finetune", "none/export", "compare", "all steps, last attempts"} <= set(steps)
         assert page.locator("#pareto .point").count() == 3  # with the dense one
         record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
         name = page.locator("th", has_text=re.compile("^scop$"))
         row = page.locator("tbody tr").filter(has=name).inner_text()
-        assert record["tracking_run"] in row
+        assert record["launch"]["mlflow_run"] in row
         assert f"scop rerun {folder}/scop/evaluate/evaluation" in row
 
 
@@ -257,7 +269,7 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         assert main(["compare", "digits-resnet20", *page, "--baseline", "dense"]) == 0
         said = capsys.readouterr().out
         assert "scikit-learn digits" in said
-        assert re.search(r"cost:    \d+ s on .+, energy not told, 1 run\n", said)
+        assert re.search(r"cost:    \d+ s on .+, energy n/a, 1 run\n", said)
         assert said.count("cost:") == 1  # however many threads a step used, it is one device
         assert {"accuracy-macs.png", "kept-channels.png", "confusion-scop.png"} <= {
             path.name for path in (tmp_path / "png").iterdir()
@@ -281,7 +293,7 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         assert "it has: digits-resnet20-none, digits-resnet20-scop" in capsys.readouterr().err
         client.delete_model_version_tag("digits-resnet20-scop", "1", "difference")
         assert main(["promote", "digits-resnet20-scop/1"]) == 2
-        assert "does not say what was measured of it (tag 'difference')" in capsys.readouterr().err
+        assert "has no measurements (tag 'difference')" in capsys.readouterr().err
         assert client.get_model_version_by_alias("digits-resnet20-scop", "champion").version == "1"
 
 
@@ -315,7 +327,7 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     assert result.returncode == 2
     error, remedy = result.stderr.splitlines()
     assert error.startswith("scop: error: train_dense: 1295 training images are fewer than a batch")
-    assert remedy.startswith(f"scop: go on with: scop run --resume {tmp_path}/digits-resnet20-")
+    assert remedy.startswith(f"scop: continue with: scop run --resume {tmp_path}/digits-resnet20-")
     assert "Traceback" not in result.stdout + result.stderr
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
@@ -327,14 +339,14 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
 def test_a_run_that_cannot_go_on_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    place = tmp_path / "run"
-    place.mkdir()
+    folder = tmp_path / "run"
+    folder.mkdir()
     for name in ("summary.json", "report.html", "config.yaml"):
-        (place / name).write_text("as it was")
+        (folder / name).write_text("as it was")
     with pytest.raises(UserError, match="MLflow"):
-        run_locally(Config(), str(tmp_path), "run", resume=str(place))
-    assert {path.read_text() for path in place.iterdir() if path.is_file()} == {"as it was"}
-    assert len([path for path in place.iterdir() if path.is_file()]) == 3
+        run_locally(Config(), str(tmp_path), "run", resume=str(folder), user=UserEnvironment.read())
+    assert {path.read_text() for path in folder.iterdir() if path.is_file()} == {"as it was"}
+    assert len([path for path in folder.iterdir() if path.is_file()]) == 3
 
 
 def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
@@ -342,8 +354,8 @@ def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Pat
     (tmp_path / "file").write_text("")
     for out, message in (
         ("gs://bucket/runs", "--out gs://bucket/runs is neither a folder nor an s3:// URI"),
-        (str(tmp_path / "50%20off"), "% and [?] mean something else in its address"),
-        (str(tmp_path / "file"), "file.*cannot be made"),
+        (str(tmp_path / "50%20off"), "% and [?] have another meaning in its URI"),
+        (str(tmp_path / "file"), "file.*cannot be created"),
     ):
         with pytest.raises(UserError, match=message):
             run_locally(Config(), out, "run")
@@ -351,13 +363,13 @@ def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Pat
 
 
 def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
-    place = tmp_path / "run"
+    folder = tmp_path / "run"
     with (
-        workspace(str(place), exists=False),
-        pytest.raises(UserError, match=f"run run is still going, by process {os.getpid()}; wait for it"),
+        workspace(str(folder), exists=False),
+        pytest.raises(UserError, match=f"process {os.getpid()} is working on run run; wait for it"),
     ):
-        run_locally(Config(), str(tmp_path), "run", resume=str(place))
-    with workspace(str(place), exists=True):
+        run_locally(Config(), str(tmp_path), "run", resume=str(folder))
+    with workspace(str(folder), exists=True):
         pass
 
 
@@ -379,8 +391,7 @@ def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path,
     status = {run.info.run_name: run.info.status for run in runs}
     assert (status.pop("train_dense"), status.pop("prepare_data")) == ("KILLED", "FINISHED")
     assert list(status.values()) == ["FAILED"]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    (failure,) = Mlflow("none").read(["digits-resnet20"]).failures
+    (failure,) = Mlflow(Source("none", database)).read(["digits-resnet20"]).failures
     assert failure.name == "train_dense"
     assert failure.error.startswith("step train_dense failed; all that it said is in ")
 
@@ -396,7 +407,7 @@ def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path
         run.send_signal(signal.SIGTERM)
         said = run.communicate(timeout=120)[1].decode()
     assert run.returncode == 143
-    assert re.search(rf"scop: stopped; go on with: scop run --resume {tmp_path}/digits-resnet20-\S+$", said.strip())
+    assert re.search(rf"scop: stopped; continue with: scop run --resume {tmp_path}/digits-resnet20-\S+$", said.strip())
     alive = [step for step in steps if step.is_running() and step.status() != psutil.STATUS_ZOMBIE]
     assert steps and not alive
     (record,) = tmp_path.glob("*/train_dense/model/step.json")
@@ -404,20 +415,31 @@ def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path
     assert list(tmp_path.glob("checkpoints/train_dense-*/*.json"))
 
 
-def test_the_console_shows_steps_and_logs_everything() -> None:
+def test_a_view_shows_steps_and_logs_everything() -> None:
     log, terminal = io.StringIO(), io.StringIO()
-    console = Console(log, terminal)
-    console.write("12:00:00.000 - INFO - Executing task \x1b[96m'train-dense'\x1b[0m\n")
-    console.write("    [KFP Executor 2026-01-01 12:00:00,000 INFO]: Got executor_input:\n    {\n")
-    console.write('        "inputs": {}\n    }\n    dense: epoch 1/2')
-    console.write(", loss 1\n    scop: error: train_dense: no such thing\n")
-    console.write(
-        "12:00:01.000 - INFO - Task \x1b[96m'train-dense'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m\n"
-    )
+    view = View(log, terminal)
+    view.start("train_dense")
+    view.write("train: epoch 1/2")
+    view.write(", loss 1\n\n")
+    view.finish(succeeded=False)
+    shown = terminal.getvalue().splitlines()
+    assert shown[:2] == ["train_dense", "  train: epoch 1/2, loss 1"]
+    assert shown[2].startswith("  FAILED in ")
+    assert log.getvalue().splitlines()[:2] == ["train_dense", "train: epoch 1/2, loss 1"]
+
+
+def test_a_view_of_kfp_shows_steps_and_logs_everything() -> None:
+    log, terminal = io.StringIO(), io.StringIO()
+    view = KfpView(log, terminal)
+    view.write("12:00:00.000 - INFO - Executing task \x1b[96m'train-dense'\x1b[0m\n")
+    view.write("    [KFP Executor 2026-01-01 12:00:00,000 INFO]: Got executor_input:\n    {\n")
+    view.write('        "inputs": {}\n    }\n    dense: epoch 1/2')
+    view.write(", loss 1\n    scop: error: train_dense: no such thing\n")
+    view.write("12:00:01.000 - INFO - Task \x1b[96m'train-dense'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m\n")
     shown = terminal.getvalue().splitlines()
     assert shown[:2] == ["train_dense", "  dense: epoch 1/2, loss 1"]
     assert shown[2].startswith("  FAILED in ")
-    assert console.error == "train_dense: no such thing"
+    assert view.task == "train_dense"
     assert '"inputs": {}' in log.getvalue()
 
 
@@ -440,9 +462,9 @@ def test_a_sweep_that_is_told_to_stop_begins_no_further_variant(
         run.send_signal(sign)
         _, said = run.communicate(timeout=120)
     assert run.returncode == code
-    (place,) = (path.parent for path in tmp_path.glob("runs/*/config.yaml"))
-    assert said.splitlines()[-1] == f"scop: stopped; go on with: scop run --resume {place}"
-    records = [json.loads(path.read_text()) for path in place.glob("*/*/*/step.json")]
+    (folder,) = (path.parent for path in tmp_path.glob("runs/*/config.yaml"))
+    assert said.splitlines()[-1] == f"scop: stopped; continue with: scop run --resume {folder}"
+    records = [json.loads(path.read_text()) for path in folder.glob("*/*/*/step.json")]
     assert {(r["config"]["variant"]["name"], r["step"], r["status"]) for r in records} == {
         ("a", "select_channels", "done"),
         ("a", "finetune", "stopped"),
