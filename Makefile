@@ -42,7 +42,7 @@ test-docker: $(READY)  ## build the image and run the container tests; needs a D
 image:  ## build the Docker image from BASE (default: debian:bookworm-slim)
 	docker/build.sh $(BASE)
 
-base-image:  ## build the base image scop-base:bookworm with debootstrap, without a registry; needs root
+base-image:  ## build a Debian base image with debootstrap, without a registry, and print its name; needs root
 	docker/base.sh
 
 stack: $(READY)  ## start a local S3 and MLflow server and print the variables to set

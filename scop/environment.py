@@ -70,11 +70,13 @@ class UserEnvironment(_Variables):
         tracking_uri: address of the MLflow server or database; `scop run` uses a database beside the runs by default.
         device: the PyTorch device to compute on, such as cpu or cuda:1; a GPU if there is one by default.
         cache: folder for what is fetched from S3; scop in the user's cache folder by default.
+        processes: number of processes that train together on this machine or in this pod.
     """
 
     tracking_uri: str | None = Field(None, alias="MLFLOW_TRACKING_URI")
     device: str | None = Field(None, alias="SCOP_DEVICE")
     cache: Path | None = Field(None, alias="SCOP_CACHE")
+    processes: int = Field(1, alias="SCOP_PROCESSES", ge=1)
 
     @property
     def cache_folder(self) -> Path:
@@ -103,7 +105,6 @@ class StepEnvironment(UserEnvironment):
         resume: whether to keep a finished result whose inputs are unchanged.
         input_uris: the recorded URIs of the inputs of a step that is run again, JSON.
         required_device: description of the GPU that the step was promised; without a GPU it must fail.
-        processes: number of processes that train together in this pod.
         train_job: the TrainJob that runs the step on several nodes, JSON.
         terminal: device file of the terminal for progress bars.
         kfp_root: root of KFP's local runner; paths below it stand for URIs of the run.
@@ -126,7 +127,6 @@ class StepEnvironment(UserEnvironment):
     resume: bool = Field(False, alias="SCOP_RESUME")
     input_uris: JsonUris = Field({}, alias="SCOP_INPUT_URIS")
     required_device: str | None = Field(None, alias="SCOP_REQUIRED_DEVICE")
-    processes: int = Field(1, alias="SCOP_PROCESSES", ge=1)
     train_job: str | None = Field(None, alias="SCOP_TRAIN_JOB")
     terminal: str | None = Field(None, alias="SCOP_TERMINAL")
     kfp_root: str | None = Field(None, alias="SCOP_KFP_ROOT")

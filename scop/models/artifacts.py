@@ -46,7 +46,8 @@ def save_model(
         model: a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, or any other network if `factory`
             is given.
         folder: created if missing; an earlier model in it is replaced.
-        factory, arguments: how to build the dense network; by default as the model's spec says.
+        factory: function that builds the dense network; by default as the model's spec says.
+        arguments: of the factory.
         history: records of the training epochs, for reports.
         device: device of the training, for reports.
         others: names of further files of the model that are already in the folder.

@@ -67,7 +67,7 @@ class Paired:
     differing: str = ""
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval excludes 0. A zero width does not count: rounding made the differences equal."""
         return self.low is not None and self.high is not None and self.low < self.high and self.low * self.high > 0
 
@@ -82,7 +82,7 @@ class Paired:
         if self.reference:
             return f"{self.first} vs. {self.second} (unpruned, same fine-tuning): {evidence}"
         same = f"at the same {self.same}" + (f" ({self.differing})" if self.differing else "")
-        if not self.told:
+        if not self.significant:
             return f"{self.first} vs. {self.second} {same}: {evidence}; no significant difference"
         word = "better" if self.difference > 0 else "worse"
         return f"{self.first} is {word} than {self.second} {same}: {evidence}"

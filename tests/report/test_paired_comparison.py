@@ -96,12 +96,12 @@ def test_one_image_is_no_evidence_by_however_many_seeds() -> None:
     rows = results({"scop": [0.0] * 3, "l1": [0.0] * 3, "random": [0.0] * 3})
     l1, random = compare_pairs(answered(rows, {"scop": every, "l1": one_wrong, "random": forty_wrong}))
     assert l1.difference == pytest.approx(1 / 360)
-    assert not l1.told
-    assert random.told
+    assert not l1.significant
+    assert random.significant
     # Nor where it is not known which images they were right on; differences are equal but for rounding.
     for one in ([1.0] * 3, [0.92, 0.57, 0.71]):
         (unknown,) = compare_pairs(results({"scop": one, "l1": [top1 - 0.01 for top1 in one]}))
-        assert not unknown.told
+        assert not unknown.significant
         assert "3 pairs, for these test images only)" in str(unknown)
 
 
@@ -116,7 +116,7 @@ def test_answers_are_the_same_after_packing() -> None:
 def test_a_difference_that_holds_in_each_pair_is_told() -> None:
     # Between seeds there is more than between methods; within a pair there is not.
     (found,) = compare_pairs(results({"scop": [0.90, 0.92, 0.94], "l1": [0.89, 0.9095, 0.9305]}))
-    assert found.told
+    assert found.significant
     assert str(found).startswith("scop is better than l1 at the same MACs: +1.00 points of top-1 (95% CI +0.")
     assert str(found).endswith("3 pairs, for these test images only)")
     (other,) = compare_pairs(results({"scop": [0.89, 0.9095, 0.9305], "l1": [0.90, 0.92, 0.94]}))
@@ -132,10 +132,10 @@ def test_a_recipe_of_several_seeds_is_named_without_them() -> None:
 
 def test_nothing_is_claimed_that_the_interval_does_not_say() -> None:
     (found,) = compare_pairs(results({"scop": [0.90, 0.91, 0.95], "l1": [0.89, 0.92, 0.93]}))
-    assert not found.told
+    assert not found.significant
     assert str(found).endswith("no significant difference")
     (one,) = compare_pairs(results({"scop": [0.95], "l1": [0.5]}))
-    assert not one.told
+    assert not one.significant
     assert str(one).endswith("only one pair: not enough to compare")
 
 

@@ -23,7 +23,6 @@ from tests.helpers import ROOT, reproducible_files
 pytestmark = pytest.mark.docker
 SMALL = {"dense.epochs": 3, "knockoff.epochs": 1, "finetune.epochs": 2, "evaluate.repeats": 3}
 PLANTED = "planted-secret-5f0c"
-BASE = os.environ.get("SCOP_TEST_BASE", "scop-base:bookworm")
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,12 +50,13 @@ def image() -> str:
     """The project's image, built from this tree; its base by debootstrap where it is not there."""
     if shutil.which("docker") is None or docker("version").returncode:
         unavailable("no docker engine answers")
-    if docker("image", "inspect", BASE).returncode:
+    base = os.environ.get("SCOP_TEST_BASE")
+    if base is None:
         if shutil.which("debootstrap") is None or os.getuid():
-            unavailable(f"base image {BASE} is not there, and debootstrap, which makes it, needs root")
-        subprocess.run(["docker/base.sh", BASE], cwd=ROOT, check=True)
+            unavailable("debootstrap, which makes the base image, needs root; or set SCOP_TEST_BASE")
+        base = subprocess.check_output(["docker/base.sh"], cwd=ROOT, text=True).strip()
     planted = {"AWS_SECRET_ACCESS_KEY": PLANTED, "MLFLOW_TRACKING_PASSWORD": PLANTED}
-    subprocess.run(["docker/build.sh", BASE, IMAGE], cwd=ROOT, check=True, env=os.environ | planted)
+    subprocess.run(["docker/build.sh", base, IMAGE], cwd=ROOT, check=True, env=os.environ | planted)
     return IMAGE
 
 
