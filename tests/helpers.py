@@ -1,4 +1,4 @@
-"""Helpers for tests: paths, running a step, small images and random batch norms."""
+"""Test helpers: paths, running a step, small images and random batch norms."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SHARED = ROOT.parent / "shared"
 
 
 def run_step(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping[str, str]) -> StepResult:
-    """Run a step in this process, with the settings in the environment variables."""
+    """Run a step in this process, with settings from the environment variables."""
     return execution.run_step(name, config, inputs, outputs, StepEnvironment.read())
 
 
 def reproducible_files(run: Path) -> dict[str, str]:
-    """The sha256 of each file that the steps of a run have made, without timings and the report, which shows them."""
+    """Return the SHA-256 of each file that a run's steps wrote, except timings and the report, which shows them."""
     return {
         f"{manifest.parent.relative_to(run)}/{name}": entry.sha256
         for manifest in run.rglob(MANIFEST)
@@ -37,7 +37,7 @@ def reproducible_files(run: Path) -> dict[str, str]:
 
 
 def randomise_batch_norms(model: nn.Module, seed: int = 0) -> None:
-    """Set statistics and affine parameters of all batch norms to random values, unlike the initial ones."""
+    """Set statistics and affine parameters of all batch norms to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():

@@ -21,7 +21,7 @@ class Plain(nn.Module):
         self.head = nn.Linear(32, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place and functional: there are no modules for these activations.
+        # In-place functional activations: they have no modules.
         x = torch.relu_(self.first_norm(self.first(x)))
         x = torch.relu_(self.second_norm(self.second(x)))
         x = torch.relu_(self.third_norm(self.third(x)))

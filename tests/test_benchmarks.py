@@ -1,4 +1,4 @@
-"""The benchmark of accuracy, on digits: it stops when time is up, and goes on where it stopped."""
+"""Tests of the benchmarks on digits: resuming, reuse of figures, tables and required packages."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ from tests.benchmarks.work import Plan
 from tests.helpers import ROOT
 
 
-def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -> None:
+def test_resumes_until_all_variants_are_measured(digits: Dataset, tmp_path: Path) -> None:
     dense = DenseSection.model_validate(
         {"model": "tests.networks:Plain", "arguments": {"in_channels": 1}, "epochs": 6, "batch_size": 64, "lr": 0.05}
     )
@@ -36,13 +36,13 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
     plan = Plan(dense, finetune, sections, seeds=(0, 1), once=("l1",))
     steps = 0
 
-    def soon() -> bool:
+    def time_is_up() -> bool:
         nonlocal steps
         steps += 1
         return steps % 30 == 0
 
     calls = 0
-    while (code := work_through({"plain": plan}, digits, tmp_path, tmp_path, 2, soon)) == WORK_LEFT:
+    while (code := work_through({"plain": plan}, digits, tmp_path, tmp_path, 2, time_is_up)) == WORK_LEFT:
         calls += 1
         assert calls < 30
     assert code == 0
@@ -65,7 +65,7 @@ def test_it_stops_when_time_is_up_and_goes_on(digits: Dataset, tmp_path: Path) -
         ((1.5, 1.51, 1.49), "missed"),
     ],
 )
-def test_a_figure_is_reached_as_far_as_its_interval_says(drops: tuple[float, ...], word: str, tmp_path: Path) -> None:
+def test_target_status_depends_on_the_interval(drops: tuple[float, ...], word: str, tmp_path: Path) -> None:
     rows = {f"none-{seed}": {"top1": 0.9} for seed in range(len(drops))}
     rows |= {f"scop-{seed}": {"top1": 0.9 - drop / 100} for seed, drop in enumerate(drops)}
     content = {"variants": rows, "settings": {"finetune": {"epochs": 1}}}
@@ -73,7 +73,7 @@ def test_a_figure_is_reached_as_far_as_its_interval_says(drops: tuple[float, ...
     assert targets(tmp_path).cell("resnet20", "status") == word
 
 
-def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_results_and_docs_do_not_mark_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCOP_REVISION", raising=False)
     source, page, figures = (
         tmp_path / name
@@ -97,48 +97,48 @@ def test_measured_figures_and_pages_do_not_mark_a_revision(tmp_path: Path, monke
 
 
 def some_plan(**settings: Any) -> Plan:
-    """Of a network that is given by no weights, and pruned in two ways."""
+    """Return a plan that trains a network and prunes it in two ways."""
     dense = {"model": "tests.networks:Plain", "arguments": {"in_channels": 1}, "epochs": 1}
     variants = {"none": {"method": "none"}, "l1": {"method": "l1"}, "random": {"method": "random"}}
     sections = {name: VariantSection.model_validate(variant) for name, variant in variants.items()}
     return Plan(DenseSection.model_validate(dense | settings), FinetuneSection(epochs=1, batch_size=256), sections)
 
 
-def test_nothing_is_begun_when_time_is_up(digits: Dataset, tmp_path: Path) -> None:
-    asked = 0
+def test_starts_nothing_when_time_is_up(digits: Dataset, tmp_path: Path) -> None:
+    checks = 0
 
     def after_some_steps() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > 14
+        nonlocal checks
+        checks += 1
+        return checks > 14
 
     plan = some_plan(batch_size=256)
     assert work_through({"plain": plan}, digits, tmp_path, tmp_path, 3, after_some_steps) == WORK_LEFT
     (folder,) = tmp_path.glob("plain-*")
-    begun = {path.name.split("-")[1] for path in folder.glob("checkpoints-*")}
-    assert begun == {"l1"}
+    started = {path.name.split("-")[1] for path in folder.glob("checkpoints-*")}
+    assert started == {"l1"}
     assert work_through({"plain": plan}, digits, tmp_path, tmp_path, 3, Deadline(0)) == WORK_LEFT
-    assert asked == 15
+    assert checks == 15
     assert set(json.loads((tmp_path / "accuracy-plain.json").read_text())["variants"]) == {"none-0"}
 
 
-def test_several_variants_at_a_time(digits: Dataset, tmp_path: Path) -> None:
+def test_measures_several_variants_at_a_time(digits: Dataset, tmp_path: Path) -> None:
     plan = some_plan(batch_size=64)
     assert work_through({"plain": plan}, digits, tmp_path, tmp_path, 1, Deadline(60), jobs=2) == 0
     rows = json.loads((tmp_path / "accuracy-plain.json").read_text())["variants"]
     assert set(rows) == {"none-0", "l1-0", "random-0"}
-    assert {row["speedup"] for row in rows.values()} == {None}  # two at a time are in each other's way
+    assert {row["speedup"] for row in rows.values()} == {None}  # speedups need an otherwise idle machine
 
 
-def test_an_error_ends_the_work(digits: Dataset, tmp_path: Path) -> None:
+def test_errors_end_the_benchmark(digits: Dataset, tmp_path: Path) -> None:
     plan = some_plan(arguments={"in_channels": 3})
     for jobs in (1, 2):
         with pytest.raises(RuntimeError, match="channels"):
             work_through({"plain": plan}, digits, tmp_path / str(jobs), tmp_path, 1, Deadline(60), jobs=jobs)
 
 
-def test_what_was_measured_elsewhere_is_not_measured_again(digits: Dataset, tmp_path: Path) -> None:
-    """As long as the dense network is the same one and a variant's settings are the same."""
+def test_reuses_figures_measured_elsewhere(digits: Dataset, tmp_path: Path) -> None:
+    """This requires the same dense network and the same settings of the variant."""
     weights = tmp_path / "dense.safetensors"
     save_file(make_model("tests.networks:Plain", in_channels=1).state_dict(), weights)
     dense = {"model": "tests.networks:Plain", "arguments": {"in_channels": 1}}
@@ -165,7 +165,7 @@ def test_what_was_measured_elsewhere_is_not_measured_again(digits: Dataset, tmp_
 
 
 @pytest.mark.parametrize("network", ["resnet20", "resnet56", "resnet50"])
-def test_what_is_measured_is_the_preset(network: str, cache: Cache) -> None:
+def test_plans_match_the_presets(network: str, cache: Cache) -> None:
     config, plan = load_config(find_config(f"cifar10-{network}", cache)), plans()[network]
     assert plan.dense.model_dump(exclude={"weights"}) == config.dense.model_dump(exclude={"weights"})
     assert plan.finetune == config.finetune
@@ -175,7 +175,7 @@ def test_what_is_measured_is_the_preset(network: str, cache: Cache) -> None:
         assert variant.model_dump(exclude=same) == by_name[name].model_dump(exclude=same)
 
 
-def test_fine_tuning_can_be_longer_than_a_sitting_on_two_cores_allows() -> None:
+def test_fine_tuning_settings_can_be_changed() -> None:
     usual, longer = plans()["resnet20"], plans(changes={"epochs": 100})["resnet20"]
     assert longer.finetune == usual.finetune.model_copy(update={"epochs": 100})
 
@@ -201,12 +201,12 @@ def test_markers_are_replaced_by_tables_cells_and_means() -> None:
         render("<!-- cell: t / medium / top-1 --><!-- end -->", {"t": table})
 
 
-def test_it_needs_little_to_be_installed(tmp_path: Path) -> None:
-    """What a bare machine with PyTorch has not got."""
+def test_runs_without_optional_packages(tmp_path: Path) -> None:
+    """Hides the packages that a bare machine with PyTorch lacks."""
     absent = "boto3 botocore mlflow tqdm kfp rich plotly jinja2 yaml sklearn scipy matplotlib psutil docker onnx pynvml"
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({absent.split()!r}))  # importing what is None there fails
+sys.modules.update(dict.fromkeys({absent.split()!r}))  # importing them fails
 import numpy as np
 from pathlib import Path
 from scop import make_model

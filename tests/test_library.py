@@ -1,4 +1,4 @@
-"""The library in its caller's process, and without the packages that only the pipeline needs."""
+"""Tests of the library's side effects on its caller, and of its use without the pipeline's packages."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_pruning_leaves_the_callers_process_alone_and_prints_nothing() -> None:
+def test_pruning_has_no_side_effects_and_prints_nothing() -> None:
     result = python(_PRUNE)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -57,7 +57,7 @@ def test_pruning_needs_no_optional_package() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_missing_package_is_reported_with_the_extra_that_installs_it() -> None:
+def test_names_the_extra_that_installs_a_missing_package() -> None:
     result = python(_HIDE + "from pipelines.cli.main import main\nsys.exit(main(['run']))")
     assert result.returncode == 2
     assert result.stderr.startswith("scop: error: module yaml is not installed; run: pip install 'scop[pipeline]'")

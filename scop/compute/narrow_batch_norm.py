@@ -1,10 +1,10 @@
-"""Batch norm of narrow feature maps, fast on CPUs.
+"""Fast batch norm of narrow feature maps on CPUs.
 
-PyTorch's kernels for channels-last memory work on 16 channels at a time. Pruned layers have 9 or 18, and fall off that
-road: a batch norm of 9 channels takes twice as long as one of 16. But to a kernel that only sees memory, k neighbouring
-pixels of C channels are one pixel of k * C channels. Statistics of these are combined to those of the C channels, and
-the normalisation itself is the same. With k * C a multiple of 16 everything runs at full width: 3.3 times as fast for 9
-channels, twice for 18 (bf16, two cores).
+PyTorch's channels-last kernels process 16 channels at a time. With other widths, such as the 9 or 18 channels of pruned
+layers, they are slow: a batch norm of 9 channels takes twice as long as one of 16. In memory, k adjacent pixels of C
+channels look like one pixel of k * C channels. So the kernel is called with k * C channels, a multiple of 16, and its
+statistics are combined to those of the C channels. This is 3.3 times as fast for 9 channels and twice as fast for 18
+(bf16, two cores).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 _LANES = 16
 _WIDEST = 32
-"""From here on the kernels are fast enough by themselves."""
+"""From this width on, the kernels are fast enough."""
 
 
 class NarrowBatchNorms(TorchFunctionMode):
-    """Within, batch norms in training take the fast way where there is one; all else is as before."""
+    """In this context, batch norms in training are folded where that is faster."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -44,7 +44,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`, by folding where that helps."""
+    """Compute `torch.nn.functional.batch_norm`, folded where that is faster."""
     fold = _fold_of(x)
     if not training or fold == 1 or weight is None or bias is None:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -58,7 +58,7 @@ def _batch_norm(
 
 
 def _fold_of(x: Tensor) -> int:
-    """How many pixels to take for one, or 1 where folding does not help."""
+    """Return the number of pixels to fold into one; 1 if folding does not help."""
     if x.dim() != 4 or x.device.type != "cpu" or x.is_contiguous():
         return 1
     channels = x.shape[1]
@@ -74,12 +74,12 @@ class _FoldedBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, fold: int) -> tuple[Tensor, ...]:
         folded = _folded(x, fold)
         ones = torch.ones(folded.shape[1])
-        # float32 weights make the kernel give float32 statistics of bfloat16 maps.
+        # With float32 weights, the kernel returns float32 statistics of bfloat16 maps.
         _, means, inverses = torch.native_batch_norm(folded, ones, torch.zeros_like(ones), None, None, True, 0.0, eps)
         means, variances = means.view(fold, -1), (inverses.square().reciprocal() - eps).view(fold, -1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
-        # One repetition for all: on tensors this small it is the number of operations that costs.
+        # A single repetition: with tensors this small, the number of operations determines the time.
         repeated = torch.stack((mean, var, weight.float(), bias.float())).repeat(1, fold)
         means, variances, scales, shifts = repeated.unbind()
         output = F.batch_norm(folded, means, variances, scales, shifts, False, 0.0, eps)
@@ -95,7 +95,7 @@ class _FoldedBatchNorm(torch.autograd.Function):
         means, variances, scales, _ = repeated.unbind()
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         folded = _folded(x, fold)
-        # As if the statistics were constants: gives the sums that the weight's and the bias's gradients are.
+        # Gradients with constant statistics; those of the weight and the bias are sums over the batch.
         direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             _folded(gradient, fold),
             folded,
@@ -109,7 +109,7 @@ class _FoldedBatchNorm(torch.autograd.Function):
             [True, True, True],
         )
         sums = torch.stack((by_weight, by_bias)).view(2, fold, -1).sum(1)
-        # Through the statistics flows -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
+        # Through the statistics: -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
         share = weight.float() * (var + eps).rsqrt() * (-x.shape[1] / x.numel())
         scales, shifts = (sums * share).repeat(1, fold).unbind()
         through = F.batch_norm(folded, means, variances, scales, shifts, False, 0.0, eps)
@@ -118,11 +118,11 @@ class _FoldedBatchNorm(torch.autograd.Function):
 
 
 def _folded(x: Tensor, fold: int) -> Tensor:
-    """(N, C, H, W), channels last -> (N*H*W/fold, fold*C, 1, 1), the same memory, also channels last."""
+    """View (N, C, H, W), channels last, as (N*H*W/fold, fold*C, 1, 1), channels last."""
     width = fold * x.shape[1]
     return x.as_strided((x.numel() // width, width, 1, 1), (width, 1, width, width))
 
 
 def _unfolded(folded: Tensor, like: Tensor) -> Tensor:
-    # Not a view: the network may go on in place, which autograd forbids for views that a Function returns.
+    # Not a view: autograd forbids in-place operations on views that a Function returns.
     return folded.new_empty(0).set_(folded.untyped_storage(), 0, like.shape, like.stride())

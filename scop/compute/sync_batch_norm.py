@@ -1,7 +1,7 @@
-"""Batch norm over the whole batch, of which every process holds a share.
+"""Batch norm over the whole batch when every process holds a shard of it.
 
-`torch.nn.SyncBatchNorm` runs on GPUs only, and takes the place of the network's own modules. This runs anywhere, gloo
-on CPUs included, and leaves the network as it is.
+`torch.nn.SyncBatchNorm` runs on GPUs only and replaces the network's modules. This version also runs on CPUs, with
+gloo, and does not change the network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class SynchronisedBatchNorms(TorchFunctionMode):
-    """Within, batch norms in training take the statistics of all processes' shares, which must be of equal size."""
+    """In this context, batch norms in training use the statistics of all processes' shards, which have equal sizes."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -37,7 +37,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`, synchronised in training."""
+    """Compute `torch.nn.functional.batch_norm`, synchronised in training."""
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.ones(x.shape[1], device=x.device) if weight is None else weight
@@ -52,7 +52,7 @@ def _batch_norm(
 
 
 class _SynchronisedBatchNorm(torch.autograd.Function):
-    """Batch norm in training of (N, C, ...), a share of the batch; returns (output, mean, biased variance) of all."""
+    """Batch norm in training of a shard (N, C, ...); returns (output, mean, biased variance) of the whole batch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
         variances, means = torch.stack(every, 1)
-        # Exact for shares of equal size, and safe: E[x^2] - E[x]^2 would cancel.
+        # Exact for shards of equal size, and without the cancellation of E[x^2] - E[x]^2.
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
         output = F.batch_norm(x, mean, var, weight.float(), bias.float(), False, 0.0, eps)
@@ -73,7 +73,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
-        # As if the statistics were constants: gives the sums that the weight's and the bias's gradients are.
+        # Gradients with constant statistics; those of the weight and the bias are sums over the batch.
         direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0].contiguous(memory_format=torch.channels_last) if x.dim() == 4 else gradients[0],
             x,
@@ -89,7 +89,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         sums = torch.stack((by_weight, by_bias)).float()
         over_all = sums.clone()
         dist.all_reduce(over_all)
-        # Through the statistics flows -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
+        # Through the statistics: -weight / sigma * (mean(g) + x_hat mean(g x_hat)) (Ioffe and Szegedy, 2015).
         count = x.numel() / x.shape[1] * dist.get_world_size()
         scale, shift = over_all * (-weight.float() * (var + ctx.eps).rsqrt() / count)
         through = F.batch_norm(x, mean, var, scale, shift, False, 0.0, ctx.eps)

@@ -12,17 +12,39 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 INPUT, OUTPUT = "images", "logits"
 
 
-def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
+def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
+    """Trace a float32 copy of a network with a dynamic batch size, for both exports.
+
+    The graph's stack traces, which name source files of this machine, are removed.
+
+    Args:
+        model: the network.
+        images: normalised images (B, C, H, W), with B at least 2.
+    """
+    model = _prepared(model)
+    with _quiet():
+        batch = {_argument(model): {0: torch.export.Dim("batch", min=1)}}
+        program = torch.export.export(model, (images,), dynamic_shapes=batch)
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def export_onnx(model: nn.Module, images: Tensor, path: Path, program: ExportedProgram | None = None) -> float:
     """Write an ONNX file with a dynamic batch size, run it in onnxruntime and compare the logits.
 
     Args:
         model: the network; a float32 copy is exported.
         images: normalised images (B, C, H, W) for the comparison, with B at least 2.
         path: the file to write; it includes the weights.
+        program: result of `trace`, if there is one already.
 
     Returns:
         The largest difference between the logits of PyTorch and onnxruntime, as defined by `logit_difference`.
@@ -30,30 +52,22 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
     import onnxruntime
 
     model = _prepared(model)
+    program = program or trace(model, images)
     with _quiet():
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes={_argument(model): {0: torch.export.Dim("batch", min=1)}},
-        )
-    assert program is not None
-    program.save(str(path), external_data=False)
+        exported = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT])
+    assert exported is not None
+    exported.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return _largest_difference(
         model, images, lambda part: torch.from_numpy(session.run(None, {INPUT: part.numpy()})[0])
     )
 
 
-def export_pt2(model: nn.Module, images: Tensor, path: Path) -> float:
+def export_pt2(model: nn.Module, images: Tensor, path: Path, program: ExportedProgram | None = None) -> float:
     """Write a .pt2 file with a dynamic batch size, load it and compare; arguments and result as for `export_onnx`."""
     model = _prepared(model)
+    program = program or trace(model, images)
     with _quiet():
-        program = torch.export.export(
-            model, (images,), dynamic_shapes={_argument(model): {0: torch.export.Dim("batch", min=1)}}
-        )
         torch.export.save(program, path)
         loaded = torch.export.load(path).module()
     return _largest_difference(model, images, loaded)

@@ -15,7 +15,7 @@ from scop.config.parsing import Section
 from scop.data.dataset import load_dataset
 from scop.errors import UserError
 from scop.models.artifacts import DESCRIPTION, WEIGHTS, load_model, load_surgery
-from scop.models.export import export_onnx, export_pt2
+from scop.models.export import export_onnx, export_pt2, trace
 from scop.runtime.result import StepResult
 from scop.runtime.step import Context
 from scop.steps.common import evaluation_batches
@@ -52,12 +52,12 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     # With the pruned model's weights and description, the folder is all that a user needs.
     for name in (WEIGHTS, DESCRIPTION):
         shutil.copyfile(inputs.pruned / name, folder / name)
-    surgery = load_surgery(inputs.pruned)
+    surgery, program = load_surgery(inputs.pruned), trace(model, images)
     differences = {
         "masked_pruned": surgery["masked_pruned"],
         "pruned_reloaded": surgery["pruned_reloaded"],
-        "pruned_onnx": export_onnx(model, images, onnx),
-        "pruned_pt2": export_pt2(model, images, folder / "model.pt2"),
+        "pruned_onnx": export_onnx(model, images, onnx, program),
+        "pruned_pt2": export_pt2(model, images, folder / "model.pt2", program),
     }
     for what, difference in differences.items():
         if not difference <= config.export.tolerance:

@@ -1,6 +1,6 @@
-"""`make bench`: run the benchmarks, print a table, write JSON with machine and versions.
+"""`make bench`: run the speed benchmarks, print a table, and write JSON with machine and versions.
 
-Name some to run only these: ``make bench ARGS="batches finetuning"``.
+Names select benchmarks: ``make bench ARGS="batches finetuning"``.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ RESULTS = Path(__file__).parent / "results" / "speed.json"
 
 
 def main(names: list[str]) -> int:
-    """Run benchmarks by name, all by default; returns 1 where one misses its bound."""
+    """Run benchmarks by name, all by default. Return 1 if one misses its bound, 2 if a name is unknown."""
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        print(f"no benchmark {unknown[0]!r} (known: {', '.join(BENCHMARKS)})", file=sys.stderr)
+        print(f"unknown benchmark {unknown[0]!r} (known: {', '.join(BENCHMARKS)})", file=sys.stderr)
         return 2
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     missed = 0
     for name in names or BENCHMARKS:
         run, turns = BENCHMARKS[name]
         results[name] = {**run(turns), "machine": machine(), "command": f"make bench ARGS={name}"}
-        for label, value, bound, kept in _figures(name, results[name]):
-            missed += not kept
-            print(f"{label:24} {value:8.3f}   {bound:14} {'' if kept else 'MISSED'}", flush=True)
+        for label, value, bound, met in _figures(name, results[name]):
+            missed += not met
+            print(f"{label:24} {value:8.3f}   {bound:14} {'' if met else 'MISSED'}", flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if missed else 0
 
 
 def _figures(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """(label, figure, bound, whether it is kept) of a benchmark, which has one figure or several with names."""
+    """Return (label, figure, bound, whether it is met) for each figure of a benchmark."""
     if "at_most" in result or "at_least" in result:
         value = float(result["ratio"] if "ratio" in result else result["seconds"])
         if "at_most" in result:

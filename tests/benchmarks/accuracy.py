@@ -1,9 +1,9 @@
-"""`make bench-accuracy`, `make bench-gpu`: what networks lose by pruning, on the shared CIFAR-10.
+"""`make bench-accuracy`, `make bench-gpu`: accuracy of pruned networks on the shared CIFAR-10.
 
-Each is given or trained, then pruned and fine-tuned in several ways and by several seeds, by the presets' settings. A
-call works for some minutes, stops by itself, and goes on where it stopped when it is called again; exit code 3 says
-that work is left. It writes accuracy-NETWORK.json with each variant that is ready. On a machine that has no more than
-torch, torchvision, numpy, safetensors, pydantic and torch-pruning: ``python -m tests.benchmarks.accuracy resnet56``.
+Each network is loaded or trained, then pruned and fine-tuned in several ways and with several seeds, with the presets'
+settings. A call works for some minutes and stops; the same command resumes. Exit code 3 means that work is left. Each
+finished variant is written to accuracy-NETWORK.json. The command ``python -m tests.benchmarks.accuracy resnet56``
+requires only torch, torchvision, numpy, safetensors, pydantic and torch-pruning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
 WEIGHTS = ROOT.parent / "shared" / "weights" / "resnet20-cifar10.safetensors"
 RESNET56 = Path(__file__).parent / "weights" / "resnet56-cifar10.safetensors"
-"""As the plan of ResNet-56 trained it on an H200, 89.65 %; convolutions and the last layer in float16, 89.63 % so."""
+"""Trained by the plan of ResNet-56 on an H200: 89.65 %, and 89.63 % with convolutions and last layer in float16."""
 
 _AUGMENTED: dict[str, Any] = {"crop_padding": 4, "flip": True, "schedule": "one_cycle"}
 _DENSE: dict[str, Any] = _AUGMENTED | {"batch_size": 512}
@@ -49,14 +49,15 @@ def _variants(budget: dict[str, float]) -> dict[str, VariantSection]:
 def plans(
     weights: Path | None = WEIGHTS, compiled: bool = False, changes: Mapping[str, Any] | None = None
 ) -> dict[str, Plan]:
-    """By name; resnet56 and resnet50 are sized for 25 minutes on one data-centre GPU with one seed.
+    """Return the plans by name.
 
-    Two cores carry the others: resnet56-short is a first look at ResNet-56, whose fine-tuning has not come to its end.
+    resnet56 and resnet50 are sized for 25 minutes on one data-centre GPU with one seed, the others for two CPU cores.
+    resnet56-short gives a first result for ResNet-56: its fine-tuning is too short to converge.
 
     Args:
-        weights: of ResNet-20; it is trained where there are none. Those of ResNet-56 are here.
-        compiled: train through torch.compile.
-        changes: to the settings of fine-tuning.
+        weights: weights of ResNet-20, which is trained without them. Those of ResNet-56 are in this folder.
+        compiled: train with torch.compile.
+        changes: changes to the fine-tuning settings.
     """
     more = {"compile": compiled}
     changed: dict[str, Any] = {**more, **(changes or {})}
@@ -126,39 +127,39 @@ def plans(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 when all is done, 3 while work is left."""
+    """Return 0 if all is done, 3 if work is left."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.accuracy", description=__doc__)
     parser.add_argument(
         "networks",
         nargs="*",
         help=f"{', '.join(plans())}; all by default",
     )
-    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="the images (default: %(default)s)")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of ResNet-20 (default: %(default)s)")
-    parser.add_argument("--train", action="store_true", help="train dense networks that have weights, too")
-    parser.add_argument("--work", type=Path, default=WORK, help="what is kept between calls (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where JSON goes (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="of each network, three at most (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", help="these variants; none for just the dense network")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="archive of images (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights of ResNet-20 (default: %(default)s)")
+    parser.add_argument("--train", action="store_true", help="train all dense networks, even if weights exist")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for intermediate files (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for JSON files (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="maximum number of minutes (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds per network, at most 3 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel variants (default: %(default)s)")
+    parser.add_argument("--only", nargs="*", help="only these variants; without names, only the dense network")
     parser.add_argument(
         "--steps",
         choices=("replayed", "compiled", "launched"),
         default="replayed" if torch.cuda.is_available() else "launched",
-        help="replayed as CUDA graphs, through torch.compile, or as they are (default: %(default)s)",
+        help="how training steps run: as CUDA graphs, with torch.compile, or unchanged (default: %(default)s)",
     )
     parser.add_argument(
-        "--finetune", type=json.loads, help='changes to its settings, as {"epochs": 100} (default: none)'
+        "--finetune", type=json.loads, help='changes to the fine-tuning settings, such as {"epochs": 100}'
     )
     options = parser.parse_args(arguments)
     deadline = Deadline(options.minutes)
     every = plans(options.weights, options.steps == "compiled", options.finetune)
     unknown = [name for name in options.networks if name not in every]
     if unknown:
-        parser.error(f"no network {unknown[0]!r} (known: {', '.join(every)})")
+        parser.error(f"unknown network {unknown[0]!r} (known: {', '.join(every)})")
     if options.steps == "replayed" and not torch.cuda.is_available():
-        parser.error("--steps replayed needs a GPU, and there is none; leave it out")
+        parser.error("--steps replayed needs a GPU, but none was found; use --steps launched")
     chosen = {name: every[name] for name in options.networks or every}
     if options.train:
         chosen = {

@@ -1,4 +1,4 @@
-"""`scop compare` on experiments of 1,000 and 10,000 measured networks, against a local MLflow server."""
+"""Speed of `scop compare` on experiments of 1,000 and 10,000 results, with a local MLflow server."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.fakes.results import METHODS, result
 
 ROOT = Path(__file__).parents[2]
 AT_MOST = {1_000: 5.0, 10_000: 30.0}
-"""Seconds, from the command's start to its end."""
+"""Number of results -> maximum seconds of the command."""
 IMAGES = 10_000
-"""In the test split, CIFAR-10's."""
+"""Size of CIFAR-10's test split."""
 
 _MEASURED = """
 import resource, subprocess, sys
@@ -33,7 +33,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def compare(turns: int) -> dict[str, Any]:
-    """`scop compare NAME --group-by ...`, the start included; rows are as wide as those of step evaluate."""
+    """Time `scop compare NAME --group-by ...`, including its start, on rows as wide as those of step evaluate."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -51,16 +51,16 @@ def compare(turns: int) -> dict[str, Any]:
 
 
 def timed(command: list[str], environment: Mapping[str, str]) -> tuple[float, float]:
-    """Seconds that a command took, and MiB that its process held at most."""
+    """Return the wall time of a command in seconds and its peak memory in MiB."""
     started = time.perf_counter()
-    # By a process in between, since Linux counts what the one that starts another holds itself.
+    # An intermediate process starts the command: the peak that Linux reports includes the parent's memory at the fork.
     whole = [sys.executable, "-c", _MEASURED, *command]
     result = subprocess.run(whole, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return time.perf_counter() - started, int(result.stdout) / 2**10
 
 
 def fill(database: Path, experiment: str, count: int) -> None:
-    """Write runs straight into the tables of MLflow's database; by its API ten thousand take half an hour."""
+    """Write runs directly into MLflow's database: through its API, 10,000 runs take half an hour."""
     from mlflow.store.tracking.dbmodels import models
     from mlflow.tracking import MlflowClient
     from sqlalchemy import create_engine, insert
@@ -74,7 +74,7 @@ def fill(database: Path, experiment: str, count: int) -> None:
     for number in range(count):
         row = result(list(METHODS)[number % 3], 0.1 + 0.01 * (number % 60), number // 180)
         run = uuid.uuid4().hex
-        failed = number % 100 == 99  # as one in a hundred does
+        failed = number % 100 == 99
         values = {"run_uuid": run, "name": f"{row.name} evaluate", "experiment_id": int(own)}
         values |= {"status": "FAILED" if failed else "FINISHED"}
         values |= {"start_time": now + number, "end_time": now + number + 1, "lifecycle_stage": "active"}

@@ -1,8 +1,8 @@
 """Training steps of small networks replayed as CUDA graphs, for the benchmarks on a GPU.
 
-Launching such a network's kernels one by one takes longer than running them, so all of a step is captured once, from
-the images to the moved weights and their average, and replayed from then on. Before that is believed, losses of both
-ways are compared on the GPU at hand. It is in no setting of the configuration until it has been seen to work on one.
+Launching the kernels of such a network takes longer than running them. A whole step, from the images to the updated
+weights and their average, is therefore captured once and then replayed. `check_replays` first compares the losses of
+replayed and launched steps on the GPU. No configuration setting enables replays until they are verified on a GPU.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tests.benchmarks.measure import take_turns
 
 _WARMUP = 3
 _CHECKED = 20  # steps
-_TOLERANCE = 0.01  # of the loss; bf16, and kernels that add up in another order
+_TOLERANCE = 0.01  # relative difference of the losses, from bf16 and another order of sums
 
 
 class Replayed(Step):
-    """Steps that are the first few times launched, which is what libraries settle their algorithms in, then replayed.
+    """Launches the first few steps, in which libraries choose their algorithms, then replays a captured step.
 
-    For SGD, in one process, and an objective that does the same for every batch of an epoch and waits for no result.
-    The learning rate may change: the captured step reads it on the GPU.
+    Requires SGD, a single process, and an objective that runs the same operations for every batch of an epoch without
+    waiting for the GPU. The learning rate may change: the captured step reads it from GPU memory.
     """
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
@@ -43,13 +43,13 @@ class Replayed(Step):
         self._attentive = True
         self._rates: list[Tensor] = []
         for group in optimizer.param_groups:
-            group["foreach"], group["fused"] = False, True  # only fused kernels read a rate on the GPU
+            group["foreach"], group["fused"] = False, True  # only fused kernels read the learning rate from GPU memory
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         if images.device.type != "cuda":
-            raise ValueError(f"only a GPU replays steps, and these images are on {images.device}")
+            raise ValueError(f"steps can be replayed only on a GPU, but the images are on {images.device}")
         attentive = getattr(self.objective, "attentive", True)
-        if attentive != self._attentive:  # another step than the one that was captured
+        if attentive != self._attentive:  # the captured step is another one
             self._attentive, self._graph, self._taken = attentive, None, 0
         if self._taken < _WARMUP:
             self._taken += 1
@@ -68,12 +68,12 @@ class Replayed(Step):
         return self._loss.clone(), None if self._logits is None else self._logits.clone()
 
     def _capture(self, images: Tensor, labels: Tensor) -> None:
-        """Note down what a step does, without doing it."""
+        """Capture a step without running it."""
         self._images, self._labels = images.clone(), labels.clone()
         groups = self.optimizer.param_groups
         numbers = [group["lr"] for group in groups]
         self._rates = [torch.tensor(number, device=images.device) for number in numbers]
-        self.optimizer.zero_grad(set_to_none=True)  # so that gradients lie in the graph's own memory
+        self.optimizer.zero_grad(set_to_none=True)  # gradients must be in the graph's memory pool
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate
         self._graph = torch.cuda.CUDAGraph()
@@ -84,11 +84,11 @@ class Replayed(Step):
 
 
 def compare(model: str, section: FinetuneSection) -> dict[str, float]:
-    """Milliseconds of a step in both ways, and by how much their losses differ in the first few.
+    """Return the milliseconds of launched and replayed steps and the largest relative difference of their losses.
 
     Args:
-        model: a factory's name.
-        section: how it is trained; with its own copy as teacher, on noise.
+        model: name of a factory.
+        section: training settings. The teacher is a copy of the model, the images are noise.
     """
     device = pick_device()
     torch.manual_seed(0)
@@ -115,9 +115,13 @@ def compare(model: str, section: FinetuneSection) -> dict[str, float]:
 
 
 def check_replays(networks: Mapping[str, tuple[str, FinetuneSection]]) -> None:
-    """Print what replaying gains, for networks given as (factory, settings); raises SystemExit where it is wrong."""
+    """Print the speed of launched and replayed steps of networks, given as (factory, settings).
+
+    Raises:
+        SystemExit: the losses of launched and replayed steps differ.
+    """
     for name, (model, section) in networks.items():
         figures = compare(model, section)
         print(name, json.dumps({key: round(value, 4) for key, value in figures.items()}), flush=True)
         if not figures["losses_apart"] < _TOLERANCE:
-            raise SystemExit(f"{name}: replayed steps do not train as launched ones do; give --steps compiled")
+            raise SystemExit(f"{name}: losses of replayed and launched steps differ; use --steps compiled")

@@ -1,4 +1,4 @@
-"""Timing by turns: what is compared takes turns in one process, so that a noisy machine is noisy for all."""
+"""Alternating measurements in one process, so that noise of the machine affects all candidates alike."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from scop.compute.device import describe_device, pick_device
 from scop.system.revision import git_revision
 
 _REVISION = git_revision()
-"""Of the code that runs; the checkout may be another one when hours of work have ended."""
+"""Revision of the running code, read at import: the checkout may change during hours of work."""
 
 
 def take_turns(work: Mapping[str, Callable[[], object]], turns: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each piece of work.
+    """Return the median seconds of each function, by name.
 
     Args:
-        work: by name.
-        turns: timed rounds; in each every piece runs once.
-        warmup: rounds before these.
+        work: functions by name.
+        turns: number of timed rounds; each runs every function once.
+        warmup: number of rounds before them that are not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(warmup + turns):
@@ -43,7 +43,7 @@ def take_turns(work: Mapping[str, Callable[[], object]], turns: int, warmup: int
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """Return the machine, versions, revision and date that are stored with a figure."""
     return {
         "device": describe_device(pick_device()),
         "cores": os.cpu_count(),
@@ -55,5 +55,5 @@ def machine() -> dict[str, Any]:
 
 
 def settings_hash(*settings: object) -> str:
-    """Of what a figure was made with."""
+    """Hash the settings that a figure depends on."""
     return sha256(json.dumps(settings).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""`make bench-quality`: how good each source's knockoffs are, and what the knockoff filter makes of them.
+"""`make bench-quality`: quality of each source's knockoffs, and share of channels that the knockoff filter keeps.
 
-On the shared ResNet-20 and CIFAR-10; minutes on two cores.
+Uses the shared ResNet-20 and CIFAR-10; takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ SOURCES: dict[str, dict[str, Any]] = {
     "gaussian at distance 0.5": {"source": "gaussian", "gaussian": {"distance": 0.5}},
     "generator": {"source": "generator", "generator": {"epochs": 10}},
 }
-"""The generator's epochs are of as many batches as in `make bench-scores`: 400 steps, eight minutes."""
+"""Knockoff settings by name. The generator trains as briefly as in `make bench-scores`: 400 steps, eight minutes."""
 RATES = (0.1, 0.2)
 """False-discovery rates."""
 SURE = 2.0
-"""Standard errors of W."""
+"""Threshold of W, in standard errors."""
 
 
 def main(names: list[str]) -> int:
-    """Sources by name, all by default."""
+    """Measure sources by name, all by default."""
     path, device = RESULTS / "quality-resnet20.json", pick_device()
     dataset = images(ARCHIVE, ROOT / "runs" / "benchmarks" / "cifar10")
     model = make_model("resnet20")

@@ -1,19 +1,19 @@
-"""Remedies for published gates, most of which end near 1; none of them is in the product, see docs/experiments.md.
+"""Remedies for published gates, most of which end near 1. The product contains none of them; see docs/experiments.md.
 
-The gates are trained as published, but open from the start and under a pull: the mean gate of a layer is brought to the
-share of its channels that is to stay, so that one gate is open at the cost of another.
+The gates are trained as published, but start open and compete: the mean gate of a layer is pulled to the share of
+channels to keep.
 
 penalty
-    the loss and ``price mean(s)`` of each layer, at a fixed price;
+    adds ``price mean(s)`` of each layer to the loss, at a fixed price;
 dual variable
-    the same, and a layer's price rises while its mean is above the target, and falls while it is below;
+    the same, but a layer's price rises while its mean is above the target and falls while it is below;
 projection
-    after each step the nearest gates of that mean, ``clamp(s - shift, 0, 1)``;
+    replaces the gates after each step by the nearest gates with at most the target mean, ``clamp(s - shift, 0, 1)``;
 temperature
-    ``s = sigmoid(theta / T)``, T falling from 1 to 0.1, with dual variables: gates end open or shut.
+    ``s = sigmoid(theta / T)`` with dual variables; T falls from 1 to 0.1, so that gates end open or closed.
 
-``path`` has no pull: the gates begin at 1/2 as published, and are scored by their means over all steps, so that what
-opens first counts most.
+``path`` has no pull: the gates start at 1/2 as published and are scored by their means over all steps, so that gates
+that open first score highest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from scop.training.loop import TrainingBatches, fit
 REMEDIES = ("penalty", "dual variable", "projection", "temperature", "path")
 EPOCHS = 4
 TARGET = 0.55
-"""What a rate of 0.45 leaves; the mean falls there from 1 in the first half of the steps, if something moves it."""
+"""Share of channels that a rate of 0.45 keeps. The target mean falls from 1 to it in the first half of the steps."""
 _LR = 0.02
 _PENALTY, _DUAL_RATE = 0.1, 0.05
 _OPEN, _COLDEST = 3.0, 0.1
@@ -50,12 +50,12 @@ SETTINGS = {
 
 
 class Scarce(Competition):
-    """The published competition under a remedy.
+    """The published competition with a remedy.
 
     Args:
         remedy: one of `REMEDIES`.
-        steps: of the whole training.
-        given: see `Competition`.
+        steps: number of steps of the whole training.
+        given: arguments of `Competition`.
     """
 
     def __init__(self, remedy: str, steps: int, *given: Any) -> None:
@@ -78,7 +78,7 @@ class Scarce(Competition):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self._remedy != "projection":  # which takes the gates as far out as they went
+        if self._remedy != "projection":  # projection needs the unclamped gates
             super().after_step()
         self._step += 1
         done = self._step / self._steps
@@ -94,13 +94,13 @@ class Scarce(Competition):
             self._path[layer] += gate / self._steps
 
     def ranking(self) -> dict[str, Tensor]:
-        """Layer -> ``|gamma| s`` (channels,), s being where the gates end, or the mean of where they were."""
+        """Return layer -> ``|gamma| s`` (channels,); s is the final gate, or for `path` its mean over all steps."""
         ends = self._path if self._remedy == "path" else self.gates.values()
         return {layer: self.gates.gammas[layer].cpu() * gate.cpu() for layer, gate in ends.items()}
 
 
 class TemperedGates(TrainedGates):
-    """Gates that are sigmoids of their parameters."""
+    """Gates that are sigmoids of their parameters divided by a temperature."""
 
     temperature = 1.0
 
@@ -108,14 +108,14 @@ class TemperedGates(TrainedGates):
         return torch.sigmoid(super().opened(layer, images) / self.temperature)
 
     def after_step(self) -> None:
-        """They are within [0, 1] as they are."""
+        """Do nothing: sigmoids are within [0, 1]."""
 
     def values(self) -> dict[str, Tensor]:
         return {layer: self.opened(layer, 1).detach().float().cpu() for layer, _ in self.named()}
 
 
 def projected(gates: Tensor, mean: float) -> Tensor:
-    """The nearest gates (channels,) in [0, 1] of at most this mean, by bisection of their shift."""
+    """Return the nearest gates (channels,) in [0, 1] with at most this mean, by bisection of the shift."""
     low, high = 0.0, 1.0
     for _ in range(30):
         shift = (low + high) / 2
@@ -126,7 +126,7 @@ def projected(gates: Tensor, mean: float) -> Tensor:
 def ranking(
     remedy: str, model: nn.Module, batches: TrainingBatches, seed: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Scores by layer, from as many steps as the published score has in the benchmark."""
+    """Return scores by layer, trained for as many steps as the published score in the benchmark."""
     assert isinstance(batches, Sized)
     section = KnockoffSection(score="published", epochs=EPOCHS, lr=_LR, seed=seed)
     graph = ChannelGraph(model, (3, 32, 32))

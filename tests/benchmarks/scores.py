@@ -1,14 +1,15 @@
-"""`make bench-scores`: how much a score knows, by three measures that need no fine-tuning.
+"""`make bench-scores`: quality of scores, by three measures that need no fine-tuning.
 
-For each way of scoring and each seed:
+For each score and seed:
 
 - top-1 after surgery and recalibration of the batch norms, at three rates, on 5,000 images of the validation split;
-- rank correlation with what a channel is worth: by how much the loss grows when it alone is removed;
-- over seeds, how far the rankings agree.
+- rank correlation with the importance of a channel, the increase of the loss if it alone is removed;
+- agreement of the rankings between seeds.
 
-And of the published score, how its gates open while they are trained (`saturation`, ResNet-20).
+For the published score, also how its gates open during training (`saturation`, ResNet-20).
 
-Name some to run only these: ``make bench-scores ARGS="resnet20 fisher l1"``. What is there already is left alone.
+Names select networks and scores: ``make bench-scores ARGS="resnet20 fisher l1"``. Figures that the JSON file already
+contains for the same settings are not measured again.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ CACHE = Path(__file__).parents[2] / "runs" / "benchmarks"
 RATES = (0.2, 0.45, 0.6)
 SEEDS = (0, 1, 2)
 BATCHES = 40
-"""Of 256 images, for a score: 10,240 images. A whole epoch changes the figures by less than a seed does."""
+"""Batches of 256 images per score: 10,240 images. A whole epoch changes the figures by less than a seed does."""
 
 Ranking = dict[str, Tensor]
 
@@ -75,25 +76,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "published, batch norm joint": {"score": "published", "epochs": 4, "batch_norm": "joint"},
     "fisher, generator": {"source": "generator", "generator": {"epochs": 10}},
 }
-"""Sections `knockoff` by name. Four epochs of 40 batches are as many steps as a full one has, nearly."""
-
+"""`knockoff` sections by name. Four epochs of 40 batches have nearly as many steps as a full epoch."""
 
 GENERATOR = "fisher, generator"
-"""By itself and with one seed: its training takes longer than all else."""
+"""Measured last and with one seed, since its training takes longest."""
 
 CONTROLS = ("l1", "bn_gamma", "fpgm", "random")
 TRUTH = "removal of one channel"
 SATURATION = "saturation"
 PASSES = 8
-"""Of `BATCHES` batches each, in which the published score's gates are watched."""
+"""Number of passes over `BATCHES` batches in which the published score's gates are recorded."""
 OPEN = 0.95
-"""From here on a gate counts as open: its score is the batch norm's weight to a tenth."""
+"""Smallest gate that counts as open: its score is at least 0.9 of the batch norm's weight."""
 LARGE = ("resnet56",)
-"""Networks that only the default, the published score and the controls are judged on, and not by single removals."""
+"""Networks measured only with the default, the published score and the controls, and without single removals."""
 
 
 def main(arguments: list[str]) -> int:
-    """Networks and ways of scoring by name, all by default."""
+    """Measure networks and scores by name, all by default."""
     networks = [name for name in NETWORKS if name in arguments] or list(NETWORKS)
     every = [*(way for way in SETTINGS if way != GENERATOR), *REMEDIES, *CONTROLS, TRUTH, GENERATOR]
     named = [way for way in [*every, SATURATION] if way in arguments]
@@ -124,12 +124,12 @@ def main(arguments: list[str]) -> int:
 
 
 def section_of(way: str) -> KnockoffSection:
-    """The settings of the knockoff phase."""
+    """Return the settings of the knockoff phase for a score."""
     return KnockoffSection.model_validate({"crop_padding": 4, "flip": True} | SETTINGS[way])
 
 
 def settings_of(network: str, way: str) -> str:
-    """The hash of all that a way's figures come from."""
+    """Hash all settings that a score's figures depend on."""
     made = section_of(way).model_dump() if way in SETTINGS else remedies.SETTINGS if way in REMEDIES else {}
     if way == SATURATION:
         return settings_hash(network, way, section_of("published").model_dump(), BATCHES, PASSES, OPEN)
@@ -137,14 +137,14 @@ def settings_of(network: str, way: str) -> str:
 
 
 class Bench:
-    """One network, and what its scores are judged by."""
+    """A network and the data on which its scores are measured."""
 
     def __init__(self, network: str) -> None:
         self.network, self.device = network, pick_device()
         self.dtype = autocast_dtype(self.device, "auto")
         self.model = NETWORKS[network]().eval()
         self.validation = Batches(dataset()["validation"], dataset().info, 500, self.device)
-        # Without changes, but shuffled: images lie by class.
+        # Not augmented, but shuffled: images are sorted by class.
         self.plain = Batches(dataset()["train"], dataset().info, 256, self.device, Augmentation())
         self.shape = tuple(dataset()["train"].images.shape[1:])
         self.dense_top1 = measure_accuracy(
@@ -153,15 +153,15 @@ class Bench:
         self.truth = None if network in LARGE else self.cached("truth", self._removals)
 
     def moved(self, network: nn.Module) -> nn.Module:
-        """To where it is computed."""
+        """Move a network to the device."""
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def measure(self, way: str) -> dict[str, Any]:
-        """All measures of a way of scoring."""
+        """Return all measures of a score."""
         rankings, seconds = [], []
-        # What has no seed is the same for all.
-        by_chance = (way in SETTINGS and way != GENERATOR) or way in REMEDIES or way == "random"
-        for seed in SEEDS if by_chance else SEEDS[:1]:
+        # Other scores are the same for every seed.
+        seeded = (way in SETTINGS and way != GENERATOR) or way in REMEDIES or way == "random"
+        for seed in SEEDS if seeded else SEEDS[:1]:
             started = time.perf_counter()
             rankings.append(self.ranking(way, seed))
             seconds.append(time.perf_counter() - started)
@@ -172,14 +172,14 @@ class Bench:
             "settings_hash": settings_of(self.network, way),
             "seeds": len(rankings),
             "seconds": round(mean(seconds), 1),
-            "top1": {str(rate): [row[place] for row in top1] for place, rate in enumerate(RATES)},
+            "top1": {str(rate): [row[index] for row in top1] for index, rate in enumerate(RATES)},
             "rank_correlation_with_removal": self.truth
             and round(mean(rank_correlation(ranking, self.truth) for ranking in rankings), 3),
             "agreement_of_seeds": round(mean(pairs), 3) if pairs else None,
         }
 
     def saturation(self) -> dict[str, Any]:
-        """Pass by pass, where the published score's gates stand, and how like the batch norms' weights it ranks."""
+        """Return the published score's gates after each pass, and its correlation with the batch norms' weights."""
         section = section_of("published").model_copy(update={"epochs": PASSES})
         augmentation = Augmentation(crop_padding=4, flip=True)
         batches = First(Batches(dataset()["train"], dataset().info, 256, self.device, augmentation, section.seed))
@@ -206,10 +206,10 @@ class Bench:
         return settings | {"steps": BATCHES, "open": OPEN, "passes": found}
 
     def ranking(self, way: str, seed: int) -> Ranking:
-        """Scores by layer."""
+        """Return scores by layer."""
         if way == TRUTH:
             if self.truth is None:
-                raise SystemExit(f"{self.network}: {TRUTH!r} is not measured, there being too many")
+                raise SystemExit(f"{self.network}: {TRUTH!r} is not measured, since the network has too many channels")
             return self.truth
         if way in CONTROLS:
             variant = VariantSection.model_validate({"method": way, "seed": seed})
@@ -223,7 +223,7 @@ class Bench:
         return dict(train_knockoffs(self.model, batches, section, device=self.device))
 
     def top1(self, way: str, ranking: Ranking, rate: float, seed: int) -> float:
-        """After surgery and recalibration."""
+        """Return top-1 after surgery and recalibration."""
         plan = select_channels(
             self.model,
             ranking,
@@ -238,7 +238,7 @@ class Bench:
 
     @torch.no_grad()
     def _removals(self) -> Ranking:
-        """By how much the loss of 512 training images grows when a channel is held at 0 behind its batch norm."""
+        """Return the increase of the loss on 512 training images if a channel is set to 0 after its batch norm."""
         graph = ChannelGraph(self.model, self.shape)
         network = self.moved(folded_copy(self.model, graph, self.dtype))
         self.plain.set_epoch(1)
@@ -261,7 +261,7 @@ class Bench:
         return found
 
     def cached(self, name: str, make: Callable[[], Ranking]) -> Ranking:
-        """What takes minutes is kept, in a folder that is no part of the repository."""
+        """Return a ranking that takes minutes from the cache; compute it if it does not exist."""
         path = CACHE / f"{self.network}-{name}.pt"
         if not path.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ class Bench:
 
 
 class First:
-    """The first batches of every epoch."""
+    """Yields only the first batches of every epoch."""
 
     def __init__(self, batches: Batches, count: int = BATCHES) -> None:
         self.batches, self.count = batches, count
@@ -287,14 +287,14 @@ class First:
 
 
 def silence(channel: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Forward hook: hold a channel at 0."""
+    """Forward hook: set a channel to 0."""
     output = output.clone()
     output[:, channel] = 0
     return output
 
 
 def rank_correlation(a: Ranking, b: Ranking) -> float:
-    """Spearman's, layer by layer; the mean over layers."""
+    """Return the mean over layers of Spearman's rank correlation."""
     return mean(
         float(torch.corrcoef(torch.stack([a[layer].argsort().argsort(), b[layer].argsort().argsort()]).float())[0, 1])
         for layer in b
@@ -304,26 +304,26 @@ def rank_correlation(a: Ranking, b: Ranking) -> float:
 
 @cache
 def dataset() -> Dataset:
-    """The shared CIFAR-10, of which a tenth of the training images is for validation."""
+    """Return the shared CIFAR-10 with a tenth of the training images as validation split."""
     return images(SHARED / "data" / "cifar10-jpeg.tar.gz", CACHE / "cifar10-validation", validation=0.1)
 
 
 def given_resnet20() -> nn.Module:
-    """The shared weights."""
+    """Return ResNet-20 with the shared weights."""
     model = make_model("resnet20")
     load_weights(model, str(SHARED / "weights" / "resnet20-cifar10.safetensors"))
     return model
 
 
 def given_resnet56() -> nn.Module:
-    """The weights beside this file."""
+    """Return ResNet-56 with the weights in this folder."""
     model = make_model("resnet56")
     load_weights(model, str(RESNET56))
     return model
 
 
 def trained_vgg() -> nn.Module:
-    """A narrow VGG, trained here for ten epochs."""
+    """Return a narrow VGG, trained for ten epochs on first use."""
     path, device = CACHE / "vgg.pt", pick_device()
     model = make_model("tests.networks:Vgg")
     if path.exists():

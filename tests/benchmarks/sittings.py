@@ -1,6 +1,6 @@
-"""Work that takes longer than a sitting: each call goes on where the last one stopped, until its time is up.
+"""Long benchmarks in several calls: each call resumes the last one and stops when its time is up.
 
-What is in the JSON file already, by the same settings, is not done again, wherever it was measured.
+Figures that the JSON file already contains for the same settings are not measured again, even on another machine.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from scop.errors import Stopped
 from tests.benchmarks.work import Plan, Work
 
 WORK_LEFT = 3
-"""The exit code of a call after which another one is needed."""
+"""Exit code of a call that leaves work to do."""
 Task = tuple[Work, Callable[[], None]]
-"""What is to be done, and for which network."""
+"""A network's work, and a function that does part of it."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """Whether so many minutes have passed since it was made, in whichever process of this machine.
+    """Callable that returns whether the time is up, in any process of this machine.
 
     Attributes:
-        minutes: how long there is time.
-        made: when it began, by the monotonic clock, in seconds.
+        minutes: time available.
+        made: start of that time on the monotonic clock, in seconds.
     """
 
     minutes: float
@@ -43,7 +43,7 @@ class Deadline:
 
 
 def images(archive: Path, folder: Path, validation: float = 0) -> Dataset:
-    """The archive's images, packed once into a folder for this share of them in the validation split."""
+    """Return the archive's images, with this share as validation split; they are packed into the folder once."""
     if not (folder / "manifest.json").exists():
         section = DataSection(source="imagefolder", path=str(archive), validation=validation)
         save_dataset(load_source(section), folder)
@@ -62,31 +62,31 @@ def work_through(
     jobs: int = 1,
     graphs: bool = False,
 ) -> int:
-    """Seed by seed, so that each network has figures as early as possible.
+    """Measure all variants, seed by seed, so that each network has figures early.
 
-    PREFIX-NAME.json is written with each variant that is ready. Rows of other settings leave it with the first one.
+    PREFIX-NAME.json is written after each variant. The first write removes rows with other settings.
 
     Args:
-        chosen: plans by the network's name.
+        chosen: plans by network name.
         dataset: the images.
-        folder: where what is begun is kept.
-        results: where the JSON files go.
-        seeds: so many of each plan's.
-        stopping: says when time is up; one that can be pickled for several jobs.
-        prefix: of the JSON files' names.
-        only: of these variants; of none for the dense networks alone.
-        jobs: so many variants at a time, each in a process of its own.
+        folder: folder for intermediate files.
+        results: folder for the JSON files.
+        seeds: number of seeds per plan.
+        stopping: returns whether the time is up; must be picklable if there are several jobs.
+        prefix: prefix of the JSON files' names.
+        only: only these variants; if empty, only the dense networks.
+        jobs: number of variants at a time, each in its own process.
         graphs: replay steps as CUDA graphs, on a GPU.
 
     Returns:
-        0 when all is done, 3 while work is left.
+        0 if all is done, 3 if work is left.
 
     Raises:
-        SystemExit: there is no such variant.
+        SystemExit: a variant in `only` does not exist.
     """
     for name in only or ():
         if not any(name in plan.variants for plan in chosen.values()):
-            raise SystemExit(f"no variant {name!r}")
+            raise SystemExit(f"unknown variant {name!r}")
     files = {name: results / f"{prefix}-{name}.json" for name in chosen}
     works = []
     for name, plan in chosen.items():
@@ -100,7 +100,7 @@ def work_through(
         for seed in work.plan.seeds[number : number + 1]
         for variant in work.left(seed, only)
     ]
-    # Where one thing is done at a time, a network is made by its first variant.
+    # With one job, the first variant of a network prepares it.
     for tasks in [networks, variants] if jobs > 1 or not variants else [variants]:
         try:
             for work in _done(tasks, jobs):
@@ -109,15 +109,15 @@ def work_through(
                     files[work.name].write_text(json.dumps(report, indent=1) + "\n")
                 print(work.name, {key: row["top1"] for key, row in report["variants"].items()}, flush=True)
         except Stopped as stop:
-            print(f"{stop}; the same command goes on", flush=True)
+            print(f"{stop}; run the same command again to resume", flush=True)
             return WORK_LEFT
     return 0
 
 
 def _done(tasks: Sequence[Task], jobs: int) -> Iterator[Work]:
-    """Do tasks, and say whose is done as soon as one is.
+    """Run the tasks and yield the work of each one as soon as it is finished.
 
-    A GPU has room for several small networks; what has used one cannot be forked, so processes start anew.
+    A GPU has room for several small networks. A process that has used a GPU cannot be forked, so processes are spawned.
     """
     if jobs == 1:
         for work, do in tasks:
@@ -125,11 +125,11 @@ def _done(tasks: Sequence[Task], jobs: int) -> Iterator[Work]:
             yield work
         return
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        begun = {pool.submit(do): work for work, do in tasks}
+        futures = {pool.submit(do): work for work, do in tasks}
         try:
-            for future in as_completed(begun):
+            for future in as_completed(futures):
                 future.result()
-                yield begun[future]
+                yield futures[future]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

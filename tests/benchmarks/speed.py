@@ -1,4 +1,4 @@
-"""The speed figures that the README states, each a ratio inside one process, with the bound it must keep."""
+"""The speed benchmarks and their bounds; ratios compare measurements from one process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def synthetic(count: int = 20_000) -> Dataset:
-    """Random images of CIFAR's shape: speed does not depend on what they show."""
+    """Return random images of CIFAR's shape; speed does not depend on their content."""
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (count, *SHAPE), dtype=np.uint8)
     labels = np.arange(count, dtype=np.int64) % 10
@@ -57,7 +57,7 @@ def synthetic(count: int = 20_000) -> Dataset:
 
 
 def training_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
-    """A plain training step of the project's own loop: forward, backward, optimizer."""
+    """Return a plain training step: forward, backward, optimizer."""
     device = pick_device()
     section = DenseSection(lr=1e-4)
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -79,7 +79,7 @@ def random_batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batches(turns: int) -> dict[str, Any]:
-    """What a batch costs, as a share of a ResNet-20 training step."""
+    """Measure loading a batch, as a share of a ResNet-20 training step."""
     dataset, device = synthetic(), pick_device()
     source = Batches(dataset["train"], dataset.info, 128, device, Augmentation(crop_padding=4, flip=True))
     stream = iter(source)
@@ -97,7 +97,7 @@ def batches(turns: int) -> dict[str, Any]:
 
 
 def knockoff_step(turns: int) -> dict[str, Any]:
-    """A knockoff step against a plain training step, ResNet-20, batch 256."""
+    """Measure a knockoff step against a plain training step, ResNet-20, batch 256."""
     model, device = make_model("resnet20"), pick_device()
     images, labels = random_batch(256)
 
@@ -121,7 +121,7 @@ def knockoff_step(turns: int) -> dict[str, Any]:
 
 
 def finetuning(turns: int) -> dict[str, Any]:
-    """Training throughput of pruned ResNet-56 against dense, rate 0.45, batch 128."""
+    """Measure the training throughput of pruned ResNet-56 against dense, rate 0.45, batch 128."""
     dense = make_model("resnet56")
     images, labels = random_batch(128)
     scatter = prune(dense, select_channels(dense, method="l1", input_shape=SHAPE))
@@ -141,8 +141,8 @@ def finetuning(turns: int) -> dict[str, Any]:
 
 
 def latency_budget(turns: int) -> dict[str, Any]:
-    """How long a budget of latency takes to be answered, and how far from it the network is when measured anew."""
-    device, share, batch = pick_device(), 0.8, 64  # 0.6 is out of reach of `scatter` where kernels gain little by width
+    """Measure the time of a selection under a latency budget, and the deviation when measured again."""
+    device, share, batch = pick_device(), 0.8, 64  # `scatter` cannot reach 0.6 where width hardly affects kernels
     model = make_model("resnet20").eval()
     graph = ChannelGraph(model, SHAPE)
     seconds, off = [], []
@@ -164,16 +164,16 @@ def latency_budget(turns: int) -> dict[str, Any]:
 
 
 def help_seconds(turns: int) -> dict[str, Any]:
-    """How long `scop --help` takes."""
+    """Measure `scop --help`."""
     command = [sys.executable, "-m", "pipelines.cli", "--help"]
     times = take_turns({"help": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns)
     return {"seconds": times["help"], "at_most": 0.5}
 
 
 def step_overhead(turns: int) -> dict[str, Any]:
-    """Wall time of the cheapest step that loads a model, started as KFP starts it, with tracking.
+    """Measure the wall time of the cheapest step that loads a model, started as KFP starts it, with tracking.
 
-    `select_channels` with the control `l1` on a ResNet-20 computes for some milliseconds: all else is the start of the
+    `select_channels` with the control `l1` on a ResNet-20 computes for some milliseconds. The rest is the start of the
     process, imports, records and tracking.
     """
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
@@ -192,14 +192,14 @@ def step_overhead(turns: int) -> dict[str, Any]:
 
 
 def tracked(folder: Path) -> StepEnvironment:
-    """The environment of a step that is tracked under a parent run in a fresh MLflow database."""
+    """Return the environment of a step that is tracked under a parent run in a new MLflow database."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     parent = start_parent(uri, "benchmark", "benchmark", {})
     return StepEnvironment(tracking_uri=uri, parent_run=parent)
 
 
 def _as_kfp_does(step: str, inputs: dict[str, str], folder: Path) -> list[str]:
-    """The command by which a KFP launcher runs a component with a variant and input artifacts."""
+    """Return the command with which KFP's launcher runs a component, with a variant and input artifacts."""
 
     def artifacts(paths: dict[str, str]) -> dict[str, Any]:
         kind = {"schemaTitle": "system.Artifact", "schemaVersion": "0.0.1"}
@@ -225,10 +225,10 @@ def _ms(times: dict[str, float]) -> dict[str, float]:
 
 
 def archive(turns: int) -> dict[str, Any]:
-    """Decoding and packing the 60,000 JPEG files of the shared CIFAR-10 archive, by `scop step prepare_data`."""
+    """Measure decoding and packing the 60,000 JPEG files of the shared CIFAR-10 archive by `prepare_data`."""
     path = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
     if not path.exists():
-        return {"skipped": f"{path.name} is not there"}
+        return {"skipped": f"{path.name} does not exist"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pipelines.cli", "step", "prepare_data", "--output", f"dataset={folder}/data"]
         command += ["--set", "data.source=imagefolder", "--set", f"data.path={path}"]
@@ -242,7 +242,7 @@ def archive(turns: int) -> dict[str, Any]:
 
 
 def s3(turns: int) -> dict[str, Any]:
-    """A GiB to and from a local S3 server, hashed and verified, against `rclone copy` of the same files."""
+    """Measure upload and verified download of 1 GiB with a local S3 server, against `rclone copy`."""
     with tempfile.TemporaryDirectory() as name:
         folder, generator = Path(name), np.random.default_rng(0)
         (folder / "files").mkdir()
@@ -263,7 +263,7 @@ def s3(turns: int) -> dict[str, Any]:
             def theirs_up(turn: int) -> None:
                 subprocess.run([*copy, f"{folder}/files", f"{theirs}/theirs{turn}"], check=True)
 
-            # The same objects each time: rclone's server takes their MD5 when they are first asked for, in our time.
+            # Always the same objects: rclone's server computes their MD5 at the first request, which would be timed.
             def ours_down(turn: int) -> None:
                 fetch_folder("s3://bench/ours0", Cache(folder / "cache"))
 
@@ -272,7 +272,7 @@ def s3(turns: int) -> dict[str, Any]:
 
             write_manifest(folder / "files", "dataset")
             times: dict[str, list[float]] = {"up": [], "rclone up": [], "down": [], "rclone down": []}
-            # First all uploads, then all downloads, so that within each nothing grows but what is timed.
+            # First all uploads, then all downloads, so that only the timed work writes within each group.
             for pieces in (
                 {"up": ours_up, "rclone up": theirs_up},
                 {"down": ours_down, "rclone down": theirs_down},
@@ -281,12 +281,12 @@ def s3(turns: int) -> dict[str, Any]:
                     for label, run in pieces.items():
                         for copy_of in ("cache", "copy"):
                             shutil.rmtree(folder / copy_of, ignore_errors=True)
-                        os.sync()  # what the last one wrote is not this one's to wait for
+                        os.sync()  # so that this run does not wait for the last one's writes
                         started = time.perf_counter()
                         run(turn)
                         times[label].append(time.perf_counter() - started)
             for values in times.values():
-                del values[0]  # the first turn is there to warm up
+                del values[0]  # warmup
     seconds = {label: statistics.median(values) for label, values in times.items()}
     return {
         "mb_per_second": {label: round(2**30 / 1e6 / value, 1) for label, value in seconds.items()},
@@ -296,7 +296,7 @@ def s3(turns: int) -> dict[str, Any]:
 
 
 def default_run(turns: int) -> dict[str, Any]:
-    """`scop run` on its default configuration, from its start to the table."""
+    """Measure `scop run` with its default configuration, from its start to the table."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pipelines.cli", "run", "--out", folder]
         times = take_turns(

@@ -1,10 +1,10 @@
-"""`make bench-variants`: residual rules, and SCOP against its controls, each fine-tuned for a short while.
+"""`make bench-variants`: residual rules, and SCOP against its controls, each with a short fine-tuning.
 
-On the shared ResNet-20. At the same rate `coupled` removes most and `inner` least, so that says nothing: each rule gets
-the same MACs, and then the same measured latency, and takes what it may from where it hurts least. The controls get the
-same MACs, with the paper's selection, the same share from each layer, and with a global one. Every second training
-image is seen once: enough to tell good selections from bad ones, and not what they come to in the end, which is
-`make bench-accuracy`'s. Like that one it goes on where it stopped.
+Uses the shared ResNet-20. At the same rate, `coupled` removes the most and `inner` the least, so the rules cannot be
+compared. Each rule therefore gets the same MACs, and then the same measured latency, with a global selection. The
+controls get the same MACs, with the paper's selection, the same share of each layer, and with a global one.
+Fine-tuning uses every second training image once: enough to distinguish good selections from bad ones, but not to
+reach their final accuracy, which `make bench-accuracy` measures. Like that benchmark, this one can be resumed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tests.benchmarks.work import LATENCY_BATCH, Plan
 WORK = ROOT / "runs" / "benchmarks" / "variants"
 SHAPE = (3, 32, 32)
 RATE, MACS, LATENCY = 0.45, 0.442, 0.75
-"""The paper's rate, what it leaves of the MACs, and a share of the dense network's latency."""
+"""The paper's rate, the share of the MACs that it keeps, and a share of the dense network's latency."""
 CONTROLS = ("l1", "bn_gamma", "fpgm", "random")
 
 
 def plan(latency_ms: float) -> Plan:
-    """Each rule under each budget, and each method by each selection."""
+    """Return the plan: each rule with each budget, and each method with each selection."""
     latency = {"latency_ms": latency_ms, "batch_size": LATENCY_BATCH}
     variants: dict[str, dict[str, Any]] = {
         f"{rule}-{what}": {"selection": "global", "residual": rule, "budget": budget}
         for what, budget in (("macs", {"macs": MACS}), ("latency", latency))
         for rule in RESIDUAL_RULES
     }
-    # SCOP's own with a global selection is scatter-macs.
+    # SCOP with a global selection is scatter-macs.
     variants |= {f"{method}-uniform": {"method": method, "prune_rate": RATE} for method in ("scop", *CONTROLS)}
     under = {"selection": "global", "budget": {"macs": MACS}}
     variants |= {f"{method}-global": {"method": method, **under} for method in CONTROLS[:3]}
@@ -63,7 +63,7 @@ def plan(latency_ms: float) -> Plan:
 
 
 def target(folder: Path) -> float:
-    """Milliseconds, measured once: a plan depends on it."""
+    """Return the latency budget in milliseconds. It is measured once and stored, since the plan depends on it."""
     path = folder / "latency_ms"
     if not path.exists():
         model = make_model("resnet20")
@@ -75,18 +75,18 @@ def target(folder: Path) -> float:
 
 
 def every_second(dataset: Dataset) -> Dataset:
-    """Half of the training images; they lie by class, so each class is halved."""
+    """Return every second training image. Images are sorted by class, so each class is halved."""
     train = Split(dataset["train"].images[::2], dataset["train"].labels[::2])
     return Dataset(dataset.info, {**dataset.splits, "train": train})
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 when all is done, 3 while work is left."""
+    """Return 0 if all is done, 3 if work is left."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.variants", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60, help="stop after so many (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="three at most (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="so many variants at a time (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", help="these variants, so that two calls can share the work")
+    parser.add_argument("--minutes", type=float, default=60, help="maximum number of minutes (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, at most 3 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel variants (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", help="only these variants, so that two calls can share the work")
     options = parser.parse_args(arguments)
     deadline = Deadline(options.minutes)
     return work_through(

@@ -1,6 +1,6 @@
-"""One network's part of a benchmark: dense, pruned in several ways, fine-tuned, kept so that it can be gone on with.
+"""One network's part of a benchmark: trained, pruned in several ways and fine-tuned, with all results on disk.
 
-Only torch, torchvision, numpy, safetensors, pydantic and torch-pruning are needed.
+Requires only torch, torchvision, numpy, safetensors, pydantic and torch-pruning.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from tests.benchmarks.measure import machine, settings_hash
 
 LATENCY_BATCH = 64
 SELECTION = 2
-"""To be raised where the same settings select other channels than before: earlier figures count no more."""
+"""Version of the global selection. Increase it if the same settings select other channels, to discard old figures."""
 HOW = {"compile"}
-"""Settings of training that decide how fast it is, and not what comes of it."""
+"""Training settings that affect the speed, not the result."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done with one network.
+    """Settings of all measurements of one network.
 
     Attributes:
-        dense: how it is made.
-        finetune: how it is trained after pruning.
-        variants: how it is pruned; one is called none.
-        seeds: of scores, of what is drawn by chance, and of fine-tuning.
-        once: variants that one seed is enough for.
-        command: makes the figures.
+        dense: training of the dense network, or its weights.
+        finetune: training after pruning.
+        variants: ways of pruning; one is named none.
+        seeds: seeds of scores, of random choices and of fine-tuning.
+        once: variants that are measured with the first seed only.
+        command: command that makes the figures.
     """
 
     dense: DenseSection
@@ -67,24 +67,24 @@ class Plan:
 
 
 class Work:
-    """One network's work, kept in a folder so that it can be gone on with.
+    """One network's work, which is stored in a folder and can be resumed.
 
     Args:
-        name: of the network.
-        plan: what is done with it.
+        name: name of the network.
+        plan: settings of all measurements.
         dataset: the images.
-        folder: where it is kept.
-        stopping: says when time is up; one that can be pickled where work is done by other processes.
-        earlier: figures of an earlier report, by variant and seed. Those of a network that was trained for the
-            benchmark count only where that network is, in the folder.
-        alone: whether nothing else is done meanwhile; only then are speeds measured.
-        graphs: whether steps are replayed as CUDA graphs, on a GPU.
+        folder: parent of the folder for intermediate files.
+        stopping: returns whether the time is up; must be picklable if other processes do the work.
+        earlier: figures of an earlier report, by variant and seed. Used only if the plan names the dense network's
+            weights: a network trained for the benchmark exists only in its folder.
+        alone: whether no other work runs at the same time; only then is the speedup measured.
+        graphs: replay steps as CUDA graphs, on a GPU.
 
     Attributes:
-        fingerprint: of the dense network and the images.
+        fingerprint: hash of the dense network and the images.
 
     Raises:
-        Stopped: by its methods, when time is up; a checkpoint is written.
+        Stopped: by its methods, when the time is up; an interrupted training writes a checkpoint first.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def left(self, seed: int, only: Container[str] | None = None) -> list[str]:
-        """The variants, or those of these, that have no figures by this seed and are to have some."""
+        """Return the variants, or those of `only`, that still need figures for this seed."""
         return [
             variant
             for variant in self.plan.variants
@@ -119,12 +119,12 @@ class Work:
         ]
 
     def prepare(self) -> None:
-        """Make what all variants need."""
-        self._check_time("its dense network")
+        """Make the dense network, which all variants need."""
+        self._check_time("the dense network")
         self.dense()
 
     def run(self, variant: str, seed: int) -> None:
-        """Make and keep a variant's figures."""
+        """Make and store a variant's figures."""
         self._check_time(f"{variant}-{seed}")
         path = self._file(variant, seed, "json")
         text = json.dumps(self.finetuned(variant, seed), indent=1)
@@ -133,10 +133,10 @@ class Work:
 
     def _check_time(self, what: str) -> None:
         if self.stopping():
-            raise Stopped(f"{self.name}: no time is left to begin with {what}")
+            raise Stopped(f"{self.name}: no time is left to start {what}")
 
     def known(self, variant: str, seed: int) -> dict[str, Any] | None:
-        """A variant's figures, where there are any by these settings."""
+        """Return a variant's figures for these settings, or None if there are none."""
         path = self._file(variant, seed, "json")
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
@@ -145,22 +145,22 @@ class Work:
         return row if row and row["settings_hash"] == self.settings(variant) else None
 
     def settings(self, variant: str) -> str:
-        """The hash of all that a variant's figures come from, besides the seed."""
+        """Hash all settings that a variant's figures depend on, except the seed."""
         section = self.plan.variants[variant]
         made = [section.model_dump(), *([SELECTION] if section.selection == "global" else [])]
         if section.method == "scop":
             made.append(self.knockoff.model_dump())
         finetune = self.plan.finetune.model_dump(exclude=HOW)
-        lesson = finetune["distillation"]
-        if not lesson["attention"] or lesson["attention_until"] == 1:
-            del lesson["attention_until"]  # a later setting; figures from before it are as good
-        if not lesson["mirror"]:
-            del lesson["mirror"]  # likewise
+        distillation = finetune["distillation"]
+        if not distillation["attention"] or distillation["attention_until"] == 1:
+            del distillation["attention_until"]  # added later; earlier figures stay valid
+        if not distillation["mirror"]:
+            del distillation["mirror"]  # also added later
         return settings_hash(self.fingerprint, finetune, *made)
 
     @property
     def knockoff(self) -> KnockoffSection:
-        """By which scores are made."""
+        """Settings of the knockoff phase, which makes the scores."""
         fine = self.plan.finetune
         return KnockoffSection(crop_padding=fine.crop_padding, flip=fine.flip)
 
@@ -168,7 +168,7 @@ class Work:
         return self.folder / f"{variant}-{seed}-{self.settings(variant)}.{kind}"
 
     def dense(self) -> nn.Module:
-        """The network as given, or trained."""
+        """Return the dense network, loaded or trained."""
         path, given = self.folder / "dense.safetensors", self.plan.dense.weights
         torch.manual_seed(self.plan.dense.seed)
         model = self.fresh()
@@ -186,24 +186,24 @@ class Work:
         return model.cpu().eval()
 
     def fresh(self) -> nn.Module:
-        """The network with random weights."""
+        """Return the network with random weights."""
         return make_model(
             self.plan.dense.model, num_classes=len(self.dataset.info.classes), **self.plan.dense.arguments
         )
 
     def scores(self, model: nn.Module, seed: int) -> Scores:
-        """Of its channels."""
+        """Return the scores of the dense network's channels, computed once per seed."""
         section = self.knockoff.model_copy(update={"seed": seed})
         path = self.folder / f"scores-{settings_hash(section.model_dump())}.safetensors"
         if not path.exists():
             batches = self.batches(section.batch_size, section)
-            part = path.with_suffix(f".{os.getpid()}")  # other variants may be making the same
+            part = path.with_suffix(f".{os.getpid()}")  # other processes may compute the same scores
             train_knockoffs(model, batches, section, device=self.device).save(part)
             part.rename(path)
         return Scores.load(path)
 
     def selected(self, name: str, dense: nn.Module, seed: int) -> ChannelPlan:
-        """What a variant removes, by scores of this seed; kept, since latency is never measured the same twice."""
+        """Return a variant's plan for this seed. It is stored, since repeated latency measurements differ."""
         path = self._file(name, seed, "plan")
         if not path.exists():
             variant = self.plan.variants[name].model_copy(update={"seed": seed})
@@ -213,7 +213,7 @@ class Work:
         return ChannelPlan.load(path)
 
     def finetuned(self, name: str, seed: int) -> dict[str, Any]:
-        """Figures of a variant, whose network is kept beside them."""
+        """Return the figures of a variant; its network is stored next to them."""
         section, dense = self.plan.finetune.model_copy(update={"seed": seed}), self.dense()
         pruned = prune(dense, self.selected(name, dense, seed))
         for network in (pruned, dense):
@@ -235,7 +235,7 @@ class Work:
         }
 
     def speedup(self, dense: nn.Module, pruned: nn.Module) -> float:
-        """How many times as fast a pass is, by turns."""
+        """Return the speedup of a forward pass, measured alternately with the dense network."""
         networks = {"dense": dense.eval(), "pruned": pruned.eval()}
         times = measure_latency(networks, self.dataset.info.shape, LATENCY_BATCH, self.device)
         return times["dense"].p50 / times["pruned"].p50
@@ -243,7 +243,7 @@ class Work:
     def train(
         self, model: nn.Module, section: TrainingSection, label: str, teacher: nn.Module | None, settings: str
     ) -> float:
-        """Train in place, from the newest checkpoint; the seconds that it took in all."""
+        """Train in place from the newest checkpoint; return the total seconds."""
         torch.manual_seed(section.seed)
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         distillation = section.distillation if isinstance(section, FinetuneSection) else None
@@ -271,7 +271,7 @@ class Work:
         return Batches(self.dataset["test"], self.dataset.info, 500, self.device)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
-        """Accuracy on the test split, image by image too (`scop.report.correctness`), and sizes."""
+        """Return accuracy on the test split, in total and per image (`scop.report.correctness`), and sizes."""
         accuracy = measure_accuracy(model.eval(), self.test(), self.device)
         return {
             "top1": accuracy.top1,
@@ -281,7 +281,7 @@ class Work:
         }
 
     def report(self) -> dict[str, Any]:
-        """All figures that there are, once there is a dense network."""
+        """Return all figures so far; the dense network must exist."""
         every = ((variant, seed) for seed in self.plan.seeds for variant in self.plan.variants)
         return {
             "network": self.name,
@@ -302,7 +302,7 @@ class Work:
 
 @dataclass
 class Seldom:
-    """Checkpoints for epochs of seconds: written where training stops, and else twice a minute."""
+    """Checkpoints for short epochs: written when training stops, and otherwise at most twice a minute."""
 
     checkpoints: Checkpoints
     written: float = -math.inf

@@ -1,4 +1,4 @@
-"""Training by two processes over gloo, through the very steps: the same result as by one, written once."""
+"""Training in two processes over gloo: the real steps give the same result as one process and write it once."""
 
 import json
 import os
@@ -25,14 +25,14 @@ from scop.selection.scores import Scores
 from scop.storage.manifest import read_folder
 from tests.helpers import ROOT, run_step
 
-# Without momentum's amplification rounding errors stay what they are, and two runs can be compared number by number.
+# Momentum would amplify rounding errors; without it, the weights of two runs can be compared directly.
 STEADY = {"epochs": 2, "batch_size": 64, "lr": 0.02, "momentum": 0.0, "precision": "fp32", "crop_padding": 1}
 DENSE = STEADY | {"model": "tests.networks:Plain"}
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def mirrored(batches: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Knockoffs that depend on an image alone, whichever process makes them."""
+    """Return a source whose knockoffs depend only on the image, not on the process."""
     return lambda images, labels: images.flip(3)
 
 
@@ -46,7 +46,7 @@ def run(step: str, config: dict[str, Any], inputs: dict[str, Path], output: dict
 
 @pytest.fixture(scope="module")
 def dense(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same training by one process and by two."""
+    """Folders of the same training in one process and in two, by number of processes."""
     folder = tmp_path_factory.mktemp("dense")
     for processes in (1, 2):
         output = {"model": folder / str(processes)}
@@ -58,19 +58,19 @@ def history(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "history.json").read_text())
 
 
-def test_two_processes_train_the_network_that_one_would(dense: dict[int, Path]) -> None:
+def test_two_processes_train_the_same_network_as_one(dense: dict[int, Path]) -> None:
     one, two = (load_file(dense[count] / "model.safetensors") for count in (1, 2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, **CLOSE)
 
 
-def test_their_figures_are_those_of_the_whole_batch(dense: dict[int, Path]) -> None:
+def test_metrics_cover_the_whole_batch(dense: dict[int, Path]) -> None:
     for one, two in zip(history(dense[1]), history(dense[2]), strict=True):
         for key in ("loss", "top1", "validation_loss", "validation_top1"):
             assert two[key] == pytest.approx(one[key], rel=0.01), key
 
 
-def test_the_outputs_are_written_once_and_whole(dense: dict[int, Path]) -> None:
+def test_outputs_are_complete_and_written_once(dense: dict[int, Path]) -> None:
     assert read_folder(dense[1]).files.keys() == read_folder(dense[2]).files.keys()
     assert [json.loads((dense[count] / "step.json").read_text())["machine"]["processes"] for count in (1, 2)] == [1, 2]
     assert sorted(path.name for path in dense[2].iterdir()) == sorted(path.name for path in dense[1].iterdir())
@@ -78,7 +78,7 @@ def test_the_outputs_are_written_once_and_whole(dense: dict[int, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["fisher", "published"])
-def test_scores_are_those_that_one_process_would_find(
+def test_two_processes_compute_the_same_scores_as_one(
     score: str, dense: dict[int, Path], digits_folder: Path, tmp_path: Path
 ) -> None:
     section = {"source": "tests.compute.test_distributed:mirrored", "epochs": 1, "batch_size": 64, "precision": "fp32"}
@@ -97,7 +97,7 @@ def test_scores_are_those_that_one_process_would_find(
         torch.testing.assert_close(two[layer], values, rtol=0, atol=0.03 * scale)
 
 
-def test_shares_are_the_parts_of_the_batch(digits: Dataset) -> None:
+def test_shards_partition_each_batch(digits: Dataset) -> None:
     def batches(share: tuple[int, int]) -> Batches:
         augmentation = Augmentation(crop_padding=1, flip=True)
         return Batches(digits["train"], digits.info, 60, torch.device("cpu"), augmentation, shard=share)
@@ -107,7 +107,7 @@ def test_shares_are_the_parts_of_the_batch(digits: Dataset) -> None:
         assert torch.equal(torch.cat([labels for _, labels in parts]), whole[1])
 
 
-def test_measuring_is_shared_without_loss(digits: Dataset) -> None:
+def test_evaluation_shards_cover_every_image_once(digits: Dataset) -> None:
     split = digits["validation"]
     shares = [Batches(split, digits.info, 50, torch.device("cpu"), shard=(rank, 3)) for rank in range(3)]
     labels = torch.cat([labels for share in shares for _, labels in share])
@@ -126,7 +126,7 @@ def test_measuring_is_shared_without_loss(digits: Dataset) -> None:
         ("2", 63, "batch_size 63 cannot be divided among 2 processes; use a multiple of 2"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(
+def test_reports_impossible_settings_in_one_line(
     digits_folder: Path, tmp_path: Path, monkeypatch, count: str, batch_size: int, message: str
 ) -> None:
     monkeypatch.setenv("SCOP_PROCESSES", count)
@@ -138,9 +138,9 @@ def test_what_cannot_be_is_said_in_one_line(
     assert count == "two" or json.loads((tmp_path / "model" / "step.json").read_text())["error"] == message
 
 
-def test_the_cause_is_told_and_not_what_the_others_saw_of_it(tmp_path: Path) -> None:
-    said = [(0, "failure", "connection closed by peer", 2.0), (1, "failure", "CUDA out of memory", 1.0)]
-    for rank, kind, message, when in said:
+def test_reports_the_first_failure_as_the_cause(tmp_path: Path) -> None:
+    failures = [(0, "failure", "connection closed by peer", 2.0), (1, "failure", "CUDA out of memory", 1.0)]
+    for rank, kind, message, when in failures:
         failure = {"rank": rank, "kind": kind, "message": message, "time": when}
         (tmp_path / f"failure-{rank}.json").write_text(json.dumps(failure))
     assert str(_reason(tmp_path, RuntimeError())) == "process 1: CUDA out of memory"
@@ -150,7 +150,7 @@ def test_the_cause_is_told_and_not_what_the_others_saw_of_it(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_unsynchronised_batch_norms_see_their_share_only(
+def test_unsynchronised_batch_norms_use_only_their_shard(
     dense: dict[int, Path], digits_folder: Path, tmp_path: Path
 ) -> None:
     section = DENSE | {"sync_batch_norm": False}
@@ -163,10 +163,10 @@ def test_unsynchronised_batch_norms_see_their_share_only(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_preempted_pod_goes_on_when_it_is_started_again(
+def test_preempted_pod_resumes_after_a_restart(
     dense: dict[int, Path], digits_folder: Path, tmp_path: Path, processes: int
 ) -> None:
-    """As on a cluster: SIGTERM, a grace period, and the same command again."""
+    """Simulates a cluster: SIGTERM, a grace period, and the same command again."""
     checkpoints = tmp_path / "checkpoints"
     environment = os.environ | {
         "SCOP_PROCESSES": str(processes),
@@ -175,19 +175,19 @@ def test_a_preempted_pod_goes_on_when_it_is_started_again(
         "KFP_RUN_ID": "a-run",
     }
     settings = [f"--set=dense={json.dumps(DENSE | {'epochs': 12})}"]
-    places = ["--input", f"dataset={digits_folder}", "--output", f"model={tmp_path}/model"]
-    command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", *settings, *places]
+    paths = ["--input", f"dataset={digits_folder}", "--output", f"model={tmp_path}/model"]
+    command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", *settings, *paths]
     first = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    until = time.monotonic() + 120
-    while not list(checkpoints.rglob("*.json")) and first.poll() is None and time.monotonic() < until:
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.rglob("*.json")) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 143, said
-    assert "stopped as asked in epoch" in said
-    assert "Traceback" not in said
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 143, output
+    assert "stopped as asked in epoch" in output
+    assert "Traceback" not in output
     record = json.loads((tmp_path / "model" / "step.json").read_text())
     assert record["status"] == "stopped"
     again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -210,7 +210,7 @@ def test_a_preempted_pod_goes_on_when_it_is_started_again(
 
 
 @pytest.mark.slow
-def test_a_pruned_network_is_fine_tuned_with_a_teacher_as_by_one_process(
+def test_two_processes_fine_tune_with_a_teacher_like_one(
     dense: dict[int, Path], digits_folder: Path, tmp_path: Path
 ) -> None:
     variant = {"method": "l1", "prune_rate": 0.5, "rounds": 2}
@@ -218,8 +218,8 @@ def test_a_pruned_network_is_fine_tuned_with_a_teacher_as_by_one_process(
     scores = tmp_path / "scores"
     knockoff = {"epochs": 1, "batch_size": 64}
     run("train_knockoff", {"knockoff": knockoff}, {"dataset": digits_folder, "dense": dense[1]}, {"scores": scores}, 1)
-    given = {"dense": dense[1], "scores": scores}
-    run("select_channels", {"variant": variant}, given, {"plan": tmp_path / "plan"}, 1)
+    artifacts = {"dense": dense[1], "scores": scores}
+    run("select_channels", {"variant": variant}, artifacts, {"plan": tmp_path / "plan"}, 1)
     models = {}
     for processes in (1, 2):
         inputs = {"dataset": digits_folder, "dense": dense[1], "plan": tmp_path / "plan"}
@@ -231,16 +231,16 @@ def test_a_pruned_network_is_fine_tuned_with_a_teacher_as_by_one_process(
 
 
 @pytest.mark.slow
-def test_processes_end_with_a_step_that_is_killed_outright(digits_folder: Path, tmp_path: Path) -> None:
+def test_workers_exit_when_their_step_is_killed(digits_folder: Path, tmp_path: Path) -> None:
     settings = [f"--set=dense={json.dumps(DENSE | {'epochs': 500})}"]
-    places = ["--input", f"dataset={digits_folder}", "--output", f"model={tmp_path}/model"]
-    command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", *settings, *places]
+    paths = ["--input", f"dataset={digits_folder}", "--output", f"model={tmp_path}/model"]
+    command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", *settings, *paths]
     environment = os.environ | {"SCOP_PROCESSES": "2"}
     with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL) as step:
-        until = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while not list((tmp_path / "model").glob("checkpoints/*/*.json")):
             assert step.poll() is None
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         workers = psutil.Process(step.pid).children(recursive=True)
         step.kill()

@@ -1,3 +1,5 @@
+"""`NarrowBatchNorms` compared with PyTorch's batch norm."""
+
 import copy
 
 import pytest
@@ -14,7 +16,7 @@ def feature_map(channels: int, dtype: torch.dtype = torch.float32, size: int = 8
 
 
 @pytest.mark.parametrize("channels", [2, 5, 8, 9, 18, 31])
-def test_outputs_gradients_and_running_statistics_are_those_of_batch_norm(channels: int) -> None:
+def test_matches_batch_norm_in_outputs_gradients_and_statistics(channels: int) -> None:
     plain = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3)
     nn.init.uniform_(plain.weight)
     nn.init.uniform_(plain.bias)
@@ -37,7 +39,7 @@ def test_outputs_gradients_and_running_statistics_are_those_of_batch_norm(channe
         assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_maps_keep_their_type_and_come_close() -> None:
+def test_bfloat16_output_is_close_and_keeps_its_dtype() -> None:
     norm = nn.BatchNorm2d(9)
     x = feature_map(9, torch.bfloat16)
     expected = nn.BatchNorm2d(9)(x.float())
@@ -48,7 +50,7 @@ def test_bfloat16_maps_keep_their_type_and_come_close() -> None:
 
 
 @pytest.mark.parametrize("x", [feature_map(16), feature_map(64), feature_map(9).contiguous(), feature_map(9, size=3)])
-def test_others_take_the_usual_way(x: torch.Tensor) -> None:
+def test_other_feature_maps_use_the_original_batch_norm(x: torch.Tensor) -> None:
     norm = nn.BatchNorm2d(x.shape[1])
     assert _fold_of(x) == 1
     with NarrowBatchNorms():

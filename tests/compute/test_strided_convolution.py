@@ -1,4 +1,4 @@
-"""Strided convolutions of few channels are trained on CPUs; unless they are rewritten, oneDNN may end the process."""
+"""Training of strided convolutions with few channels on CPUs, where oneDNN may crash without the workaround."""
 
 import copy
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("stride", [2, (3, 1)])
-def test_picking_pixels_first_changes_nothing(stride: int | tuple[int, int], size: int) -> None:
+def test_selecting_pixels_first_gives_the_same_results(stride: int | tuple[int, int], size: int) -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(5, 8, 1, stride=stride)
     images = torch.randn(4, 5, size, size)
 
     def results(module: nn.Module) -> list[torch.Tensor]:
-        x = images.clone().requires_grad_()  # contiguous, which oneDNN gets right
+        x = images.clone().requires_grad_()  # in contiguous memory, for which oneDNN is correct
         out = module(x)
         module.zero_grad()
         out.square().sum().backward()
@@ -39,7 +39,7 @@ def test_picking_pixels_first_changes_nothing(stride: int | tuple[int, int], siz
     assert not convolution._forward_pre_hooks
 
 
-def test_a_narrow_stream_is_trained_with_the_right_gradients() -> None:
+def test_training_a_narrow_stream_gives_correct_gradients() -> None:
     torch.manual_seed(0)
     dense = make_model("resnet20")
     plan = select_channels(dense, method="l1", residual="coupled", prune_rate=0.6, input_shape=(3, 16, 16))

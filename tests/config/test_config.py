@@ -1,3 +1,5 @@
+"""Configurations: parsing, overrides, files and the reference page."""
+
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from scop.config.parsing import parse
 from scop.storage.cache import Cache
 
 
-def refusal(values: dict[str, object]) -> str:
+def error_message(values: dict[str, object]) -> str:
     with pytest.raises(UserError) as caught:
         parse(Config, values)
     message = str(caught.value)
@@ -53,29 +55,29 @@ def refusal(values: dict[str, object]) -> str:
         ({"data": {"source": "mnist"}}, "configuration 'data.source' is 'mnist'"),
     ],
 )  # fmt: skip
-def test_bad_configurations_are_refused_by_name_value_and_remedy(values: dict[str, object], expected: str) -> None:
-    assert expected in refusal(values)
+def test_rejects_bad_configurations(values: dict[str, object], expected: str) -> None:
+    assert expected in error_message(values)
 
 
-def test_runs_are_called_after_the_file_of_their_configuration() -> None:
+def test_run_name_comes_from_the_configuration_file() -> None:
     assert [run_name_of(Path(name)) for name in ("my.yaml", "o'neil (2).yaml", "é.yaml")] == ["my", "o-neil-2", "run"]
 
 
-def test_whole_numbers_may_arrive_as_doubles() -> None:
+def test_accepts_whole_numbers_as_floats() -> None:
     config = parse(Config, {"dense": {"epochs": 3.0}, "data": {"channels": 3.0}, "evaluate": {"batch_sizes": [1.0]}})
     arguments = parse(Config, {"dense": {"arguments": {"width": 64.0, "rates": [0.5, 2.0]}}}).dense.arguments
     assert repr(arguments) == "{'width': 64, 'rates': [0.5, 2]}"
     assert (config.dense.epochs, config.data.channels, config.evaluate.batch_sizes) == (3, 3, [1])
 
 
-def test_a_section_survives_the_way_through_kfp() -> None:
+def test_configuration_survives_a_json_round_trip() -> None:
     for preset in FOLDER.glob("*.yaml"):
         config = load_config(preset)
         dumped = config.model_dump(mode="json", exclude_none=True)
         assert parse(Config, dumped) == config
 
 
-def test_overrides(tmp_path: Path) -> None:
+def test_overrides_set_values_or_name_the_mistake(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("variants:\n  - {name: a, prune_rate: 0.2}\n")
     config = load_config(path, ["finetune.epochs=3", "variants.0.prune_rate=0.3", "knockoff.betas=[0.1, 0.2]"])
@@ -100,29 +102,29 @@ def test_overrides(tmp_path: Path) -> None:
             load_config(path, [override])
 
 
-def test_a_variants_own_finetuning_wins() -> None:
+def test_variant_overrides_fine_tuning() -> None:
     section = finetune_for(FinetuneSection(epochs=5, lr=0.1), VariantSection(finetune={"epochs": 7}))
     assert (section.epochs, section.lr) == (7, 0.1)
-    lesson = DistillationSection(weight=0.5, attention=50, attention_until=1)
+    distillation = DistillationSection(weight=0.5, attention=50, attention_until=1)
     section = finetune_for(
-        FinetuneSection(distillation=lesson), VariantSection(finetune={"distillation": {"weight": 0.9}})
+        FinetuneSection(distillation=distillation), VariantSection(finetune={"distillation": {"weight": 0.9}})
     )
-    assert section.distillation == lesson.model_copy(update={"weight": 0.9})
+    assert section.distillation == distillation.model_copy(update={"weight": 0.9})
 
 
-def test_what_does_not_fine_tune_heeds_no_entries_for_a_section_that_is_not_there() -> None:
+def test_without_fine_tuning_variant_entries_are_not_validated() -> None:
     values = {"variants": [{"name": "v", "finetune": {"distillation": {"mirror": True}}}]}
-    assert "distillation.mirror needs flip: true" in refusal(values)
+    assert "distillation.mirror needs flip: true" in error_message(values)
     assert parse(ConfigWithoutFinetuning, values).variants[0].finetune == values["variants"][0]["finetune"]
 
 
-def test_labels_tell_method_and_rate() -> None:
+def test_default_label_is_method_and_rate() -> None:
     assert VariantSection().label == "scop-0.45"
     assert VariantSection(method="none").label == "none"
     assert VariantSection(name="mine").label == "mine"
 
 
-def test_files_that_are_no_configuration_are_refused(tmp_path: Path, cache: Cache) -> None:
+def test_rejects_files_that_are_not_configurations(tmp_path: Path, cache: Cache) -> None:
     path = tmp_path / "config.yaml"
     for content, message in (
         ("a: [", "is not valid YAML"),
@@ -139,20 +141,20 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path, cache: Cach
     assert find_config("digits-resnet20", cache).is_file()
 
 
-def test_every_setting_is_described_and_the_page_is_up_to_date() -> None:
+def test_reference_page_is_complete_and_up_to_date() -> None:
     from pipelines.reference import PATH, render, undocumented
 
     assert undocumented() == []
     assert PATH.read_text() == render(), "run make docs"
 
 
-def test_a_variant_with_seeds_is_one_for_each() -> None:
+def test_seeds_expand_to_one_variant_each() -> None:
     variants = [{"method": "random", "seeds": [3, 5], "finetune": {"epochs": 2}}, {"method": "none"}]
     found = parse(Config, {"variants": variants}).variants
     assert [variant.label for variant in found] == ["random-0.45-seed3", "random-0.45-seed5", "none"]
     assert [variant.seed for variant in found] == [3, 5, 0]
     assert found[1].finetune == {"epochs": 2, "seed": 5}
     again = parse(Config, {"variants": [variant.model_dump() for variant in found]}).variants
-    assert again == found  # a recorded configuration means the same
+    assert again == found  # parsing a recorded configuration changes nothing
     with pytest.raises(UserError, match="'random-0.45-seed3' is used twice"):
         parse(Config, {"variants": [{"method": "random", "seeds": [3, 3]}]})

@@ -1,7 +1,9 @@
+"""Default labels of variants."""
+
 from scop.config import VariantSection
 
 
-def test_variants_are_named_after_what_they_do() -> None:
+def test_default_label_lists_the_settings() -> None:
     def label(**settings: object) -> str:
         return VariantSection.model_validate(settings).label
 

@@ -1,3 +1,5 @@
+"""Data sets, batches, and sources: folders, archives and CIFAR."""
+
 import io
 import pickle
 import tarfile
@@ -34,7 +36,7 @@ def section(path: Path, **settings: object) -> DataSection:
 # -- datasets ----------------------------------------------------------------------------------------------------------
 
 
-def test_digits_are_real_and_stratified(digits: Dataset) -> None:
+def test_digits_splits_are_stratified(digits: Dataset) -> None:
     assert digits.info.counts == {"train": 1295, "validation": 142, "test": 360}
     assert digits.info.shape == (1, 8, 8)
     for split in ("train", "validation", "test"):
@@ -43,7 +45,7 @@ def test_digits_are_real_and_stratified(digits: Dataset) -> None:
         assert shares.max() < 0.12
 
 
-def test_validation_is_cut_by_seed_and_shares_no_image_with_training() -> None:
+def test_validation_split_depends_on_the_seed_and_is_disjoint() -> None:
     first, again, other = (load_source(DataSection(seed=seed)) for seed in (0, 0, 1))
     assert first.info.content == again.info.content != other.info.content
     count = sum(len(first[split]) for split in ("train", "validation"))
@@ -52,20 +54,20 @@ def test_validation_is_cut_by_seed_and_shares_no_image_with_training() -> None:
     assert sorted(map(bytes, rows)) == sorted(map(bytes, whole))
 
 
-def test_statistics_are_those_of_the_training_split(digits: Dataset) -> None:
+def test_statistics_come_from_the_training_split(digits: Dataset) -> None:
     pixels = digits["train"].images / 255
     assert digits.info.mean == pytest.approx([pixels.mean()], abs=1e-5)
     assert digits.info.std == pytest.approx([pixels.std()], abs=1e-5)
 
 
-def test_a_dataset_is_read_back_as_it_was_written(digits: Dataset, tmp_path: Path) -> None:
+def test_dataset_survives_saving_and_loading(digits: Dataset, tmp_path: Path) -> None:
     save_dataset(digits, tmp_path / "copy")
     copy = load_dataset(tmp_path / "copy")
     assert copy.info == digits.info
     assert np.array_equal(copy["test"].images, digits["test"].images)
 
 
-def test_an_unfinished_or_damaged_dataset_is_refused(digits: Dataset, tmp_path: Path) -> None:
+def test_rejects_an_unfinished_or_damaged_dataset(digits: Dataset, tmp_path: Path) -> None:
     save_dataset(digits, tmp_path)
     labels = tmp_path / "test.labels.npy"
     content = bytearray(labels.read_bytes())
@@ -99,14 +101,14 @@ def pixels(batch: torch.Tensor, dataset: Dataset) -> np.ndarray:
     return ((batch * std + mean) * 255).round().to(torch.uint8).numpy()
 
 
-def test_evaluation_gives_all_images_in_order_normalised() -> None:
+def test_evaluation_yields_all_normalised_images_in_order() -> None:
     dataset, images = ramp()
-    got = list(Batches(dataset["test"], dataset.info, 5, CPU))
-    assert [len(labels) for _, labels in got] == [5, 5, 2]
-    assert np.array_equal(np.concatenate([pixels(batch, dataset) for batch, _ in got]), images)
+    loaded = list(Batches(dataset["test"], dataset.info, 5, CPU))
+    assert [len(labels) for _, labels in loaded] == [5, 5, 2]
+    assert np.array_equal(np.concatenate([pixels(batch, dataset) for batch, _ in loaded]), images)
 
 
-def test_an_augmented_image_is_a_mirrored_shifted_view_reflected_at_the_edges() -> None:
+def test_augmentation_flips_and_crops_with_reflected_padding() -> None:
     dataset, images = ramp()
     pad = 2
     batches = Batches(dataset["train"], dataset.info, 12, CPU, Augmentation(crop_padding=pad, flip=True), seed=3)
@@ -131,7 +133,7 @@ def test_an_augmented_image_is_a_mirrored_shifted_view_reflected_at_the_edges() 
     assert {top for _, top, _, _ in seen} == set(range(5))
 
 
-def test_order_depends_on_seed_and_epoch_alone() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     dataset, _ = ramp()
 
     def order(seed: int, epoch: int) -> list[int]:
@@ -145,13 +147,13 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert sorted(order(0, 1)) == sorted(order(5, 7))
 
 
-def test_fewer_images_than_a_batch_are_refused() -> None:
+def test_rejects_fewer_images_than_a_batch() -> None:
     dataset, _ = ramp()
     with pytest.raises(UserError, match="12 training images are fewer than a batch: batch_size is 13"):
         Batches(dataset["train"], dataset.info, 13, CPU, Augmentation())
 
 
-def test_padding_wider_than_the_image_is_refused() -> None:
+def test_rejects_padding_wider_than_the_image() -> None:
     dataset, _ = ramp()
     with pytest.raises(UserError, match="crop_padding 6 must be below the image's 6 pixels"):
         Batches(dataset["train"], dataset.info, 4, CPU, Augmentation(crop_padding=6))
@@ -175,7 +177,7 @@ def packed(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip"])
-def test_folders_and_archives_hold_the_same_images(folder: Path, kind: str) -> None:
+def test_reads_the_same_images_from_folders_and_archives(folder: Path, kind: str) -> None:
     dataset = load_source(section(packed(folder, kind)))
     assert dataset.info.classes == CLASSES
     assert dataset.info.counts == {"train": 24, "validation": 6, "test": 12}
@@ -186,21 +188,21 @@ def test_folders_and_archives_hold_the_same_images(folder: Path, kind: str) -> N
         assert np.array_equal(rows, dataset[split].labels)
 
 
-def test_sizes_and_channels_follow_the_configuration(folder: Path) -> None:
+def test_converts_images_to_the_configured_size_and_channels(folder: Path) -> None:
     assert load_source(section(folder, image_size=4, channels=1)).info.shape == (1, 4, 4)
 
 
-def test_sixteen_bit_images_and_turned_ones_are_read_as_they_look(tmp_path: Path) -> None:
+def test_reads_16_bit_and_rotated_images_as_displayed(tmp_path: Path) -> None:
     from PIL import Image
 
     write_images(tmp_path, {"train": 2, "test": 2}, CLASSES)
     deep = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(deep).save(tmp_path / "train" / "ant" / "deep.png")
-    turned = Image.new("RGB", (8, 8))
-    turned.paste((255, 255, 255), (0, 0, 8, 1))  # a bright first row, to be shown upside down
+    rotated = Image.new("RGB", (8, 8))
+    rotated.paste((255, 255, 255), (0, 0, 8, 1))  # a bright first row; the orientation turns it upside down
     exif = Image.Exif()
     exif[0x0112] = 3
-    turned.save(tmp_path / "train" / "ant" / "turned.png", exif=exif)
+    rotated.save(tmp_path / "train" / "ant" / "turned.png", exif=exif)
     images = load_source(section(tmp_path, validation=0))["train"].images
     by_name = dict(zip(["0000", "0001", "deep", "turned"], images, strict=False))
     assert np.abs(by_name["deep"][0].astype(int) - deep // 256).max() <= 1
@@ -208,7 +210,7 @@ def test_sixteen_bit_images_and_turned_ones_are_read_as_they_look(tmp_path: Path
     assert by_name["turned"][0, 0].max() < 50
 
 
-def test_a_first_image_that_lies_on_its_side_is_read_as_it_looks(tmp_path: Path) -> None:
+def test_input_shape_follows_the_exif_orientation(tmp_path: Path) -> None:
     from PIL import Image
 
     exif = Image.Exif()
@@ -221,7 +223,7 @@ def test_a_first_image_that_lies_on_its_side_is_read_as_it_looks(tmp_path: Path)
     assert peek(section(tmp_path)) == ((3, 12, 8), 3)
 
 
-def test_classes_behind_links_are_read_and_circles_are_not(folder: Path, tmp_path: Path) -> None:
+def test_follows_links_to_classes_but_not_link_cycles(folder: Path, tmp_path: Path) -> None:
     away = tmp_path / "large disk" / "cat"
     away.parent.mkdir()
     (folder / "train" / "cat").rename(away)
@@ -230,7 +232,7 @@ def test_classes_behind_links_are_read_and_circles_are_not(folder: Path, tmp_pat
     assert load_source(section(folder)).info.counts == {"train": 24, "validation": 6, "test": 12}
 
 
-def test_images_that_are_not_read_are_named_and_not_left_out(folder: Path) -> None:
+def test_rejects_images_that_are_neither_jpeg_nor_png(folder: Path) -> None:
     other = (folder / "train" / "cat" / "0003.png").rename(folder / "train" / "cat" / "0003.webp")
     with pytest.raises(UserError, match=r"image 'train/cat/0003\.webp' is neither JPEG nor PNG"):
         load_source(section(folder))
@@ -242,7 +244,7 @@ def test_images_that_are_not_read_are_named_and_not_left_out(folder: Path) -> No
     assert load_source(section(folder)).info.counts["train"] == 24 - 1
 
 
-def test_colour_is_not_lost_because_the_first_image_has_none(folder: Path) -> None:
+def test_rejects_colour_images_if_the_first_one_is_grey(folder: Path) -> None:
     from PIL import Image
 
     first = folder / "test" / "ant" / "0000.png"
@@ -253,7 +255,7 @@ def test_colour_is_not_lost_because_the_first_image_has_none(folder: Path) -> No
     assert load_source(section(folder, channels=1)).info.shape == (1, 8, 8)
 
 
-def test_a_name_that_is_not_in_utf_8_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_rejects_names_that_are_not_utf_8(tmp_path: Path, folder: Path) -> None:
     member = tarfile.TarInfo(b"train/gar\xe7on/1.png".decode("utf-8", "surrogateescape"))
     image = (folder / "test" / "ant" / "0000.png").read_bytes()
     member.size = len(image)
@@ -263,7 +265,7 @@ def test_a_name_that_is_not_in_utf_8_is_refused(tmp_path: Path, folder: Path) ->
         load_source(section(tmp_path / "old.tar"))
 
 
-def test_what_macos_adds_to_archives_is_passed_over(folder: Path) -> None:
+def test_ignores_macos_metadata_in_archives(folder: Path) -> None:
     with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
         for file in sorted(folder.rglob("*.png")):
             archive.write(file, file.relative_to(folder))
@@ -271,12 +273,12 @@ def test_what_macos_adds_to_archives_is_passed_over(folder: Path) -> None:
     assert load_source(section(folder.with_suffix(".zip"))).info.counts["test"] == 12
 
 
-def test_a_small_class_keeps_an_image_in_both_parts(tmp_path: Path) -> None:
+def test_small_classes_have_images_in_both_splits(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 3, "test": 1}, CLASSES)
     assert load_source(section(tmp_path, validation=0.1)).info.counts == {"train": 6, "validation": 3, "test": 3}
 
 
-def test_a_validation_split_that_is_there_is_taken(tmp_path: Path) -> None:
+def test_uses_an_existing_validation_split(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 5, "val": 2, "test": 3}, CLASSES)
     assert load_source(section(tmp_path)).info.counts == {"train": 15, "validation": 6, "test": 9}
 
@@ -288,7 +290,7 @@ def tar_with(member: tarfile.TarInfo, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["../../train/ant/1.png", "/train/ant/1.png", "train/../../x/1.png"])
-def test_members_that_point_outside_are_refused(name: str, tmp_path: Path) -> None:
+def test_rejects_members_that_point_outside_the_archive(name: str, tmp_path: Path) -> None:
     member = tarfile.TarInfo(name)
     with pytest.raises(UserError, match="points outside the archive"):
         load_source(section(tar_with(member, tmp_path / "evil.tar")))
@@ -299,14 +301,14 @@ def test_members_that_point_outside_are_refused(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(kind: bytes, tmp_path: Path) -> None:
+def test_rejects_links_and_devices_in_archives(kind: bytes, tmp_path: Path) -> None:
     member = tarfile.TarInfo("train/ant/1.png")
     member.type, member.linkname = kind, "/etc/passwd"
     with pytest.raises(UserError, match="is a link or device"):
         load_source(section(tar_with(member, tmp_path / "evil.tar")))
 
 
-def test_bad_images_and_archives_are_named(folder: Path, tmp_path: Path) -> None:
+def test_rejects_damaged_images_and_archives_by_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.path .*nothing does not exist"):
         load_source(section(tmp_path / "nothing"))
 
@@ -325,14 +327,14 @@ def test_bad_images_and_archives_are_named(folder: Path, tmp_path: Path) -> None
         load_source(section(folder))
 
 
-def test_a_class_in_only_one_split_is_named(folder: Path) -> None:
+def test_rejects_a_class_missing_from_a_split(folder: Path) -> None:
     for file in (folder / "test" / "cat").iterdir():
         file.unlink()
     with pytest.raises(UserError, match="class 'cat' has no image in split 'test'"):
         load_source(section(folder))
 
 
-def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
+def test_images_of_several_sizes_require_image_size(folder: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (9, 8)).save(folder / "train" / "ant" / "odd.png")
@@ -341,7 +343,7 @@ def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
     assert load_source(section(folder, image_size=8)).info.shape == (3, 8, 8)
 
 
-def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_folder_with_an_unknown_layout(tmp_path: Path) -> None:
     write_images(tmp_path, {"training": 2}, CLASSES)
     with pytest.raises(UserError, match="must be at SPLIT/CLASS/FILE.* or at CLASS/FILE"):
         load_source(section(tmp_path))
@@ -351,22 +353,22 @@ def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["classes alone", "no test split"])
-def test_a_folder_without_a_test_split_has_one_cut_off(layout: str, tmp_path: Path) -> None:
+def test_creates_a_test_split_if_there_is_none(layout: str, tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 20, **({"val": 2} if layout == "no test split" else {})}, CLASSES)
-    place = tmp_path / "train" if layout == "classes alone" else tmp_path
-    dataset = load_source(section(place, test=0.25, validation=0.2))
+    root = tmp_path / "train" if layout == "classes alone" else tmp_path
+    dataset = load_source(section(root, test=0.25, validation=0.2))
     counts = {name: len(dataset[name]) // len(CLASSES) for name in ("train", "validation", "test")}
     assert counts == {"train": 12 if layout == "classes alone" else 15, "validation": counts["validation"], "test": 5}
     assert counts["validation"] == (3 if layout == "classes alone" else 2)
     assert dataset.info.classes == CLASSES
-    assert peek(section(place)) == (dataset.info.shape, len(CLASSES))
+    assert peek(section(root)) == (dataset.info.shape, len(CLASSES))
 
 
 @pytest.mark.parametrize(
     ("name", "labels_key", "meta_key"),
     [("CIFAR10", "labels", "label_names"), ("CIFAR100", "fine_labels", "fine_label_names")],
 )
-def test_cifar_in_torchvisions_layout(name, labels_key, meta_key, tmp_path: Path, monkeypatch) -> None:
+def test_reads_cifar_in_torchvision_layout(name, labels_key, meta_key, tmp_path: Path, monkeypatch) -> None:
     import hashlib
 
     from torchvision import datasets
@@ -385,7 +387,7 @@ def test_cifar_in_torchvisions_layout(name, labels_key, meta_key, tmp_path: Path
         data = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
         return {"data": data, labels_key: [i % classes for i in range(count)]}
 
-    # Files of our own, with their own checksums: torchvision does the rest as it does for the real ones.
+    # Small files with matching checksums; torchvision reads them like the real ones.
     monkeypatch.setattr(kind, "train_list", [write("train", batch(4 * classes))])
     monkeypatch.setattr(kind, "test_list", [write("test", batch(classes))])
     meta = write("meta", {meta_key: [f"class {i}" for i in range(classes)]})
@@ -400,7 +402,7 @@ def test_cifar_in_torchvisions_layout(name, labels_key, meta_key, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_shared_cifar10_archive() -> None:
+def test_reads_the_shared_cifar10_archive() -> None:
     path = SHARED / "data" / "cifar10-jpeg.tar.gz"
     if not path.exists():
         pytest.skip(f"{path} does not exist")

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, watched for errors and requests."""
+"""Opens pages in headless Chromium and checks them for errors and requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @contextlib.contextmanager
 def opened(path: Path, width: int, **settings: Any) -> Iterator[Any]:
-    """The page, drawn; at the end nothing must have been complained of, fetched, or wider than the window."""
+    """Yield a rendered page; at the end, check for errors, requests and content wider than the window."""
     from playwright.sync_api import sync_playwright
 
     found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))

@@ -1,7 +1,7 @@
-"""A small server that answers as KFP does, by its v2beta1 REST interface, on the generated client's own models.
+"""A fake KFP server with the v2beta1 REST API, built on the models of the generated client.
 
-What it is sent is checked against those models: a field that they do not know, or of another type, is an error of the
-test. An uploaded pipeline is parsed as KFP's backend parses it, and a run's parameters are checked against it.
+Requests are checked against these models: an unknown field or a wrong type is recorded as a problem. An uploaded
+pipeline is parsed as KFP's backend parses it, and the parameters of runs are checked against it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-# How the models' types come in JSON; models themselves are objects, or words where they are enumerations.
+# Python types of the models' types in JSON. Models are objects, or strings if they are enumerations.
 _JSON = {
     "str": str,
     "int": (int, str),
@@ -35,19 +35,21 @@ _JSON = {
     "datetime": str,
 }
 
-_LONG = {"max_concurrency"}  # int64: a string in the models, a number in what KFP's own client sends; both are taken
+_LONG = {"max_concurrency"}  # int64: a string in the models, a number from KFP's client; both are accepted
 
 
 @dataclass
 class KfpServer:
-    """The server's state, and what it is told to do.
+    """State of the server and the behaviour that a test has set.
 
     Attributes:
-        address: where it listens.
-        plan: asked for each request, as (method, path): a status to fail with, "hang", or None.
-        progress: what a run looks like each time it is looked after: states by task, the last one for good.
-        seen: the requests that came, as (method, path).
-        problems: what in them KFP would not have taken.
+        address: URL of the server.
+        plan: called with the method and path of each request; returns a status to fail with, "hang", "page" (a login
+            page), or None.
+        progress: state and tasks of a run, one entry per query; the last entry is repeated.
+        seen: requests received, as (method, path).
+        problems: errors in requests that KFP would reject.
+        token: bearer token that requests must have, or None.
     """
 
     address: str = ""
@@ -66,7 +68,7 @@ class KfpServer:
     released: threading.Event = field(default_factory=threading.Event)
 
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> Any:
-        """The model that answers a request; None for an address that KFP does not have."""
+        """Return the model that answers a request, or None if KFP has no such path."""
         match method, path.removeprefix("/apis/v2beta1/").split("/"):
             case "GET", ["healthz"]:
                 return api.V2beta1GetHealthzResponse(multi_user=False)
@@ -133,7 +135,7 @@ class KfpServer:
             kind = model.openapi_types[attributes[key]]
             long = key in _LONG and isinstance(value, int)
             if not long and not isinstance(value, _JSON.get(re.match(r"\w+", kind)[0], (dict, str))):
-                self.problems.append(f"{where}.{key} is {value!r}, and must be {kind}")
+                self.problems.append(f"{where}.{key} is {value!r} but must be {kind}")
             self._check_keys(value, getattr(api, kind, None), f"{where}.{key}")
 
     def _upload(self, query: dict[str, str], body: bytes, kind: str) -> api.V2beta1PipelineVersion:
@@ -144,7 +146,7 @@ class KfpServer:
         json_format.ParseDict(documents[0], spec)
         json_format.ParseDict(documents[1], platform)
         if not any(pipeline.pipeline_id == query["pipelineid"] for pipeline in self.pipelines):
-            self.problems.append("a version of no pipeline")
+            self.problems.append("a version of an unknown pipeline")
         version = api.V2beta1PipelineVersion(
             pipeline_id=query["pipelineid"], pipeline_version_id=str(uuid.uuid4()), display_name=query["name"]
         )
@@ -166,7 +168,7 @@ class KfpServer:
 
 @contextlib.contextmanager
 def kfp_server() -> Iterator[KfpServer]:
-    """A server on a free port."""
+    """Run the server on a free port."""
     state = KfpServer()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
     server.daemon_threads = True
@@ -197,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b"<!doctype html><title>Log in</title>", "text/html")
             return
         if isinstance(fault, int):
-            self._reply(fault, {"code": fault, "message": f"as the test wants it: {fault}"})
+            self._reply(fault, {"code": fault, "message": f"injected by the test: {fault}"})
             return
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         answer = self.state.answer(self.command, parts.path, query, body, self.headers.get("Content-Type", ""))

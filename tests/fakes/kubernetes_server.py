@@ -1,7 +1,7 @@
-"""A small Kubernetes API with Kubeflow Trainer behind it, which runs each node of a TrainJob as a process.
+"""A fake Kubernetes API with Kubeflow Trainer, which runs each node of a TrainJob as a process.
 
-What it is sent is checked against Kubeflow Trainer's own models. A node gets the variables that the torch plugin gives
-it (PET_...), and the values of the secrets and config maps that the job names.
+TrainJobs are checked against Kubeflow Trainer's models. A node gets the variables of the torch plugin (PET_...) and the
+values of the secrets and config maps that the job references.
 """
 
 from __future__ import annotations
@@ -52,15 +52,17 @@ RUNTIME = {
 
 @dataclass
 class KubernetesServer:
-    """The server's state, and what it is told to do.
+    """State of the server and the behaviour that a test has set.
 
     Attributes:
-        kubeconfig: the file by which it is found.
-        objects: what secrets and config maps hold.
-        surroundings: variables that nodes have besides.
-        refuse: asked for each request, as (method, path): a status to fail with, or None.
-        jobs: the TrainJobs by name, as they were sent.
-        seen: the requests that came.
+        kubeconfig: the kubeconfig file that names the server.
+        objects: contents of secrets and config maps, by name.
+        surroundings: additional environment variables of nodes.
+        refuse: called with the method and path of each request; returns a status to fail with, or None.
+        jobs: TrainJobs by name, as received.
+        processes: processes of each job, one per node.
+        logs: log file of each job's first node.
+        seen: requests received, as (method, path).
     """
 
     kubeconfig: Path
@@ -73,7 +75,7 @@ class KubernetesServer:
     seen: list[tuple[str, str]] = field(default_factory=list)
 
     def answer(self, method: str, path: str, body: bytes) -> dict[str, Any] | str | None:
-        """A JSON object, a log, or None where there is no such thing."""
+        """Return a JSON object or a log, or None if the path does not exist."""
         jobs = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
         if path.endswith("/clustertrainingruntimes/torch-distributed"):
             return RUNTIME
@@ -129,13 +131,13 @@ class KubernetesServer:
         return job
 
     def pod(self, name: str) -> dict[str, Any]:
-        """The pod's entries that a job asks for."""
+        """Return the pod spec that a job requests."""
         (patch,) = self.jobs[name]["spec"]["runtimePatches"]
         (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
         return job["template"]["spec"]["template"]["spec"]
 
     def container(self, name: str) -> dict[str, Any]:
-        """Its container's."""
+        """Return the container of that pod spec."""
         (container,) = self.pod(name)["containers"]
         return container
 
@@ -174,7 +176,7 @@ class KubernetesServer:
 
 @contextlib.contextmanager
 def kubernetes_server(folder: Path) -> Iterator[KubernetesServer]:
-    """Within, it answers; KUBECONFIG must be set to its file."""
+    """Run the server; clients need KUBECONFIG set to its `kubeconfig`."""
     state = KubernetesServer(folder / "kubeconfig.yaml")
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
     cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}

@@ -1,4 +1,4 @@
-"""Made-up results, for tests and benchmarks of what compares them: in memory, and in MLflow."""
+"""Synthetic results for tests and benchmarks of comparisons, in memory and in MLflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ METHODS = {"scop": 0.94, "l1": 0.93, "random": 0.90}
 
 
 def result(method: str = "scop", rate: float = 0.5, seed: int = 0, **changes: Any) -> Result:
-    """A network's row; the higher rate and seed, the less accurate it is."""
+    """Return a network's row; its accuracy falls with the rate and the seed."""
     kept = (1 - rate) ** 2
     top1 = METHODS[method] - 0.05 * rate - 0.001 * seed
     metrics = {"dense_top1": 0.95, "dense_top5": 0.99, "dense_macs": 40e6, "dense_params": 270e3, "dense_bytes": 1.1e6}
@@ -25,7 +25,7 @@ def result(method: str = "scop", rate: float = 0.5, seed: int = 0, **changes: An
 
 
 def log(client: Any, experiment: str, row: Result, parent: str | None = None, status: str = "FINISHED") -> str:
-    """Write a row into MLflow as step evaluate does; returns the run's id."""
+    """Write a row to MLflow as step evaluate does; return the run ID."""
     from mlflow.entities import Metric, Param, RunTag
 
     tags = {"scop.step": "evaluate", "scop.variant": row.name, "scop.dataset": row.dataset}

@@ -1,4 +1,4 @@
-"""Real servers for tests: S3 by rclone, S3 that can be made to fail by moto, each a process on a free port."""
+"""Servers for tests: MLflow, S3 by rclone, and S3 by moto behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def process(command: list[str], port: int, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """A server on a port, from when it listens until the end of the block; gives its address."""
+    """Run a server, wait until it listens on the port, and yield its URL."""
     with (
         log.open("wb") as output,
         subprocess.Popen(
@@ -43,18 +43,18 @@ def process(command: list[str], port: int, log: Path, environment: Mapping[str, 
                 time.sleep(0.05)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(server.pid, signal.SIGKILL)  # with its workers
+            os.killpg(server.pid, signal.SIGKILL)  # including its workers
 
 
 def mlflow_server(
     folder: Path, artifacts: str, environment: Mapping[str, str], workers: int = 1
 ) -> contextlib.AbstractContextManager[str]:
-    """An MLflow server over SQLite."""
+    """Run an MLflow server with a SQLite database."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", str(workers)]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", artifacts]
-    # Without its job queues, seven more processes of no use here.
+    # Disable the job queues: seven more processes that the tests do not need.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return process(command, port, folder / "mlflow.log", {**environment, **quiet})
 
@@ -64,7 +64,7 @@ def rclone() -> str:
 
 
 def s3_server(folder: Path) -> contextlib.AbstractContextManager[str]:
-    """rclone's S3 server over a folder, whose subfolders are the buckets; it checks signatures."""
+    """Run rclone's S3 server, which checks signatures; each subfolder of FOLDER/store is a bucket."""
     port = free_port()
     (folder / "store").mkdir(parents=True, exist_ok=True)
     command = [rclone(), "serve", "s3", "--config", "/dev/null", "--auth-key", f"{KEY},{SECRET}"]
@@ -72,7 +72,7 @@ def s3_server(folder: Path) -> contextlib.AbstractContextManager[str]:
 
 
 def environment(address: str) -> dict[str, str]:
-    """What boto3 needs to find a server."""
+    """Return the environment variables with which boto3 uses a server."""
     return {
         "AWS_ENDPOINT_URL_S3": address,
         "AWS_ACCESS_KEY_ID": KEY,
@@ -88,14 +88,14 @@ def environment(address: str) -> dict[str, str]:
 
 @dataclass
 class Faults:
-    """A proxy in front of a server, which can be told to fail.
+    """A proxy in front of a server that injects faults.
 
     Attributes:
-        address: of the proxy.
-        plan: asked for each request, as (method, path): the fault to commit, or None. Faults: those of _ANSWERS, and
-            "drop" (the connection ends within the request's body), "truncate" and "flip" (the answer's body is cut, or
-            one of its bytes changed).
-        seen: the requests that came.
+        address: URL of the proxy.
+        plan: called with the method and path of each request; returns the fault to inject, or None. Faults are the keys
+            of _ANSWERS, "drop" (close the connection within the request's body), "truncate" (cut the response's body)
+            and "flip" (change a byte of it).
+        seen: requests received, as (method, path).
     """
 
     address: str = ""
@@ -105,7 +105,7 @@ class Faults:
 
 @contextlib.contextmanager
 def faulty_s3() -> Iterator[Faults]:
-    """moto's S3 server behind a proxy with faults."""
+    """Run moto's S3 server behind a proxy that injects faults."""
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
@@ -119,7 +119,7 @@ def faulty_s3() -> Iterator[Faults]:
 
 @contextlib.contextmanager
 def faulty(port: int) -> Iterator[Faults]:
-    """A proxy with faults in front of what listens on a port."""
+    """Run a proxy that injects faults in front of the server on a local port."""
     faults = Faults()
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Proxy,), {"faults": faults, "upstream": port}))
     proxy.daemon_threads = True
@@ -157,7 +157,7 @@ class _Proxy(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if fault in _ANSWERS:
             status, code, more = _ANSWERS[fault]
-            answer = f"<Error><Code>{code}</Code><Message>as the test wants it</Message>{more}</Error>".encode()
+            answer = f"<Error><Code>{code}</Code><Message>injected by the test</Message>{more}</Error>".encode()
             self._reply(status, [("Content-Type", "application/xml")], answer, len(answer))
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)

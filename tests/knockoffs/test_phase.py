@@ -1,3 +1,5 @@
+"""The knockoff phase: gates, scores, standard errors and sensitivity."""
+
 import copy
 from pathlib import Path
 
@@ -33,7 +35,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def test_only_gates_train_within_bounds_and_the_dense_model_stays_bit_for_bit(model, batches: Batches) -> None:
+def test_trains_only_the_gates_and_keeps_them_in_bounds(model, batches: Batches) -> None:
     model.train()
     before, flags = state(model), [p.requires_grad for p in model.parameters()]
     scores = train_knockoffs(model, batches, score="published", epochs=1, lr=0.1)
@@ -54,20 +56,20 @@ def test_only_gates_train_within_bounds_and_the_dense_model_stays_bit_for_bit(mo
 
 
 def naive_loss(model: nn.Module, gates: dict[str, torch.Tensor], real, knockoff, labels) -> torch.Tensor:
-    """The two streams as the paper draws them: side by side, mixed between convolution and batch norm."""
+    """Compute the loss as the paper draws it: two streams side by side, mixed between convolution and batch norm."""
     model = copy.deepcopy(model).eval()
     features: dict[str, torch.Tensor] = {}
     mixing = False
 
     def hook(name: str):
-        def meet(module, inputs, output):
+        def mix(module, inputs, output):
             if not mixing:
                 features[name] = output.clone()
                 return output
             s = gates[name].view(1, -1, 1, 1)
             return s * output + (1 - s) * features[name]
 
-        return meet
+        return mix
 
     for name in gates:
         model.get_submodule(name).register_forward_hook(hook(name))
@@ -78,7 +80,7 @@ def naive_loss(model: nn.Module, gates: dict[str, torch.Tensor], real, knockoff,
 
 @pytest.mark.parametrize("batch_norm", ["own", "joint"])
 @pytest.mark.parametrize("score", ["fisher", "published"])
-def test_the_dense_model_stays_bit_for_bit_whatever_batch_norms_do(score, batch_norm, model, batches: Batches) -> None:
+def test_every_batch_norm_mode_leaves_the_dense_model_unchanged(score, batch_norm, model, batches: Batches) -> None:
     before = state(model)
     scores = train_knockoffs(model, batches, epochs=1, score=score, batch_norm=batch_norm)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -87,7 +89,7 @@ def test_the_dense_model_stays_bit_for_bit_whatever_batch_norms_do(score, batch_
 
 
 @pytest.mark.parametrize("name", ["plain", "resnet"])
-def test_folding_and_the_written_out_gradient_change_nothing(name: str) -> None:
+def test_loss_and_gradients_match_the_naive_implementation(name: str) -> None:
     torch.manual_seed(0)
     model = make_model("tests.networks:Plain") if name == "plain" else make_model("resnet20", in_channels=1)
     randomise_batch_norms(model.eval())
@@ -108,7 +110,7 @@ def test_folding_and_the_written_out_gradient_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["frozen", "own", "joint"])
-def test_batch_norms_see_what_the_mode_says(mode: str) -> None:
+def test_batch_norms_normalise_according_to_the_mode(mode: str) -> None:
     torch.manual_seed(0)
     model = make_model("tests.networks:Plain")
     randomise_batch_norms(model.eval())
@@ -124,7 +126,7 @@ def test_batch_norms_see_what_the_mode_says(mode: str) -> None:
     assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_the_fisher_score_is_the_root_mean_square_of_each_examples_derivative() -> None:
+def test_fisher_score_is_the_rms_of_per_example_derivatives() -> None:
     torch.manual_seed(0)
     model = make_model("tests.networks:Plain")
     randomise_batch_norms(model.eval())
@@ -139,7 +141,7 @@ def test_the_fisher_score_is_the_root_mean_square_of_each_examples_derivative() 
     at_mixing, at_half = range(0, 12, 2), range(1, 12, 2)
 
     def derivatives(mixing: float, examples: range) -> dict[str, torch.Tensor]:
-        """One by one, without any of this: (examples, channels)."""
+        """Return the derivatives for each example, by plain autograd: (examples, channels) per layer."""
         gates = {layer: torch.full(gate.shape, mixing).requires_grad_() for layer, gate in competition.gates.named()}
         each = []
         for i in examples:
@@ -153,28 +155,26 @@ def test_the_fisher_score_is_the_root_mean_square_of_each_examples_derivative() 
         root = g.square().mean(0).sqrt()
         of_root = g.square().std(0, correction=0) / 6**0.5 / (2 * root)
         assert torch.allclose(score[layer], root, rtol=1e-3, atol=1e-5), layer
-        assert torch.allclose(error[layer], of_root.nan_to_num(0), rtol=1e-2, atol=1e-5), layer  # of a dead channel 0
+        assert torch.allclose(error[layer], of_root.nan_to_num(0), rtol=1e-2, atol=1e-5), layer  # 0 for a dead channel
     for layer, g in derivatives(0.5, at_half).items():
-        t = (-g.mean(0) / (g.std(0, correction=0) / 6**0.5)).nan_to_num(0)  # of a dead channel
+        t = (-g.mean(0) / (g.std(0, correction=0) / 6**0.5)).nan_to_num(0)  # 0 for a dead channel
         assert torch.allclose(signed[layer], t, rtol=1e-2, atol=1e-3), layer
 
 
-def test_the_published_score_is_gamma_times_the_gates_lead_over_its_knockoff(
-    model, batches: Batches, tmp_path: Path
-) -> None:
+def test_published_score_is_gamma_times_the_gate_difference(model, batches: Batches, tmp_path: Path) -> None:
     scores = train_knockoffs(model, batches, score="published", epochs=2)
     scores.save(tmp_path / "scores.safetensors")
     assert torch.equal(Scores.load(tmp_path / "scores.safetensors").signed["second"], scores["second"])
     gamma = model.second_norm.weight.detach().abs()
     assert torch.allclose(scores["second"], gamma * (2 * scores.gate["second"] - 1))
     assert torch.equal(scores.signed["second"], scores["second"])
-    assert torch.isnan(scores.error["second"]).all()  # of one late epoch nobody can tell
+    assert torch.isnan(scores.error["second"]).all()  # one late epoch has no standard deviation
     late = train_knockoffs(model, batches, score="published", epochs=4).error["second"]
     assert 0 < late.max() < 0.2
 
 
-def test_standard_errors_are_those_between_seeds(model, batches: Batches) -> None:
-    """What one pass says of its own uncertainty is what other seeds show, within what seven of them can tell."""
+def test_standard_errors_match_the_spread_between_seeds(model, batches: Batches) -> None:
+    """The standard errors of one pass match the spread over seven seeds, within the accuracy that seven allow."""
     runs = [train_knockoffs(model, batches, epochs=1, seed=seed, precision="fp32") for seed in range(7)]
     for layer in runs[0]:
         between = torch.stack([run[layer] for run in runs]).std(0).median()
@@ -182,31 +182,31 @@ def test_standard_errors_are_those_between_seeds(model, batches: Batches) -> Non
         assert 0.3 < between / within < 2, layer
 
 
-def test_an_image_that_is_seen_again_makes_a_score_no_surer(model, batches: Batches) -> None:
+def test_repeated_images_do_not_reduce_standard_errors(model, batches: Batches) -> None:
     once = train_knockoffs(model, batches, epochs=1, precision="fp32")
     often = train_knockoffs(model, batches, epochs=8, precision="fp32")
     for layer in once:
         assert often.error[layer].median() > 0.6 * once.error[layer].median(), layer
 
 
-def test_where_images_of_a_batch_see_each_other_a_batch_has_one_mixing_point(model) -> None:
+def test_only_frozen_batch_norms_mix_gate_values_within_a_batch(model) -> None:
     graph = ChannelGraph(model, (1, 8, 8))
-    for batch_norm, kinds in (("own", [1, 1, 1, 1]), ("joint", [1, 1, 1, 1]), ("frozen", [2, 2, 2, 2])):
+    for batch_norm, counts in (("own", [1, 1, 1, 1]), ("joint", [1, 1, 1, 1]), ("frozen", [2, 2, 2, 2])):
         competition = Competition(model, graph, shuffle, CPU, batch_norm=batch_norm, precision="fp32")
-        met: list[int] = []
+        distinct: list[int] = []
         gates = competition.gates
         for _ in range(4):
             gate = gates.opened("first", 6)
-            met.append(len(torch.unique(gate.detach()[:, 0])))
+            distinct.append(len(torch.unique(gate.detach()[:, 0])))
             loss, _ = competition.loss(torch.randn(6, 1, 8, 8), torch.arange(6))
             loss.backward()
             competition.after_step()
-        assert met == kinds
-        assert gates.examples.tolist() == [12, 12]  # as many for the score as for W
+        assert distinct == counts
+        assert gates.examples.tolist() == [12, 12]  # the same number for scores and for W
 
 
 def silence(model: nn.Module, planted: dict[str, list[int]]) -> None:
-    """Have nothing listen to some channels of the three convolutions, for good."""
+    """Make the next layers ignore some channels of the three convolutions, in training too."""
     for layer, reader in (("first", model.second), ("second", model.third), ("third", model.head)):
         silent = torch.ones_like(reader.weight)
         silent[:, planted.get(layer, [])] = 0
@@ -215,12 +215,12 @@ def silence(model: nn.Module, planted: dict[str, list[int]]) -> None:
         reader.weight.register_hook(silent.mul)
 
 
-def test_a_dead_channel_scores_nothing_and_a_duplicate_half(model, batches: Batches) -> None:
+def test_dead_channel_scores_zero_and_duplicate_scores_half(model, batches: Batches) -> None:
     with torch.no_grad():
         model.second.weight[:, 5] = 0
     alone = train_knockoffs(model, batches, epochs=1, precision="fp32")["first"]
     with torch.no_grad():
-        # Channel 5 becomes a copy of 2, and each is read with half the weight: the network computes what it did.
+        # Channel 5 becomes a copy of 2, and each is read with half the weight: the function is unchanged.
         for tensor in (model.first.weight, model.first.bias, model.first_norm.weight, model.first_norm.bias):
             tensor[5] = tensor[2]
         for tensor in (model.first_norm.running_mean, model.first_norm.running_var):
@@ -234,10 +234,10 @@ def test_a_dead_channel_scores_nothing_and_a_duplicate_half(model, batches: Batc
     assert twice[5] == pytest.approx(twice[2].item(), rel=1e-3)
 
 
-def test_the_false_discovery_rate_of_a_network_on_simulated_data_is_near_what_is_asked() -> None:
-    """A hundred independent features, of which sixty say nothing about the label, though the network reads them.
+def test_false_discovery_rate_on_simulated_data_is_near_the_target() -> None:
+    """60 of 100 independent features carry no information about the label, but the network reads them.
 
-    Where features are independent, those of another example are Model-X knockoffs.
+    The features are independent, so those of another example are Model-X knockoffs.
     """
     generator = torch.Generator().manual_seed(1)
     null = torch.arange(100) >= 40
@@ -252,7 +252,7 @@ def test_the_false_discovery_rate_of_a_network_on_simulated_data_is_near_what_is
             mixed.weight.copy_(torch.eye(100)[:, :, None, None])
             mixed.bias.zero_()
             head.weight.zero_()
-            head.weight[1] = effects + 0.1 * torch.randn(100, generator=generator)  # as learned from few examples
+            head.weight[1] = effects + 0.1 * torch.randn(100, generator=generator)  # as if learned from few examples
         data = list(zip(images.split(256), labels.long().split(256), strict=True))
         w = train_knockoffs(network, data, epochs=1, seed=seed).signed["0"]
         for q, found in proportions.items():
@@ -264,7 +264,7 @@ def test_the_false_discovery_rate_of_a_network_on_simulated_data_is_near_what_is
 
 
 class NoiseFed(nn.Module):
-    """Half of the first channels see the image, the others a second one that is noise."""
+    """Half of the first layer's channels see the image; the others see a second image of noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class NoiseFed(nn.Module):
         return self.head(torch.relu(self.second_norm(self.second(x))).mean((2, 3)))
 
 
-def test_channels_that_are_fed_noise_are_found(batches: Batches) -> None:
+def test_finds_channels_that_read_noise(batches: Batches) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
 
@@ -291,14 +291,14 @@ def test_channels_that_are_fed_noise_are_found(batches: Batches) -> None:
     model = NoiseFed()
     section = DenseSection(epochs=4, batch_size=64, lr=0.1)
     fit(Supervised(model, CPU, section), with_noise(), make_optimizer(model, section), Schedule(4), label="noise-fed")
-    # By other noise: that of the training the network knows by heart, a little, so that it does tell labels.
+    # Fresh noise: the network has partly memorised the training noise, which therefore predicts labels a little.
     scores = train_knockoffs(model.eval(), with_noise(), epochs=1)
     seen, fed_noise = scores["first"][:16], scores["first"][16:]
     assert fed_noise.max() < seen.median()
-    # What real features are worth is plain; of noise nobody can tell it from its knockoff.
+    # Real features clearly beat their knockoffs; noise does not.
     assert (scores.signed["first"][:16] > 3).sum() >= 12
     assert (scores.signed["first"][16:] > 3).sum() == 0
-    # Of what the knockoff filter keeps no larger a share is fed noise than it says; seen are nearly all.
+    # The knockoff filter keeps noise channels within its rate, and keeps most channels that see the image.
     kept = []
     for _ in range(4):
         w = train_knockoffs(model, with_noise(), epochs=1).signed["first"]
@@ -308,20 +308,20 @@ def test_channels_that_are_fed_noise_are_found(batches: Batches) -> None:
     assert min(int(own[:16].sum()) for own in kept) >= 12
 
 
-def share_of(planted: list[int], removed: list[int]) -> float:
+def recall(planted: list[int], removed: list[int]) -> float:
     return len(set(planted) & set(removed)) / len(planted)
 
 
 @pytest.mark.parametrize(("score", "epochs"), [("fisher", 1), ("published", 10)])
-def test_planted_redundant_channels_are_found(score: str, epochs: int, model, batches: Batches) -> None:
-    """Channels that nothing listens to win nothing over their knockoffs: SCOP drops them, chance would drop a third."""
+def test_finds_planted_redundant_channels(score: str, epochs: int, model, batches: Batches) -> None:
+    """Unread channels gain nothing over their knockoffs: SCOP removes them; chance would remove a third."""
     generator = torch.Generator().manual_seed(4)
     planted = {}
     for layer in ("first", "second", "third"):
         channels = model.get_submodule(layer).out_channels
         planted[layer] = torch.randperm(channels, generator=generator)[: channels // 3].tolist()
     silence(model, planted)
-    # The others learn to do without them, so that it is a good network and not a broken one.
+    # The other channels learn to compensate, so that the network is accurate again.
     section = DenseSection(epochs=6, batch_size=64, lr=0.05)
     optimizer = make_optimizer(model, section)
     fit(Supervised(model, CPU, section), batches, optimizer, Schedule(6, "cosine"), label="planted")
@@ -330,13 +330,13 @@ def test_planted_redundant_channels_are_found(score: str, epochs: int, model, ba
     scores = train_knockoffs(model, batches, score=score, epochs=epochs, lr=0.02)
     plan = scop.select_channels(model, scores, prune_rate=1 / 3)
     for layer, channels in planted.items():
-        assert share_of(channels, plan.removed(layer)) >= 0.8, layer
-        # The filters of these channels look like any other's, so that nothing but their use tells them.
+        assert recall(channels, plan.removed(layer)) >= 0.8, layer
+        # The filters of these channels look like any other's; only their use gives them away.
         by_norm = scop.select_channels(model, method="l1", prune_rate=1 / 3, input_shape=(1, 8, 8))
-        assert share_of(channels, by_norm.removed(layer)) < 0.7, layer
+        assert recall(channels, by_norm.removed(layer)) < 0.7, layer
 
 
-def test_seeds_reproduce_bit_for_bit(model, batches: Batches) -> None:
+def test_same_seed_reproduces_bit_for_bit(model, batches: Batches) -> None:
     def gates(seed: int) -> torch.Tensor:
         batches.set_epoch(0)
         return torch.cat(list(train_knockoffs(model, batches, epochs=1, seed=seed).values()))
@@ -345,31 +345,31 @@ def test_seeds_reproduce_bit_for_bit(model, batches: Batches) -> None:
     assert not torch.equal(gates(0), gates(1))
 
 
-def test_batches_that_cannot_be_trained_on_are_refused(model, batches: Batches) -> None:
+def test_rejects_empty_and_one_pass_batches(model, batches: Batches) -> None:
     with pytest.raises(UserError, match="batches are empty"):
         train_knockoffs(model, [], epochs=1)
     with pytest.raises(UserError, match="support repeated iteration, .* a generator does not"):
         train_knockoffs(model, (batch for batch in batches), epochs=1)
 
 
-def test_an_image_that_is_its_own_knockoff_is_no_competition(model, batches: Batches) -> None:
+def test_rejects_images_that_are_their_own_knockoffs(model, batches: Batches) -> None:
     images, labels = next(iter(batches))
-    single = [(images[place : place + 1], labels[place : place + 1]) for place in range(4)]
+    single = [(images[index : index + 1], labels[index : index + 1]) for index in range(4)]
     with pytest.raises(UserError, match="all scores are 0: .* several images"):
         train_knockoffs(model, single, epochs=1)
 
 
-def test_every_residual_rule_finds_scores() -> None:
+def test_scores_cover_every_residual_rule() -> None:
     for name, shape in (("resnet20", (3, 16, 16)), ("torchvision:resnet18", (3, 32, 32))):
         graph = ChannelGraph(make_model(name), shape)
         gated = set(gated_layers(graph))
         for rule in ("scatter", "inner", "coupled"):
             assert all(gated.intersection(prunable.convs) for prunable in graph.prunable(rule))
-    # On a CIFAR ResNet these are the paper's: neither stem nor shortcuts.
+    # On a CIFAR ResNet, as in the paper, the stem and the shortcuts have no gates.
     assert not {"conv1", "layer2.0.downsample.0"} & set(gated_layers(ChannelGraph(make_model("resnet20"), (3, 16, 16))))
 
 
-def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+def test_scores_round_trip_and_reject_other_versions(tmp_path: Path) -> None:
     parts = [{"a.b": torch.rand(3)} for _ in range(4)]
     scores = Scores(*parts, kind="fisher", input_shape=(3, 8, 9))
     scores.save(tmp_path / "scores.safetensors")
@@ -388,7 +388,7 @@ def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 class Odd(nn.Module):
-    """A batch norm that two convolutions share, a convolution nobody runs, and one with weights of its own making."""
+    """A batch norm shared by two convolutions, a convolution that never runs, and a parametrised one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ class Odd(nn.Module):
         return self.head(self.d(torch.relu(self.norm(self.c(torch.relu(x))))).mean((2, 3)))
 
 
-def test_the_folded_copy_computes_what_the_network_does() -> None:
+def test_folded_copy_computes_the_same_function() -> None:
     torch.manual_seed(0)
     for model in (Odd(), make_model("resnet20", in_channels=1), make_model("tests.networks:Plain")):
         randomise_batch_norms(model.eval())
@@ -413,7 +413,7 @@ def test_the_folded_copy_computes_what_the_network_does() -> None:
 
 
 class Mixer(nn.Module):
-    """Adds a branch behind its activation: only the whole stream can be pruned."""
+    """Adds a branch after its activation: only the whole stream can be pruned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ class Mixer(nn.Module):
         return self.head((x + torch.relu(self.norm(self.branch(x)))).mean((2, 3)))
 
 
-def test_a_network_that_only_coupled_can_prune_is_scored_all_the_same(batches: Batches) -> None:
+def test_scores_a_network_that_only_coupled_can_prune(batches: Batches) -> None:
     model = Mixer()
     scores = train_knockoffs(model, batches, epochs=1)
     assert set(scores) == {"stem", "branch"}
@@ -434,7 +434,7 @@ def test_a_network_that_only_coupled_can_prune_is_scored_all_the_same(batches: B
         scop.select_channels(model, scores, residual="scatter")
 
 
-def test_sensitivity_is_the_accuracy_of_the_network_with_one_layer_pruned(model, batches: Batches) -> None:
+def test_sensitivity_is_the_accuracy_with_one_layer_pruned(model, batches: Batches) -> None:
     scores = train_knockoffs(model, batches, epochs=1)
     images = list(batches)
     found = measure_sensitivity(model, scores, [0.0, 0.5, 0.75], images, CPU, (1, 8, 8))
@@ -455,10 +455,8 @@ def test_sensitivity_is_the_accuracy_of_the_network_with_one_layer_pruned(model,
         ("tests.networks:GroupsAndBias", (3, 16, 16)),
     ],
 )
-def test_sensitivity_prunes_a_layer_as_surgery_does(
-    make: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # In bf16, where the CPU has it, masked and pruned differ by rounding, which is much on random networks.
+def test_sensitivity_matches_surgery(make: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    # In bf16, if the CPU supports it, masked and pruned differ by rounding, which is large for random networks.
     monkeypatch.setattr("scop.selection.sensitivity.autocast_dtype", lambda *_: torch.float32)
     torch.manual_seed(0)
     model = make_model(make)
@@ -476,7 +474,7 @@ def test_sensitivity_prunes_a_layer_as_surgery_does(
         )
 
 
-def test_scores_see_as_many_images_as_it_takes(digits: Dataset, model: nn.Module) -> None:
+def test_scoring_uses_at_least_10240_images(digits: Dataset, model: nn.Module) -> None:
     few = Split(digits["train"].images[:100], digits["train"].labels[:100])
     batches = Batches(few, digits.info, 50, CPU, Augmentation())
     seen: list[EpochRecord] = []
@@ -493,6 +491,6 @@ def test_scores_see_as_many_images_as_it_takes(digits: Dataset, model: nn.Module
     assert sum(shown) == 10_240
 
 
-def test_trained_gates_take_as_many_epochs_as_in_the_paper(batches: Batches, model: nn.Module) -> None:
+def test_published_score_trains_for_20_epochs_by_default(batches: Batches, model: nn.Module) -> None:
     short = [next(iter(batches))]
     assert len(train_knockoffs(model, short, score="published").history) == 20

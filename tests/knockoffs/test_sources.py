@@ -1,4 +1,4 @@
-"""Sources of knockoffs have the moments that they claim, and the diagnostic tells good ones from bad ones."""
+"""Knockoff sources and the diagnostic of knockoff quality."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def correlated(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of 2x4x4 images whose pixels are correlated, with a mean."""
+    """Return batches of 2x4x4 images with correlated pixels and non-zero means."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(32, 32, generator=torch.Generator().manual_seed(7)) / 4
     mean = torch.linspace(-1, 1, 32)
@@ -30,7 +30,7 @@ def correlated(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(500), labels.split(500), strict=True))
 
 
-def test_shuffled_knockoffs_are_the_same_images_in_another_order() -> None:
+def test_shuffle_permutes_the_images() -> None:
     images = torch.arange(32.0).view(32, 1, 1, 1)
     knockoffs = shuffle(images, torch.zeros(32))
     assert sorted(knockoffs.flatten().tolist()) == images.flatten().tolist()
@@ -40,7 +40,7 @@ def test_shuffled_knockoffs_are_the_same_images_in_another_order() -> None:
 @pytest.mark.parametrize("distance", [1.0, 0.4])
 @pytest.mark.parametrize("components", [32, 12])
 def test_gaussian_knockoffs_have_the_moments_of_model_x_knockoffs(components: int, distance: float) -> None:
-    """Mean and covariance of the images; covariance with them that of the images less d times each variance."""
+    """Same mean and covariance as the images; their cross-covariance is the covariance minus d times the variances."""
     torch.manual_seed(0)
     batches = correlated(20_000, 0)
     source = Gaussian.fit(batches, GaussianSection(components=components, distance=distance))
@@ -59,12 +59,12 @@ def test_gaussian_knockoffs_have_the_moments_of_model_x_knockoffs(components: in
     torch.testing.assert_close(cross, expected, rtol=0, atol=0.1 * float(torch.cov(z.T).diagonal().max()))
 
 
-def test_few_images_carry_few_components() -> None:
+def test_few_images_limit_the_number_of_components() -> None:
     source = Gaussian.fit(correlated(40, 0), GaussianSection())
     assert source.basis.shape == (32, 20)
 
 
-def test_a_generator_draws_images_like_those_that_it_saw(batches: Batches) -> None:
+def test_generator_draws_images_like_the_training_images(batches: Batches) -> None:
     section = KnockoffSection.model_validate(
         {"source": "generator", "generator": {"epochs": 8, "images": 600, "width": 16, "steps": 8}}
     )
@@ -74,18 +74,18 @@ def test_a_generator_draws_images_like_those_that_it_saw(batches: Batches) -> No
     assert drawn.mean().item() == pytest.approx(real.mean().item(), abs=0.1)
     assert drawn.std().item() == pytest.approx(real.std().item(), abs=0.15)
     torch.testing.assert_close(drawn.mean(0), real.mean(0), rtol=0, atol=0.4)
-    # They are nearer to real ones than images whose pixels are drawn each by itself.
+    # They are closer to real images than images whose pixels are drawn independently.
     each = real[torch.randint(len(real), (600, 64)), 0, torch.arange(64) // 8, torch.arange(64) % 8]
     near, far = (torch.cdist(images.flatten(1), real.flatten(1)).amin(1).mean() for images in (drawn, each))
     assert near < 0.85 * far
 
 
-def test_a_generator_goes_on_where_it_stopped(batches: Batches, tmp_path: Path) -> None:
+def test_generator_resumes_after_a_stop_with_identical_knockoffs(batches: Batches, tmp_path: Path) -> None:
     section = KnockoffSection.model_validate(
         {"source": "generator", "precision": "fp32", "generator": {"epochs": 2, "images": 8, "steps": 2, "width": 8}}
     )
 
-    def drawn(place: Path, steps: int | None = None) -> Tensor:
+    def drawn(path: Path, steps: int | None = None) -> Tensor:
         seen = 0
 
         def stopping() -> bool:
@@ -94,7 +94,7 @@ def test_a_generator_goes_on_where_it_stopped(batches: Batches, tmp_path: Path) 
             return seen == steps
 
         batches.set_epoch(0)
-        source = make_source(section, batches, CPU, Checkpointing(Checkpoints(str(place), "abc"), stopping))
+        source = make_source(section, batches, CPU, Checkpointing(Checkpoints(str(path), "abc"), stopping))
         torch.manual_seed(0)
         return source(torch.zeros(20, 1, 8, 8), torch.zeros(20))
 
@@ -102,7 +102,7 @@ def test_a_generator_goes_on_where_it_stopped(batches: Batches, tmp_path: Path) 
     with pytest.raises(Stopped):
         drawn(tmp_path / "stopped", steps=30)
     assert torch.equal(drawn(tmp_path / "stopped"), whole)
-    # They are kept apart from those of the gates, and go with them.
+    # The generator's checkpoints are separate from those of the gates, and are removed with them.
     checkpoints = Checkpoints(str(tmp_path / "stopped"), "abc")
     assert checkpoints.load() is None
     checkpoints.remove()
@@ -110,7 +110,7 @@ def test_a_generator_goes_on_where_it_stopped(batches: Batches, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 28), (1, 5, 7), (3, 17, 16)])
-def test_a_generator_takes_images_of_any_size(shape: tuple[int, int, int]) -> None:
+def test_generator_accepts_images_of_any_size(shape: tuple[int, int, int]) -> None:
     images = torch.rand(16, *shape)
     section = KnockoffSection.model_validate({"generator": {"epochs": 1, "images": 3, "steps": 2, "width": 8}})
     drawn = train_generator([(images, torch.zeros(16))], section, CPU)
@@ -119,7 +119,7 @@ def test_a_generator_takes_images_of_any_size(shape: tuple[int, int, int]) -> No
 
 
 def noise(batches):
-    """A factory of one's own."""
+    """A user-defined factory."""
     assert len(next(iter(batches))) == 2
     return lambda images, labels: torch.randn_like(images)
 
@@ -128,7 +128,7 @@ def nothing(batches) -> None:
     return None
 
 
-def test_sources_are_pluggable_by_name(model, batches: Batches) -> None:
+def test_imports_a_source_by_name(model, batches: Batches) -> None:
     named = train_knockoffs(model, batches, source="shuffle", epochs=1)
     own = train_knockoffs(model, batches, KnockoffSection(source="tests.knockoffs.test_sources:noise", epochs=1))
     assert own.keys() == named.keys()
@@ -140,35 +140,35 @@ def test_sources_are_pluggable_by_name(model, batches: Batches) -> None:
         make_source(KnockoffSection(source="tests.knockoffs.test_sources:nothing"), batches, CPU)
 
 
-def pairs(correlation_of_others: bool) -> tuple[Tensor, Tensor]:
-    """Coordinates with correlation 0.8, and copies: valid knockoffs, or independent of all."""
+def pairs(valid: bool) -> tuple[Tensor, Tensor]:
+    """Return coordinates with correlation 0.8 and copies: valid knockoffs, or independent of the originals."""
     generator = torch.Generator().manual_seed(0)
     sigma = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
     d = 0.3 * torch.eye(2)
-    cross = sigma - d if correlation_of_others else torch.zeros(2, 2)
+    cross = sigma - d if valid else torch.zeros(2, 2)
     joint = torch.cat([torch.cat([sigma, cross], 1), torch.cat([cross.T, sigma], 1)])
     values = torch.randn(1000, 4, generator=generator) @ torch.linalg.cholesky(joint).T
     return values[:, :2], values[:, 2:]
 
 
-def test_the_swap_test_tells_knockoffs_from_independent_copies() -> None:
+def test_swap_test_separates_knockoffs_from_independent_copies() -> None:
     generator = torch.Generator().manual_seed(1)
     first = torch.tensor([True, False])
     both = torch.tensor([True, True])
     assert swap_test(*pairs(True), first, generator).p > 0.05
-    # Independent copies may be swapped as a whole, but not one coordinate that has a correlated neighbour.
+    # Swaps of all coordinates of independent copies go undetected, but not swaps of one of two correlated coordinates.
     assert swap_test(*pairs(False), both, generator).p > 0.05
     assert swap_test(*pairs(False), first, generator).p < 0.01
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_copies_that_equal_their_originals_pass_whatever_the_rounding(seed: int) -> None:
+def test_swap_test_accepts_identical_copies_despite_rounding(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     same = torch.randn(300, 5, generator=generator)
     assert swap_test(same, same, torch.tensor([True, False, True, True, False]), generator).p == 1
 
 
-def test_p_values_are_uniform_where_knockoffs_are_valid() -> None:
+def test_p_values_are_uniform_for_valid_knockoffs() -> None:
     generator = torch.Generator().manual_seed(0)
     half = torch.tensor([True, False, True, False])
     ps = [swap_test(*torch.randn(2, 60, 4, generator=generator), half, generator).p for _ in range(100)]
@@ -176,8 +176,8 @@ def test_p_values_are_uniform_where_knockoffs_are_valid() -> None:
     assert np.mean(ps) == pytest.approx(0.5, abs=0.1)
 
 
-def test_knockoffs_that_are_perfect_pass_as_often_as_they_should() -> None:
-    """Independent images, shuffled: p is small as often as it says, and large as often."""
+def test_quality_p_values_are_calibrated_for_perfect_knockoffs() -> None:
+    """For shuffled independent images, p is small as often as it should be, and large as often."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     ps = []
     for seed in range(60):
@@ -192,7 +192,7 @@ def test_knockoffs_that_are_perfect_pass_as_often_as_they_should() -> None:
         assert 0.3 < of_swap.median() < 0.7
 
 
-def test_few_pairs_are_enough_for_a_test_that_is_fair() -> None:
+def test_swap_test_is_calibrated_with_few_pairs() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     ps = []
@@ -209,11 +209,11 @@ def quality(source, model: nn.Module, batches: Batches):
     return measure_quality(source, model.eval(), batches, CPU)
 
 
-def test_the_diagnostic_tells_good_knockoffs_from_bad_ones(model, batches: Batches) -> None:
+def test_diagnostic_separates_good_knockoffs_from_bad_ones(model, batches: Batches) -> None:
     good = quality(shuffle, model, batches)
     assert good.swap_all.p > 0.05
     assert good.swap_half.p > 0.05
-    assert good.swap_pixels.p < 0.01  # a pixel of another image does not go with its neighbours
+    assert good.swap_pixels.p < 0.01  # a pixel of another image does not match its neighbours
     assert good.label_p > 0.05
     assert good.correlation == pytest.approx(good.correlation_expected, rel=0.5)
     same = quality(lambda images, labels: images, model, batches)
@@ -227,7 +227,7 @@ def test_the_diagnostic_tells_good_knockoffs_from_bad_ones(model, batches: Batch
     assert faint.swap_all.p < 0.01
 
 
-def test_what_is_measured_is_metrics_and_json(model, batches: Batches) -> None:
+def test_quality_is_available_as_metrics_and_json(model, batches: Batches) -> None:
     measured = quality(shuffle, model, batches)
     # No image is in two pairs.
     assert 0.35 < measured.pairs / sum(len(labels) for _, labels in batches) <= 0.5

@@ -1,3 +1,5 @@
+"""Model factories and loading of weights."""
+
 from pathlib import Path
 
 import pytest
@@ -19,21 +21,21 @@ from tests.helpers import SHARED
         ("resnet110", 1.731e6, 253.1e6),
     ],
 )
-def test_cifar_resnets_have_the_sizes_of_the_reference(name: str, parameters: float, macs: float) -> None:
+def test_cifar_resnets_match_the_reference_sizes(name: str, parameters: float, macs: float) -> None:
     model = make_model(name, num_classes=10)
     assert count_parameters(model) == pytest.approx(parameters, rel=1e-3)
     assert count_macs(model, (3, 32, 32)) == pytest.approx(macs, rel=1e-3)
 
 
-def test_resnet44_lies_between_its_neighbours() -> None:
+def test_resnet44_has_the_reference_size() -> None:
     assert count_parameters(make_model("resnet44")) == pytest.approx(0.661e6, rel=2e-3)
 
 
-def test_torchvision_resnet50_with_ten_classes() -> None:
+def test_torchvision_resnet50_with_10_classes_has_the_reference_size() -> None:
     assert count_parameters(make_model("torchvision:resnet50", num_classes=10)) == 23_528_522
 
 
-def test_grey_images() -> None:
+def test_accepts_grey_images() -> None:
     model = make_model("resnet20", num_classes=7, in_channels=1)
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
 
@@ -48,18 +50,18 @@ def test_grey_images() -> None:
         ("tests.helpers:SHARED", "does not accept"),
     ],
 )
-def test_unknown_factories_are_refused_with_a_hint(name: str, message: str) -> None:
+def test_rejects_unknown_factories_with_a_hint(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_model(name, num_classes=10)
 
 
-def test_torchvision_models_that_are_not_classifiers_are_refused() -> None:
+def test_rejects_torchvision_models_that_are_not_classifiers() -> None:
     with pytest.raises(UserError, match="no classification model"):
         make_model("torchvision:fasterrcnn_resnet50_fpn", num_classes=10)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "data_parallel", "nested"])
-def test_weights_load_from_each_kind_of_file(kind: str, tmp_path) -> None:
+def test_loads_weights_from_every_file_format(kind: str, tmp_path) -> None:
     from safetensors.torch import save_file
 
     source, target = make_model("resnet20"), make_model("resnet20")
@@ -82,7 +84,7 @@ class Evil:
         return (print, ("pickled code ran",))
 
 
-def test_bad_weights_are_refused_by_name(tmp_path, capsys) -> None:
+def test_rejects_bad_weights_and_names_the_keys(tmp_path, capsys) -> None:
     model = make_model("resnet20")
     state = model.state_dict()
     short, extra, misshapen = dict(state), dict(state), dict(state)
@@ -109,7 +111,7 @@ def test_bad_weights_are_refused_by_name(tmp_path, capsys) -> None:
     assert "pickled code ran" not in capsys.readouterr().out
 
 
-def test_pretrained_weights_leave_a_head_for_other_classes_as_it_is(tmp_path: Path) -> None:
+def test_pretrained_weights_skip_a_head_with_other_classes(tmp_path: Path) -> None:
     known, model = make_model("resnet20", num_classes=100), make_model("resnet20", num_classes=2)
     head, path = model.fc.weight.clone(), tmp_path / "hundred.pt"
     torch.save(known.state_dict(), path)
@@ -129,10 +131,10 @@ def test_pretrained_weights_leave_a_head_for_other_classes_as_it_is(tmp_path: Pa
         load_pretrained(grey, path, classes=2)
 
 
-def test_the_shared_resnet20_loads_as_it_is() -> None:
+def test_loads_the_shared_resnet20_weights() -> None:
     path = SHARED / "weights" / "resnet20-cifar10.safetensors"
     if not path.exists():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"{path} does not exist")
     model = make_model("resnet20", num_classes=10)
     load_weights(model, path)
     assert isinstance(model.get_submodule("layer2.0.downsample.0"), nn.Conv2d)

@@ -1,3 +1,5 @@
+"""`ChannelGraph`: prunable layers under each residual rule, batch norms and refusals."""
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from scop.pruning.graph import ChannelGraph
 from tests.networks import GroupsAndBias, OnlyLinear, Plain, small_densenet
 
 
-def test_scatter_prunes_the_convolutions_of_blocks_and_nothing_else() -> None:
+def test_scatter_prunes_only_convolutions_in_blocks() -> None:
     graph = ChannelGraph(make_model("resnet20"), (3, 32, 32))
     prunable = graph.prunable("scatter")
     expected = [f"layer{stage}.{block}.conv{conv}" for stage in (1, 2, 3) for block in (0, 1, 2) for conv in (1, 2)]
@@ -15,12 +17,12 @@ def test_scatter_prunes_the_convolutions_of_blocks_and_nothing_else() -> None:
     assert [p.name for p in prunable if p.scatter] == [name for name in expected if name.endswith("conv2")]
 
 
-def test_inner_leaves_the_last_convolution_alone() -> None:
+def test_inner_skips_the_last_convolution_of_each_block() -> None:
     graph = ChannelGraph(make_model("resnet20"), (3, 32, 32))
     assert [p.name[-5:] for p in graph.prunable("inner")] == ["conv1"] * 9
 
 
-def test_coupled_groups_all_writers_of_a_stream() -> None:
+def test_coupled_groups_all_layers_that_write_to_a_stream() -> None:
     graph = ChannelGraph(make_model("resnet20"), (3, 32, 32))
     streams = [set(p.convs) for p in graph.prunable("coupled") if len(p.convs) > 1]
     assert streams == [
@@ -30,7 +32,7 @@ def test_coupled_groups_all_writers_of_a_stream() -> None:
     ]
 
 
-def test_bottlenecks_scatter_their_third_convolution_and_keep_stem_and_shortcut() -> None:
+def test_scatter_in_bottlenecks_keeps_stem_and_shortcuts() -> None:
     graph = ChannelGraph(make_model("torchvision:resnet50", num_classes=10), (3, 64, 64))
     names = [p.name for p in graph.prunable("scatter")]
     assert "conv1" not in names
@@ -38,26 +40,26 @@ def test_bottlenecks_scatter_their_third_convolution_and_keep_stem_and_shortcut(
     assert [p.name for p in graph.prunable("scatter") if p.scatter] == [n for n in names if n.endswith("conv3")]
 
 
-def test_batch_norms_are_found_by_the_data_that_flows_not_by_order_or_name() -> None:
+def test_finds_batch_norms_by_data_flow() -> None:
     graph = ChannelGraph(Plain(), (1, 8, 8))
     assert graph.batch_norm("first") == "first_norm"
     assert graph.batch_norm("second") == "second_norm"
 
 
-def test_a_batch_norm_that_reads_more_than_one_convolution_is_nobodys() -> None:
+def test_batch_norm_of_several_convolutions_belongs_to_none() -> None:
     graph = ChannelGraph(small_densenet(), (3, 32, 32))
     assert graph.batch_norm("features.denseblock1.denselayer1.conv1") == "features.denseblock1.denselayer1.norm2"
     assert graph.batch_norm("features.denseblock1.denselayer1.conv2") is None
 
 
-def test_groups_of_a_grouped_convolution_bind_its_own_and_its_producers_channels() -> None:
+def test_groups_constrain_a_grouped_convolution_and_its_producer() -> None:
     by_name = {p.name: p for p in ChannelGraph(GroupsAndBias(), (3, 16, 16)).prunable("coupled")}
     assert by_name["stem"].blocks == 4
     assert by_name["grouped"].blocks == 4
     assert by_name["wide"].blocks == 1
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_tracing_does_not_change_the_model() -> None:
     model = make_model("resnet20").train()
     model.fc.weight.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -67,12 +69,12 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_network_without_convolutions_has_nothing_to_prune() -> None:
+def test_rejects_a_network_without_convolutions() -> None:
     with pytest.raises(UserError, match="no prunable layer"):
         ChannelGraph(OnlyLinear(), (1, 8, 8)).prunable("scatter")
 
 
-def test_a_wrong_input_shape_is_named() -> None:
+def test_rejects_a_wrong_input_shape() -> None:
     with pytest.raises(UserError, match="does not run on 1x8x8 images"):
         ChannelGraph(make_model("resnet20"), (1, 8, 8))
 
@@ -93,12 +95,12 @@ class Shared(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_a_layer_that_runs_twice_is_left_alone_and_so_are_those_that_feed_it() -> None:
+def test_does_not_prune_a_layer_that_runs_twice_or_its_producers() -> None:
     graph = ChannelGraph(Shared(), (3, 8, 8))
     assert [p.name for p in graph.prunable("scatter")] == ["last"]
     assert any("runs more than once" in (group.refusal or "") for group in graph.groups)
 
 
-def test_a_convolution_that_is_the_output_is_left_alone() -> None:
+def test_does_not_prune_the_output_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert [p.name for p in ChannelGraph(model, (3, 8, 8)).prunable("scatter")] == ["0"]

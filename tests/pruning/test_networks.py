@@ -1,6 +1,6 @@
-"""Which networks can be pruned: exactly, or not at all and with the layer and the reason said.
+"""Supported networks: each is pruned exactly, or refused with the layer and the reason.
 
-The table in docs/networks.md is made here: ``UPDATE_GOLDEN=1 make test-slow ARGS=tests/pruning/test_networks.py``.
+It generates the table in docs/networks.md: ``UPDATE_GOLDEN=1 make test-slow ARGS=tests/pruning/test_networks.py``.
 """
 
 import os
@@ -21,11 +21,11 @@ from tests.networks import padded_resnet, small_convnext
 
 TABLE = ROOT / "docs" / "networks.md"
 EXACT = 1e-10
-"""In float64 rounding is far below this."""
+"""Largest difference that counts as exact; float64 rounding errors are far smaller."""
 
 
 class Odd(nn.Module):
-    """Three convolutions; what happens between them is the subclass's."""
+    """Three convolutions; subclasses define what happens between the second and the third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class Odd(nn.Module):
         self.b, self.b_norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
         self.c, self.c_norm = nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24)
         self.head = nn.Linear(24, 5)
-        self.own()
+        self.add_layers()
         self.eval()
 
-    def own(self) -> None:
-        """Layers that the subclass has besides."""
+    def add_layers(self) -> None:
+        """Add the layers of the subclass."""
 
     def between(self, x: Tensor) -> Tensor:
         return x
@@ -59,9 +59,9 @@ class Conditional(Odd):
 
 
 class Branches(Odd):
-    """Where a layer is that an example does not come to, and an image may."""
+    """Has a layer that no example image reaches but other images may."""
 
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.other = nn.Conv2d(16, 16, 1)
 
     def between(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Keywords(Odd):
 
 
 class SqueezeExcitation(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
 
     def between(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Difference(Odd):
 
 
 class Kernel(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.kernel = nn.Parameter(torch.randn(16, 16, 1, 1))
 
     def between(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Twice(Odd):
 
 
 class Grouped(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.b_norm = nn.GroupNorm(4, 16)  # type: ignore[assignment]
 
 
@@ -129,7 +129,7 @@ class Detached(Odd):
 
 
 class Tied(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.twin = nn.Conv2d(16, 16, 3, padding=1)
         self.twin.weight = self.b.weight
 
@@ -138,12 +138,12 @@ class Tied(Odd):
 
 
 class Parametrised(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.b = nn.utils.parametrizations.weight_norm(self.b)
 
 
 class Prelu(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.slope = nn.PReLU(16)
 
     def between(self, x: Tensor) -> Tensor:
@@ -151,9 +151,9 @@ class Prelu(Odd):
 
 
 class FlatAndPooled(Odd):
-    """The same channels twice before one layer, in other orders."""
+    """Passes the same channels to one layer twice, in different orders."""
 
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.head = nn.Linear(24 * 5, 5)
 
     def last(self, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class FlatAndPooled(Odd):
         (Conditional, ["a", "b", "c"], None),
         (Keywords, ["a", "b", "c"], None),
         (SqueezeExcitation, ["a", "b", "c"], None),
-        (Difference, ["a", "c"], None),  # b loses what a does
+        (Difference, ["a", "c"], None),  # b loses the same channels as a
         (Kernel, ["a", "c"], "b: its channels pass through 'kernel' (parameter), which is not supported"),
         (Halves, ["a", "c"], "b: its channels pass through a slice, which is not supported"),
         (Chunks, ["a", "c"], "b: its channels pass through a split, which is not supported"),
@@ -189,7 +189,7 @@ class FlatAndPooled(Odd):
         (Detached, ["c"], None),
     ],
 )
-def test_an_unusual_forward_is_pruned_where_that_is_exact(
+def test_prunes_unusual_forward_passes_where_exact(
     network: type[Odd], pruned: list[str], reason: str | list[str] | None
 ) -> None:
     model = network()
@@ -203,13 +203,13 @@ def test_an_unusual_forward_is_pruned_where_that_is_exact(
     assert count_macs(prune_exactly(model, plan)[0], (3, 8, 8)) <= 0.8 * macs
 
 
-def test_layers_that_no_example_reaches_keep_their_channels() -> None:
+def test_keeps_channels_around_a_layer_that_did_not_run() -> None:
     model = Branches()
     graph = ChannelGraph(model, (3, 8, 8))
-    why = "'other', which may read or write its channels, did not run on the example images"
-    assert graph.survey("scatter")[1] == [f"a: {why}", f"b: {why}"]
+    reason = "'other', which may read or write its channels, did not run on the example images"
+    assert graph.survey("scatter")[1] == [f"a: {reason}", f"b: {reason}"]
     pruned = prune_exactly(model, select_channels(model, method="random", input_shape=(3, 8, 8)))[0]
-    assert pruned(1e10 + torch.rand(2, 3, 8, 8)).shape == (2, 5)  # by way of the other layer
+    assert pruned(1e10 + torch.rand(2, 3, 8, 8)).shape == (2, 5)  # through the other layer
     assert count_parameters(pruned) < count_parameters(model)
 
 
@@ -239,7 +239,7 @@ class Indexed(Odd):
 
 
 class PixelShuffled(Odd):
-    def own(self) -> None:
+    def add_layers(self) -> None:
         self.c = nn.Conv2d(4, 24, 3, padding=1)
 
     def between(self, x: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class PixelShuffled(Odd):
         (PixelShuffled, "removed: the pruned PixelShuffled does not run"),
     ],
 )
-def test_what_tracing_cannot_see_is_found_by_trying_and_named(network: type[Odd], reason: str) -> None:
+def test_exactness_check_names_layers_that_tracing_misjudges(network: type[Odd], reason: str) -> None:
     model = network()
     with pytest.raises(UserError, match=f"channels of 'b' cannot be {reason}.*exclude"):
         prune(model, select_channels(model, method="random", input_shape=(3, 8, 8)))
@@ -265,7 +265,7 @@ def test_what_tracing_cannot_see_is_found_by_trying_and_named(network: type[Odd]
     assert prune_exactly(model, plan)[1] < EXACT
 
 
-def test_a_shortcut_that_pads_with_zeros_leaves_the_branches_to_prune() -> None:
+def test_prunes_branches_beside_zero_padded_shortcuts() -> None:
     model = padded_resnet()
     randomise_batch_norms(model.eval())
     graph = ChannelGraph(model, (3, 16, 16))
@@ -277,7 +277,7 @@ def test_a_shortcut_that_pads_with_zeros_leaves_the_branches_to_prune() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"score": "published"}, {"batch_norm": "joint"}, {"batch_norm": "own"}])
-def test_linear_layers_at_each_place_compete_like_convolutions(settings: dict[str, str]) -> None:
+def test_scores_and_prunes_linear_layers_at_each_pixel(settings: dict[str, str]) -> None:
     torch.manual_seed(0)
     model = small_convnext().eval()
     batches = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 10) for _ in range(3)]
@@ -290,7 +290,7 @@ def test_linear_layers_at_each_place_compete_like_convolutions(settings: dict[st
     assert pruned.get_submodule("features.1.0.block.5").in_features == 32
 
 
-def test_a_linear_layers_score_is_that_of_the_same_convolution() -> None:
+def test_linear_layer_scores_equal_those_of_a_1x1_convolution() -> None:
     class Either(nn.Module):
         def __init__(self, linear: bool) -> None:
             super().__init__()
@@ -355,7 +355,7 @@ every_network = pytest.mark.parametrize(
 
 @pytest.mark.slow
 @every_network
-def test_every_network_has_scores_and_is_pruned_by_them(name: str, size: int) -> None:
+def test_scores_and_prunes_every_network(name: str, size: int) -> None:
     model, graph, shape = untrained(name, size)
     scores = train_knockoffs(model, [(torch.randn(4, *shape), torch.arange(4)) for _ in range(2)], epochs=1)
     assert list(scores) == gated_layers(graph)
@@ -366,7 +366,7 @@ def test_every_network_has_scores_and_is_pruned_by_them(name: str, size: int) ->
 
 @pytest.mark.slow
 @every_network
-def test_the_table_of_networks_is_what_happens(name: str, size: int) -> None:
+def test_network_table_is_up_to_date(name: str, size: int) -> None:
     model, graph, shape = untrained(name, size)
     cells = [name.removeprefix("torchvision:").removeprefix("tests.networks:")]
     for rule in RESIDUAL_RULES:
@@ -375,8 +375,8 @@ def test_the_table_of_networks_is_what_happens(name: str, size: int) -> None:
         assert difference < EXACT
         left = count_parameters(pruned) / count_parameters(model)
         cells.append(f"{len(graph.prunable(rule))} ({1 - left:.0%})")
-    whole = graph.survey("coupled")[1]
-    reasons = (re.sub(r"'[^']*' \(ln\)", "a layer norm", reason.partition(": ")[2]) for reason in whole)
+    refusals = graph.survey("coupled")[1]
+    reasons = (re.sub(r"'[^']*' \(ln\)", "a layer norm", reason.partition(": ")[2]) for reason in refusals)
     cells.append("; ".join(dict.fromkeys(reasons)))
     row = f"| {' | '.join(cells)} |"
     text = TABLE.read_text()

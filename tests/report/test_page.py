@@ -1,4 +1,4 @@
-"""The page of results, in headless Chromium, as people use it."""
+"""Tests of the results page in headless Chromium."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ SWEEP = [
 ]
 
 
-def made(folder: Path, results: list[Result], **more: Any) -> Path:
+def write_page(folder: Path, results: list[Result], **more: Any) -> Path:
     page = Page("A <b>sweep</b>", results, {0: EVALUATION}, **more)
     page.write(folder / "page.html")
     return folder / "page.html"
@@ -43,7 +43,7 @@ def made(folder: Path, results: list[Result], **more: Any) -> Path:
 def page(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     missing = {"never": "finetune failed: <i>out of memory</i>"}
     spent = [Spent("2 runs", "a GPU", 5400, 2_880_000)]
-    with opened(made(tmp_path, SWEEP, missing=missing, spent=spent), request.param) as view:
+    with opened(write_page(tmp_path, SWEEP, missing=missing, spent=spent), request.param) as view:
         yield view
 
 
@@ -51,7 +51,7 @@ def names(view: Any) -> list[str]:
     return view.locator("#results tbody th").all_inner_texts()
 
 
-def test_a_click_on_a_heading_sorts_and_another_turns_it_round(page: Any) -> None:
+def test_clicking_a_heading_sorts_and_reverses(page: Any) -> None:
     assert names(page)[0] == "scop-0.3"  # the most accurate
     assert page.locator("thead th[data-key=pruned_top1]").get_attribute("aria-sort") == "descending"
     page.locator("thead th[data-key=pruned_macs] button").click()
@@ -61,15 +61,15 @@ def test_a_click_on_a_heading_sorts_and_another_turns_it_round(page: Any) -> Non
     assert page.locator("thead th[data-key=pruned_macs]").get_attribute("aria-sort") == "descending"
 
 
-def test_the_filter_narrows_table_and_plot(page: Any) -> None:
-    assert page.locator("#pareto .scatterlayer .point").count() == 6 + 1  # seeds are one point; the dense one
+def test_filter_applies_to_table_and_plot(page: Any) -> None:
+    assert page.locator("#pareto .scatterlayer .point").count() == 6 + 1  # six groups and the dense network
     page.locator("#filter").fill("l1 0.5")
     assert names(page) == ["l1-0.5", "l1-0.5"]
     assert page.locator("#count").inner_text() == "2 of 12"
     assert page.locator("#pareto .scatterlayer .point").count() == 1 + 1
 
 
-def test_axes_can_be_switched_and_seeds_told_apart(page: Any) -> None:
+def test_switches_axes_and_ungroups_seeds(page: Any) -> None:
     assert page.locator("#pareto .xtitle").text_content() == "MACs"
     page.locator("#x-axis").select_option(label="latency, batch 1")
     assert page.locator("#pareto .xtitle").text_content() == "latency, batch 1, ms"
@@ -80,49 +80,49 @@ def test_axes_can_be_switched_and_seeds_told_apart(page: Any) -> None:
     assert page.locator("#pareto .scatterlayer .point").count() == 12
 
 
-def test_hover_tells_the_facts_and_a_click_goes_to_the_row(page: Any) -> None:
+def test_hovering_shows_details_and_clicking_selects_the_row(page: Any) -> None:
     page.locator("#group").uncheck()
     page.locator("#pareto").scroll_into_view_if_needed()
     box = page.locator("#pareto .scatterlayer .trace:has(.point) .point").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.wait_for_selector("#pareto .hovertext")
-    told = page.locator("#pareto .hovertext").first.text_content()
+    text = page.locator("#pareto .hovertext").first.text_content()
     box = page.locator("#pareto .hovertext path").first.bounding_box()
     assert 0 <= box["x"] < box["x"] + box["width"] <= page.viewport_size["width"]
-    assert "scop-0." in told
-    assert "top-1" in told
-    assert "run run-scop-0." in told
-    assert "scop rerun 'a run/scop/evaluate/evaluation'" in told
+    assert "scop-0." in text
+    assert "top-1" in text
+    assert "run run-scop-0." in text
+    assert "scop rerun 'a run/scop/evaluate/evaluation'" in text
     page.mouse.click(x, y)
     page.wait_for_selector("tbody tr.chosen")
     assert page.locator("tbody tr.chosen th").inner_text().startswith("scop-0.")
     assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
 
 
-def test_a_layers_bar_tells_of_which_channels_the_selection_was_not_sure(page: Any) -> None:
+def test_layer_bar_lists_uncertain_channels(page: Any) -> None:
     bar = page.locator("#kept-channels .bars .point").first
     bar.scroll_into_view_if_needed()
     box = bar.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#kept-channels .hovertext")
-    told = page.locator("#kept-channels .hovertext").first.text_content()
-    assert "4 of 16 channels" in told
-    assert "kept, uncertain: 3" in told
-    assert "removed, uncertain: 5, 7" in told
+    text = page.locator("#kept-channels .hovertext").first.text_content()
+    assert "4 of 16 channels" in text
+    assert "kept, uncertain: 3" in text
+    assert "removed, uncertain: 5, 7" in text
     assert page.locator("#kept-channels .errorbar").count() >= 1
 
 
-def test_every_plot_has_a_text_for_those_who_do_not_see_it(page: Any) -> None:
-    texts = {plot.get_attribute("id"): plot.get_attribute("aria-label") for plot in page.locator(".plot").all()}
-    assert texts["pareto"].startswith("6 networks by MACs and top-1; Pareto front: 2; best top-1: scop-0.3")
-    assert "keeps the smallest share in conv1: 25%" in texts["kept-channels"]
-    assert "ends at 80.00% on the validation split" in texts["learning-curves"]
-    assert "Most frequent error: cat classified as" in texts["confusion"]
-    assert "2 layers" in texts["scores"]
+def test_every_plot_has_an_aria_label(page: Any) -> None:
+    labels = {plot.get_attribute("id"): plot.get_attribute("aria-label") for plot in page.locator(".plot").all()}
+    assert labels["pareto"].startswith("6 networks by MACs and top-1; Pareto front: 2; best top-1: scop-0.3")
+    assert "keeps the smallest share in conv1: 25%" in labels["kept-channels"]
+    assert "ends at 80.00% on the validation split" in labels["learning-curves"]
+    assert "Most frequent error: cat classified as" in labels["confusion"]
+    assert "2 layers" in labels["scores"]
 
 
-def test_what_is_missing_and_what_it_cost_are_told_and_nothing_is_taken_for_markup(page: Any) -> None:
+def test_shows_failures_and_costs_without_interpreting_markup(page: Any) -> None:
     assert page.locator(".missing").inner_text() == "never: finetune failed: <i>out of memory</i>"
     assert page.locator("h1").inner_text() == "A <b>sweep</b>"
     assert page.locator("section", has_text="Compute time and energy").locator("td").all_inner_texts() == [
@@ -132,24 +132,24 @@ def test_what_is_missing_and_what_it_cost_are_told_and_nothing_is_taken_for_mark
     ]
 
 
-def test_better_is_said_only_where_the_interval_says_so(tmp_path: Path) -> None:
+def test_claims_better_only_if_the_interval_excludes_zero(tmp_path: Path) -> None:
     top1 = {"scop": (0.92, 0.93, 0.94), "l1": (0.91, 0.921, 0.929), "random": (0.90, 0.96, 0.91)}
     rows = [
         result(method, 0.5, seed, metrics=result().metrics | {"pruned_top1": own})
         for method, every in top1.items()
         for seed, own in enumerate(every)
     ]
-    with opened(made(tmp_path, rows), 1440) as view:
-        against_l1, against_chance = (
+    with opened(write_page(tmp_path, rows), 1440) as view:
+        against_l1, against_random = (
             view.locator("section", has_text="Paired comparison").locator("li").all_inner_texts()
         )
     assert against_l1.startswith("scop-0.5 is better than l1-0.5 at the same MACs: +1.00 points of top-1")
-    assert against_chance.startswith("scop-0.5 vs. random-0.5 at the same MACs: +0.67 points of top-1")
-    assert against_chance.endswith("no significant difference.")
+    assert against_random.startswith("scop-0.5 vs. random-0.5 at the same MACs: +0.67 points of top-1")
+    assert against_random.endswith("no significant difference.")
 
 
-def test_it_prints(tmp_path: Path) -> None:
-    with opened(made(tmp_path, SWEEP), 1440) as view:
+def test_prints_to_pdf(tmp_path: Path) -> None:
+    with opened(write_page(tmp_path, SWEEP), 1440) as view:
         view.emulate_media(media="print")
         content = view.pdf()
         assert content.startswith(b"%PDF")
@@ -158,16 +158,16 @@ def test_it_prints(tmp_path: Path) -> None:
         assert view.locator("tbody td.rerun").first.is_visible()
 
 
-def test_each_plot_has_its_run_and_the_command_beside_it(page: Any) -> None:
+def test_plots_show_their_run_and_rerun_command(page: Any) -> None:
     assert page.locator("#of-runs").inner_text().strip() == (
         "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
     )
 
 
-def test_the_best_of_each_column_is_bold_and_what_is_missing_is_not(tmp_path: Path) -> None:
+def test_best_value_of_each_column_is_bold(tmp_path: Path) -> None:
     without = {key: value for key, value in result("random", 0.4).metrics.items() if key != "pruned_macs"}
     rows = [result("scop", 0.3), result("l1", 0.5), result(name="lacking", metrics=without)]
-    with opened(made(tmp_path, rows), 1440) as view:
+    with opened(write_page(tmp_path, rows), 1440) as view:
         columns = view.locator("thead th").all_inner_texts()
         bold = {
             (row.locator("th").inner_text(), columns[1 + number])
@@ -178,13 +178,13 @@ def test_the_best_of_each_column_is_bold_and_what_is_missing_is_not(tmp_path: Pa
         assert {("scop-0.3", "top-1"), ("scop-0.3", "drop"), ("l1-0.5", "MACs")} <= bold
         assert "lacking" not in {name for name, _ in bold}
     only = [result("scop", 0.3), result(name="lacking", metrics={"pruned_top1": 0.5, "dense_top1": 0.6})]
-    with opened(made(tmp_path, only), 1440) as view:
+    with opened(write_page(tmp_path, only), 1440) as view:
         assert view.locator("td.best").all_inner_texts()[0].startswith("92.5")
         assert not view.locator("td.best", has_text="\u2013").count()
 
 
-def test_a_dark_screen_prints_dark_on_white(tmp_path: Path) -> None:
-    with opened(made(tmp_path, SWEEP), 1440, color_scheme="dark") as view:
+def test_dark_mode_prints_dark_text_on_white(tmp_path: Path) -> None:
+    with opened(write_page(tmp_path, SWEEP), 1440, color_scheme="dark") as view:
         ink = "getComputedStyle(document.querySelector('#pareto .xtitle')).fill"
         on_screen = view.evaluate(ink)
         view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
@@ -193,32 +193,32 @@ def test_a_dark_screen_prints_dark_on_white(tmp_path: Path) -> None:
         assert view.evaluate(ink) == on_screen == "rgb(230, 234, 240)"
 
 
-def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_escapes_names_that_look_like_markup(tmp_path: Path) -> None:
     name = "<!--<script><b>scop"
-    with opened(made(tmp_path, [result(name=name), result("l1")]), 1440) as view:
+    with opened(write_page(tmp_path, [result(name=name), result("l1")]), 1440) as view:
         assert names(view) == [name, "l1-0.5"]
         assert name in view.locator("#learning-curves .legend").text_content()
 
 
-def test_runs_of_one_recipe_are_one_point_with_its_whole_error_bar_and_other_recipes_are_not(tmp_path: Path) -> None:
+def test_runs_of_one_recipe_share_a_point_with_a_visible_error_bar(tmp_path: Path) -> None:
     rows = [result(seed=0), result(seed=200), result(seed=0, params=result().params | {"recipe": "another"})]
-    with opened(made(tmp_path, rows), 1440) as view:
+    with opened(write_page(tmp_path, rows), 1440) as view:
         assert view.locator("#pareto .scatterlayer .point").count() == 2 + 1
         low, high = view.evaluate("document.getElementById('pareto').layout.yaxis.range")
         mean, deviation = 0.915 - 0.1, 0.2 / 2**0.5
         assert low < mean - deviation < mean + deviation < high
 
 
-def test_the_keyboard_stays_at_the_row_that_it_chose(page: Any) -> None:
+def test_keyboard_focus_stays_on_the_selected_row(page: Any) -> None:
     page.locator("tbody th button").nth(1).press("Enter")
     assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
     page.locator("#filter").fill("l1")
     assert not page.locator("tbody tr.chosen").count()
 
 
-def test_data_sets_and_devices_are_chosen_between_and_never_mixed(tmp_path: Path) -> None:
+def test_shows_one_data_set_and_device_at_a_time(tmp_path: Path) -> None:
     others = [result("l1", 0.4, device="a GPU"), result("l1", 0.2, dataset="e1" * 32)]
-    with opened(made(tmp_path, [*SWEEP[:4], *others]), 1440) as view:
+    with opened(write_page(tmp_path, [*SWEEP[:4], *others]), 1440) as view:
         assert view.locator("#count").inner_text() == "4 of 4, and 2 on other data or devices"
         view.locator("#device").select_option("a GPU")
         assert names(view) == ["l1-0.4"]
@@ -227,24 +227,24 @@ def test_data_sets_and_devices_are_chosen_between_and_never_mixed(tmp_path: Path
         assert names(view) == ["l1-0.2"]
 
 
-def test_thousands_of_rows_are_shown_in_parts(tmp_path: Path) -> None:
-    with opened(made(tmp_path, [result("scop", 0.0001 * number) for number in range(2000)]), 1440) as view:
+def test_shows_thousands_of_rows_in_parts(tmp_path: Path) -> None:
+    with opened(write_page(tmp_path, [result("scop", 0.0001 * number) for number in range(2000)]), 1440) as view:
         assert view.locator("tbody tr").count() == 200
         view.locator("#more").click()
         assert view.locator("tbody tr").count() == 400
         view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-        assert view.locator("#results tbody tr").count() == 2000  # on paper nobody can ask for more
+        assert view.locator("#results tbody tr").count() == 2000  # printing shows all rows
 
 
-def test_a_network_without_plots_says_so(page: Any) -> None:
+def test_reports_a_network_without_plots(page: Any) -> None:
     page.locator("tbody th button", has_text="random-0.5").first.click()
-    said = page.locator("#of-runs").inner_text()
-    assert said.startswith("This page has no plots for random-0.5; the plots below show other networks.")
+    note = page.locator("#of-runs").inner_text()
+    assert note.startswith("This page has no plots for random-0.5; the plots below show other networks.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_and_focus(tmp_path: Path, scheme: str) -> None:
-    with opened(made(tmp_path, SWEEP), 1440, color_scheme=scheme) as view:
+def test_contrast_and_keyboard_focus(tmp_path: Path, scheme: str) -> None:
+    with opened(write_page(tmp_path, SWEEP), 1440, color_scheme=scheme) as view:
         ratio = """() => {
           const of = (text) => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
             .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -259,7 +259,7 @@ def test_contrast_and_focus(tmp_path: Path, scheme: str) -> None:
         assert view.evaluate("document.activeElement.textContent") == "Skip to the table"
 
 
-def test_pictures_are_written_with_error_bars_over_seeds(tmp_path: Path) -> None:
+def test_writes_pictures_with_error_bars_over_seeds(tmp_path: Path) -> None:
     page = Page("A sweep", [*SWEEP, result("l1", 0.2, dataset="e1" * 32)], {0: EVALUATION, 1: EVALUATION})
     written = {path.name for path in write_pictures(page, tmp_path / "png")}
     assert written == {path.name for path in (tmp_path / "png").iterdir()}
@@ -267,10 +267,10 @@ def test_pictures_are_written_with_error_bars_over_seeds(tmp_path: Path) -> None
     assert {"confusion-scop-0.3.png", "confusion-scop-0.3-2.png"} <= written  # two seeds
     assert {"accuracy-macs-digits-d0d0d0d0.png", "accuracy-macs-digits-e1e1e1e1.png"} <= written
     assert all((tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
-    told = Image.open(tmp_path / "png" / "confusion-scop-0.3.png").text["Description"]
-    assert told == "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
-    told = Image.open(tmp_path / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
-    assert len(told) == len(SWEEP)
+    description = Image.open(tmp_path / "png" / "confusion-scop-0.3.png").text["Description"]
+    assert description == "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
+    lines = Image.open(tmp_path / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
+    assert len(lines) == len(SWEEP)
     found = points(SWEEP, "pruned_macs")
     assert len(found) == 6
     assert all(point.dy > 0 for point in found)

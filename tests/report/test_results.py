@@ -1,4 +1,4 @@
-"""The row that people compare: what it is made of, and what makes two rows the same recipe."""
+"""Tests of result rows: their parameters and metrics, and when two rows have the same recipe."""
 
 import copy
 from typing import Any
@@ -35,23 +35,23 @@ def changed(section: str, key: str, value: object) -> Result:
     return Result.of(evaluation)
 
 
-def test_parameters_are_flat_and_typed_and_metrics_are_finite() -> None:
-    row = Result.of(EVALUATION, "s3://a/place")
-    assert (row.name, row.run, row.uri) == ("half", "an-id", "s3://a/place")
+def test_parameters_are_flat_and_typed_and_metrics_finite() -> None:
+    row = Result.of(EVALUATION, "s3://bucket/run")
+    assert (row.name, row.run, row.uri) == ("half", "an-id", "s3://bucket/run")
     assert (row.params["network"], row.params["finetune_epochs"], row.params["seed"]) == ("resnet20", 5, 0)
     assert row.metrics["top1_drop"] == pytest.approx(0.1)
     assert row.metrics["params_removed"] == 0.75
     assert row.metrics["pruned_latency_ms_batch1_p95"] == 3.0
     assert row.metrics["dense_loss"] == 0.3
-    assert "pruned_loss" not in row.metrics  # it is no number
+    assert "pruned_loss" not in row.metrics  # it is not finite
 
 
 @pytest.mark.parametrize("section", ["dense", "knockoff", "variant", "finetune"])
-def test_seeds_do_not_make_another_recipe(section: str) -> None:
+def test_seeds_do_not_change_the_recipe(section: str) -> None:
     assert changed(section, "seed", 7).identity == Result.of(EVALUATION).identity
 
 
-def test_neither_do_those_of_a_variant_with_several() -> None:
+def test_fine_tuning_seeds_of_a_variant_do_not_change_the_recipe() -> None:
     rows = [changed("variant", "finetune", {"seed": seed}) for seed in (0, 1)]
     assert rows[0].identity == rows[1].identity
 
@@ -66,7 +66,7 @@ def test_neither_do_those_of_a_variant_with_several() -> None:
         ("finetune", "compile", True),
     ],
 )
-def test_any_other_setting_does(section: str, key: str, value: object) -> None:
+def test_any_other_setting_changes_the_recipe(section: str, key: str, value: object) -> None:
     assert changed(section, key, value).identity != Result.of(EVALUATION).identity
 
 
@@ -82,11 +82,11 @@ def test_any_other_setting_does(section: str, key: str, value: object) -> None:
         ("variant", "rounds", 3, False),
     ],
 )
-def test_networks_were_trained_alike_whatever_was_pruned(section: str, key: str, value: object, alike: bool) -> None:
+def test_training_identity_ignores_what_was_pruned(section: str, key: str, value: object, alike: bool) -> None:
     assert (changed(section, key, value).training == Result.of(EVALUATION).training) is alike
 
 
-def test_other_data_and_results_of_unknown_making_are_their_own() -> None:
+def test_other_data_and_unknown_settings_are_separate_recipes() -> None:
     other = Result.of(EVALUATION | {"dataset": {"source": "digits", "content": "e1"}})
     assert other.identity != Result.of(EVALUATION).identity
     unknown = {key: value for key, value in EVALUATION.items() if key != "settings"}

@@ -23,10 +23,10 @@ from scop.runtime.record import read_record
 from scop.runtime.train_job import TrainJobPlan
 from scop.storage.cache import Cache
 from scop.storage.folders import fetch_folder, upload_folder
-from tests.compute.test_distributed import CLOSE, DENSE, ROOT
+from tests.compute.test_distributed import CLOSE, DENSE
 from tests.fakes.kubernetes_server import KubernetesServer, kubernetes_server
 from tests.fakes.services import KEY, SECRET
-from tests.helpers import run_step
+from tests.helpers import ROOT, run_step
 from tests.pipelines.cluster.test_compilation import EXAMPLE, container, executor
 
 
@@ -72,11 +72,11 @@ def test_two_nodes_train_the_network_that_one_process_would(
     assert "dense: epoch 2/2" in capfd.readouterr().out  # the first node's log
     record = read_record(places[1]["model"])
     assert record is not None
-    assert (record.status, record.processes) == ("done", 2)
+    assert (record.status, record.machine.processes) == ("done", 2)
     assert record.result == result
     # A pod that was lost when its job was done: the next try takes what is there.
     assert run_step("train_dense", {"dense": DENSE}, *places) == result
-    assert "has done it already" in capfd.readouterr().out
+    assert "has finished already" in capfd.readouterr().out
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST"]
     assert "KFP_RUN_ID" in {entry["name"] for entry in cluster.jobs[name]["spec"]["trainer"]["env"]}
     assert SECRET not in json.dumps(cluster.jobs)
@@ -92,7 +92,7 @@ def test_two_nodes_train_the_network_that_one_process_would(
 @pytest.mark.slow
 def test_a_failed_job_says_why_and_the_next_try_replaces_it(cluster: KubernetesServer, places) -> None:
     for _ in range(2):
-        with pytest.raises(UserError, match="^batch_size 63 cannot be shared by 2 processes"):
+        with pytest.raises(UserError, match="^batch_size 63 cannot be divided among 2 processes"):
             run_step("train_dense", {"dense": DENSE | {"batch_size": 63}}, *places)
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST", "POST"]
 
@@ -113,7 +113,7 @@ def test_a_job_that_runs_is_gone_on_with_and_removed_when_its_step_is_told_to_en
     first.communicate()
     second = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     assert second.stdout is not None
-    assert "runs already; going on with it" in second.stdout.readline()
+    assert "is running already; following it" in second.stdout.readline()
     second.send_signal(signal.SIGTERM)
     second.communicate(timeout=60)
     assert second.returncode == 143

@@ -1,4 +1,4 @@
-"""Scores and selections for tests of `scop.selection`."""
+"""Scores and selections for the tests of `scop.selection`."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ SHAPE = (3, 16, 16)
 
 
 def scores_of(model: nn.Module, kind: str = "fisher", seed: int = 0) -> Scores:
-    """Scores of every layer that can be pruned, drawn at random."""
+    """Return random scores of every prunable layer."""
     generator = torch.Generator().manual_seed(seed)
     widths = {layer: model.get_submodule(layer).out_channels for layer in gated_layers(ChannelGraph(model, SHAPE))}
     score = {layer: torch.rand(width, generator=generator) for layer, width in widths.items()}
@@ -26,6 +26,6 @@ def scores_of(model: nn.Module, kind: str = "fisher", seed: int = 0) -> Scores:
 
 
 def selection_of(model: nn.Module, graph: ChannelGraph, **settings: Any) -> Selection:
-    """What a control selects."""
+    """Return the selection of a variant, by default of method l1."""
     variant = VariantSection.model_validate({"method": "l1"} | settings)
     return Selection(SHAPE, variant, find_candidates(model, graph, variant))

@@ -1,3 +1,5 @@
+"""Budgets of parameters and MACs."""
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from tests.selection.helpers import SHAPE, scores_of
     ("selection", "residual"),
     [("uniform", "scatter"), ("global", "scatter"), ("global", "coupled"), ("knockoff_plus", "inner")],
 )
-def test_budgets_are_met_and_used(what: str, selection: str, residual: str) -> None:
+def test_meets_budgets_without_overpruning(what: str, selection: str, residual: str) -> None:
     model = make_model("resnet20")
     measure = count_parameters if what == "params" else lambda network: count_macs(network, SHAPE)
     dense = measure(model)
@@ -27,8 +29,8 @@ def test_budgets_are_met_and_used(what: str, selection: str, residual: str) -> N
         assert whole.removes_nothing
 
 
-def test_under_a_budget_global_takes_what_saves_most() -> None:
-    """Of channels that are worth the same the dear ones go: in MACs the first stage's, in parameters the last's."""
+def test_global_under_a_budget_removes_the_most_expensive_channels() -> None:
+    """Among channels of equal value, a MACs budget removes those of the first stage, a params budget of the last."""
     model = make_model("resnet20")
     scores = scores_of(model)
     for score in scores.score.values():
@@ -46,7 +48,7 @@ def test_under_a_budget_global_takes_what_saves_most() -> None:
     assert kept["params"]["layer3.1.conv1"] < 0.65 * 64
 
 
-def test_a_budget_out_of_reach_is_refused() -> None:
+def test_rejects_unreachable_and_ambiguous_budgets() -> None:
     model = make_model("resnet20")
     with pytest.raises(UserError, match=r"a budget of 1,000 params is out of reach: .* needs \d+,\d+; raise the"):
         select_channels(model, method="l1", budget={"params": 1000}, input_shape=SHAPE)

@@ -1,3 +1,5 @@
+"""Candidates: ranking of channels, uncertain channels, coupled layers and patterns."""
+
 import pytest
 import torch
 from torch import nn
@@ -14,19 +16,19 @@ def candidate(scores: list[float], blocks: int = 1, errors: list[float] | None =
     return Candidate(prunable, torch.tensor(scores).view(blocks, -1), own, None)
 
 
-def test_the_highest_scores_stay_in_the_channels_order() -> None:
+def test_keeps_the_highest_scores_in_channel_order() -> None:
     assert candidate([0.3, 0.9, 0.1, 0.5]).keep(2) == [1, 3]
 
 
-def test_equal_scores_stay_by_place() -> None:
+def test_ties_keep_the_lower_indices() -> None:
     assert candidate([0.0] * 6).keep(3) == [0, 1, 2]
 
 
-def test_blocks_lose_equally_many() -> None:
+def test_blocks_lose_the_same_number_of_channels() -> None:
     assert candidate([9.0, 8, 7, 6, 1, 2, 3, 4], blocks=2).keep(2) == [0, 1, 6, 7]
 
 
-def test_a_selection_is_unsure_of_scores_near_the_cut() -> None:
+def test_channels_near_the_cut_are_uncertain() -> None:
     errors = [0.1] * 4
     assert candidate([0.0, 0.9, 1.0, 2.0], errors=errors).uncertain(2) == [1, 2]
     assert candidate([0.0, 0.5, 1.5, 2.0], errors=errors).uncertain(2) == []
@@ -34,7 +36,7 @@ def test_a_selection_is_unsure_of_scores_near_the_cut() -> None:
     assert candidate([0.0, 0.9, 1.0, 2.0]).uncertain(2) == []
 
 
-def test_coupled_layers_keep_the_same_channels_by_the_mean_score() -> None:
+def test_coupled_layers_are_ranked_by_their_mean_score() -> None:
     model = make_model("resnet20")
     scores = {f"layer1.{block}.conv2": torch.randn(16) for block in range(3)}
     others = {p: torch.rand(c) for p, c in ((f"layer1.{b}.conv1", 16) for b in range(3))}
@@ -45,7 +47,7 @@ def test_coupled_layers_keep_the_same_channels_by_the_mean_score() -> None:
     assert plan.removed("conv1") == plan.removed("layer1.1.conv2") == sorted(mean.argsort()[:4].tolist())
 
 
-def test_scores_that_do_not_fit_are_named() -> None:
+def test_rejects_scores_that_do_not_match_the_model() -> None:
     model = make_model("resnet20")
     shape = (3, 16, 16)
     with pytest.raises(UserError, match="needs the scores of the knockoff phase"):
@@ -66,7 +68,7 @@ def test_scores_that_do_not_fit_are_named() -> None:
         select_channels(without_norm, method="bn_gamma", input_shape=shape)
 
 
-def test_rates_and_patterns_say_which_layers() -> None:
+def test_patterns_select_layers_and_set_rates() -> None:
     model = make_model("resnet20")
 
     def kept(**settings: object) -> dict[str, int]:
@@ -86,7 +88,7 @@ def test_rates_and_patterns_say_which_layers() -> None:
         kept(exclude=["layer1.0.conv3"])
 
 
-def test_a_plan_tells_which_channels_it_was_unsure_of() -> None:
+def test_plan_records_uncertain_channels() -> None:
     model = make_model("resnet20")
     scores = scores_of(model)
     plan = select_channels(model, scores, prune_rate=0.5)

@@ -1,3 +1,5 @@
+"""Latency budgets: measurement, search and description of the result."""
+
 import itertools
 
 import pytest
@@ -14,40 +16,40 @@ from scop.selection.sizes import Sizes
 from tests.selection.helpers import SHAPE, selection_of
 
 
-def test_a_measured_budget_is_searched_for_where_the_measure_is_rough() -> None:
-    """Here milliseconds are MACs, and widths that are no multiple of 8 take a tenth longer."""
+def test_search_meets_the_target_if_latency_is_not_monotonic() -> None:
+    """A network takes as many milliseconds as it has MACs, or 10 % more unless all widths are multiples of 8."""
     model = make_model("resnet20")
     graph = ChannelGraph(model, SHAPE)
     selection, sizes = selection_of(model, graph), Sizes(model, graph)
-    asked: list[float] = []
+    measured: list[float] = []
 
-    def rough(plan: ChannelPlan) -> float:
-        even = all(len(kept) % 8 == 0 for kept in plan.kept.values())
-        asked.append(sizes.count("macs", plan) * (1.0 if even else 1.1))
-        return asked[-1]
+    def uneven_latency(plan: ChannelPlan) -> float:
+        aligned = all(len(kept) % 8 == 0 for kept in plan.kept.values())
+        measured.append(sizes.count("macs", plan) * (1.0 if aligned else 1.1))
+        return measured[-1]
 
     target = 0.6 * sizes.count("macs")
-    plan = solve_measured(selection, target, rough)
-    assert len(asked) < 25
-    assert plan.latency_ms == pytest.approx(asked[-1], abs=1e-4)
+    plan = solve_measured(selection, target, uneven_latency)
+    assert len(measured) < 25
+    assert plan.latency_ms == pytest.approx(measured[-1], abs=1e-4)
     assert 0.97 * target < plan.latency_ms <= 1.01 * target
     with pytest.raises(UserError, match="latency_ms is out of reach"):
-        solve_measured(selection, 10, rough)
+        solve_measured(selection, 10, uneven_latency)
 
 
-def test_a_network_that_is_not_near_its_latency_says_so() -> None:
+def test_describes_the_distance_from_a_latency_budget() -> None:
     plan = select_channels(make_model("resnet20"), method="l1", input_shape=SHAPE)
     budget = BudgetSection(latency_ms=10)
     assert describe_latency(plan, budget) is None
 
-    def said(ms: float, budget: BudgetSection | None = budget) -> str | None:
+    def described(ms: float, budget: BudgetSection | None = budget) -> str | None:
         return describe_latency(plan.model_copy(update={"latency_ms": ms}), budget)
 
-    assert said(9.8) == "9.8 ms, measured on this machine"
-    assert said(10.05) == "10.1 ms, measured on this machine"
-    assert str(said(9.0)).startswith("9 ms, measured on this machine, 10.0% below the budget: no closer network")
-    assert "5.0% above the budget" in str(said(10.5))
-    assert said(9.0, None) == "9 ms, measured on this machine"
+    assert described(9.8) == "9.8 ms, measured on this machine"
+    assert described(10.05) == "10.1 ms, measured on this machine"
+    assert str(described(9.0)).startswith("9 ms, measured on this machine, 10.0% below the budget: no closer network")
+    assert "5.0% above the budget" in str(described(10.5))
+    assert described(9.0, None) == "9 ms, measured on this machine"
     every = {layer: list(range(width)) for layer, width in plan.channels.items()}
     whole = plan.model_copy(update={"kept": every, "latency_ms": 5.0})
     assert describe_latency(whole, budget) == "5 ms, measured on this machine"
@@ -55,7 +57,7 @@ def test_a_network_that_is_not_near_its_latency_says_so() -> None:
 
 @pytest.mark.parametrize("disturbed", [None, 2, 3, 4])
 @pytest.mark.parametrize("by", [3.0, 0.2])
-def test_one_disturbed_measurement_does_not_lead_astray(disturbed: int | None, by: float) -> None:
+def test_search_tolerates_one_outlier(disturbed: int | None, by: float) -> None:
     model = make_model("resnet20")
     graph = ChannelGraph(model, SHAPE)
     selection, sizes = selection_of(model, graph), Sizes(model, graph)
@@ -73,8 +75,8 @@ def test_one_disturbed_measurement_does_not_lead_astray(disturbed: int | None, b
     assert count < 40
 
 
-def test_a_machine_that_slows_down_does_not_change_a_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a network takes what it has of MACs, times what else the machine does, which is most at the very start."""
+def test_measured_latency_does_not_depend_on_machine_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network takes as many milliseconds as it has MACs, times the machine's slowness, highest at the start."""
     model, cpu = make_model("resnet20").eval(), torch.device("cpu")
     graph = ChannelGraph(model, SHAPE)
     selection, sizes = selection_of(model, graph), Sizes(model, graph)
@@ -94,8 +96,8 @@ def test_a_machine_that_slows_down_does_not_change_a_latency(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("selection", ["uniform", "global"])
-def test_a_selection_keeps_to_a_budget_of_latency(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a network takes as many milliseconds as it has MACs."""
+def test_selection_meets_a_latency_budget(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network takes as many milliseconds as it has MACs."""
 
     def measure(models: dict[str, nn.Module], *_: object) -> dict[str, Latency]:
         return {name: Latency(count_macs(own, SHAPE), 0) for name, own in models.items()}
@@ -112,11 +114,11 @@ def test_a_selection_keeps_to_a_budget_of_latency(selection: str, monkeypatch: p
         select_channels(model, budget={"latency_ms": 10}, **settings)
 
 
-def test_real_networks_run_for_a_latency() -> None:
+def test_stopwatch_measures_real_networks() -> None:
     model, cpu = make_model("resnet20").eval(), torch.device("cpu")
     graph = ChannelGraph(model, SHAPE)
-    # On one thread: several wait for each other, and where other processes run, for longer than they compute.
+    # One thread: several threads wait for each other, on a busy machine for longer than they compute.
     stopwatch = Stopwatch(model, graph, BudgetSection(latency_ms=1, batch_size=64, threads=1), cpu)
     selection = selection_of(model, graph, residual="coupled")
-    assert 0 < stopwatch(selection.plan(0.9)) < stopwatch(selection.plan(0.0))  # a tenth of the MACs, in turns
+    assert 0 < stopwatch(selection.plan(0.9)) < stopwatch(selection.plan(0.0))  # without 90 % of the channels
     assert count_parameters(model) == count_parameters(make_model("resnet20"))

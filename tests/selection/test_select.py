@@ -1,3 +1,5 @@
+"""`select_channels`: limits and validation of settings."""
+
 import pytest
 
 from scop import UserError, make_model, select_channels
@@ -5,10 +7,10 @@ from tests.networks import GroupsAndBias
 from tests.selection.helpers import scores_of
 
 
-def test_at_least_one_channel_stays() -> None:
+def test_keeps_at_least_one_channel() -> None:
     plan = select_channels(GroupsAndBias(), method="l1", prune_rate=0.99, residual="coupled", input_shape=(3, 16, 16))
     assert all(kept for kept in plan.kept.values())
-    assert len(plan.kept["grouped"]) == 4  # one in each of its groups
+    assert len(plan.kept["grouped"]) == 4  # one per group
 
 
 @pytest.mark.parametrize(
@@ -21,12 +23,12 @@ def test_at_least_one_channel_stays() -> None:
         ({"prunerate": 0.3}, "did you mean 'prune_rate'"),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+def test_rejects_invalid_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         select_channels(make_model("resnet20"), input_shape=(3, 16, 16), **settings)
 
 
-def test_nothing_to_decide_is_no_mistake_and_nothing_to_prune_is_one() -> None:
+def test_accepts_fixed_rates_in_all_layers_but_not_an_empty_selection() -> None:
     model = make_model("resnet20")
     scores = scores_of(model)
     assert select_channels(model, scores, method="none", selection="knockoff_plus").prune_rate == 0

@@ -1,3 +1,5 @@
+"""Strategies: kept counts, values under `global`, and the knockoff filter."""
+
 import math
 
 import pytest
@@ -24,18 +26,18 @@ from tests.selection.helpers import SHAPE, scores_of
         (64, 0.45, 8, 1, 32),  # a tie between 32 and 40
         (64, 0.40, 8, 1, 40),
         (16, 0.99, 8, 1, 8),
-        (6, 0.45, 8, 1, 6),  # no more than there are
+        (6, 0.45, 8, 1, 6),  # at most the layer's width
         (16, 0.99, 1, 1, 1),
         (16, 0.99, 1, 4, 4),
         (16, 0.0, 8, 1, 16),
         (12, 0.0, 8, 1, 12),
     ],
 )
-def test_how_many_channels_stay(channels: int, rate: float, round_to: int, minimum: int, kept: int) -> None:
+def test_kept_count(channels: int, rate: float, round_to: int, minimum: int, kept: int) -> None:
     assert kept_count(channels, rate, round_to, minimum) == kept
 
 
-def test_a_layer_keeps_its_share_however_counts_are_rounded() -> None:
+def test_rounding_never_goes_below_the_floor() -> None:
     model = nn.Sequential(*(nn.Conv2d(*ends, 1) for ends in ((3, 48), (48, 144), (144, 20), (20, 8))))
     for floor, kept in ((0.25, [16, 40, 8]), (0.5, [24, 72, 16])):
         variant = {"selection": "global", "prune_rate": 0.95, "round_to": 8, "floor": floor}
@@ -43,13 +45,13 @@ def test_a_layer_keeps_its_share_however_counts_are_rounded() -> None:
         assert [len(channels) for channels in plan.kept.values()] == kept
 
 
-def test_global_takes_the_lowest_of_all_layers_for_what_is_left_of_them_down_to_the_floor() -> None:
-    """A layer's k-th lowest score counts as if divided by the share of the layer that is left when its turn comes."""
+def test_global_removes_the_lowest_values_down_to_the_floor() -> None:
+    """The value of a channel is its score divided by the share of its layer that is left when it is removed."""
     model = make_model("resnet20")
     scores = scores_of(model)
     scores.score["layer1.0.conv1"] *= 1e-6
     plan = select_channels(model, scores, selection="global", prune_rate=0.3, floor=0.25)
-    assert len(plan.kept["layer1.0.conv1"]) == 4  # all of it is worth less than the rest
+    assert len(plan.kept["layer1.0.conv1"]) == 4  # all its channels are worth less than any other
     total = sum(plan.channels.values())
     kept = sum(map(len, plan.kept.values()))
     values = {
@@ -65,7 +67,7 @@ def test_global_takes_the_lowest_of_all_layers_for_what_is_left_of_them_down_to_
     assert 1 - kept / total == pytest.approx(0.3, abs=0.02)
 
 
-def test_scores_that_are_no_losses_are_put_in_proportion_first() -> None:
+def test_global_normalises_published_scores_per_layer() -> None:
     model = make_model("resnet20")
     fisher, published = scores_of(model), scores_of(model, "published")
     for scores in (fisher, published):
@@ -75,8 +77,8 @@ def test_scores_that_are_no_losses_are_put_in_proportion_first() -> None:
     assert len(plans[1].kept["layer3.2.conv1"]) == pytest.approx(0.6 * 64, abs=6)
 
 
-def test_scores_below_zero_do_not_make_a_layer_go_first() -> None:
-    """W of a layer may be below 0 on the whole; what is taken from it still depends on the rate."""
+def test_negative_scores_do_not_empty_a_layer_first() -> None:
+    """The mean W of a layer may be negative; the number of channels that it loses still depends on the rate."""
     model = make_model("resnet20")
     scores = scores_of(model, "published")
     for layer, own in scores.score.items():
@@ -89,7 +91,7 @@ def test_scores_below_zero_do_not_make_a_layer_go_first() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fisher", "published"])
-def test_what_goes_first_is_worth_least_though_scores_be_negative(kind: str) -> None:
+def test_values_ascend_even_for_negative_scores(kind: str) -> None:
     model = make_model("resnet20")
     scores = scores_of(model, kind)
     for layer, own in scores.score.items():
@@ -98,7 +100,7 @@ def test_what_goes_first_is_worth_least_though_scores_be_negative(kind: str) -> 
         assert (candidate.values().diff() >= 0).all()
 
 
-def test_a_large_group_of_coupled_layers_loses_no_other_share_than_a_small_one() -> None:
+def test_coupled_groups_of_any_size_lose_the_same_share() -> None:
     model = make_model("resnet20")
     prunables = ChannelGraph(model, SHAPE).prunable("coupled")
     assert {len(prunable.convs) for prunable in prunables} == {1, 4}
@@ -111,7 +113,7 @@ def test_a_large_group_of_coupled_layers_loses_no_other_share_than_a_small_one()
             assert lost == pytest.approx(0.4, abs=1 / 16), (kind, prunable.name)
 
 
-def test_the_knockoff_threshold_is_the_papers() -> None:
+def test_knockoff_threshold_follows_the_paper() -> None:
     w = torch.tensor([5.0, 4, 3, 2, 1, -1.5, 0.5])
     # t = 2: (1 + 0) / 4; t = 1: (1 + 1) / 5; t = 0.5: (1 + 1) / 6.
     assert knockoff_threshold(w, 0.25) == 2
@@ -119,8 +121,8 @@ def test_the_knockoff_threshold_is_the_papers() -> None:
     assert knockoff_threshold(w, 0.2) == math.inf
 
 
-def test_the_false_discovery_rate_means_what_it_says_to_the_last_channel() -> None:
-    """Ten that beat their knockoffs, and none that does not: (1 + 0) / 10 is 0.1, in binary fractions too."""
+def test_knockoff_threshold_is_not_off_by_rounding() -> None:
+    """Ten channels beat their knockoffs and none loses: (1 + 0) / 10 equals 0.1 despite binary fractions."""
     model = make_model("tests.networks:Plain")
     graph = ChannelGraph(model, (1, 8, 8))
     signed = {p.name: torch.zeros(p.channels) for p in graph.prunable("scatter")}
@@ -128,12 +130,12 @@ def test_the_false_discovery_rate_means_what_it_says_to_the_last_channel() -> No
     scores = Scores(signed, signed, signed, signed, "fisher", (1, 8, 8))
     assert knockoff_threshold(torch.cat(list(signed.values())), 0.1) == 1
     plan = select_channels(model, scores, selection="knockoff_plus", fdr=0.1, floor=0.0)
-    assert sum(map(len, plan.kept.values())) == 10 + len(signed) - 1  # of the others the one that must stay
+    assert sum(map(len, plan.kept.values())) == 10 + len(signed) - 1  # the other layers keep one each
 
 
 @pytest.mark.parametrize("fdr", [0.1, 0.3])
-def test_the_false_discovery_rate_is_kept_on_known_nulls(fdr: float) -> None:
-    """Of 500 channels 350 are nulls with symmetric statistics: among those kept about a share q are nulls, no more."""
+def test_false_discovery_rate_holds_on_known_nulls(fdr: float) -> None:
+    """350 of 500 channels are nulls with symmetric statistics; their share of the kept ones is about q, not more."""
     generator = torch.Generator().manual_seed(0)
     null = torch.arange(500) >= 150
     proportions, found = [], []
@@ -147,7 +149,7 @@ def test_the_false_discovery_rate_is_kept_on_known_nulls(fdr: float) -> None:
     assert sum(found) / 200 > 0.8
 
 
-def test_knockoff_plus_keeps_what_beats_its_knockoff() -> None:
+def test_knockoff_plus_keeps_channels_that_beat_their_knockoffs() -> None:
     model = make_model("resnet20")
     scores = scores_of(model)
     for w in scores.signed.values():

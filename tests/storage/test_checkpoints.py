@@ -1,4 +1,4 @@
-"""Checkpoints: what a killed or stopped training goes on from, in a folder and in S3."""
+"""Tests of checkpoints in a local folder and in S3: resuming, retention and damage."""
 
 import itertools
 import json
@@ -35,71 +35,71 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def after(steps: int) -> Callable[[], bool]:
-    """Asks to stop after so many steps."""
+    """Return a callback that requests a stop after this number of steps."""
     count = itertools.count(1)
     return lambda: next(count) >= steps
 
 
-def test_a_killed_run_resumes_to_the_same_weights(digits: Dataset, folder: str, capsys) -> None:
-    whole, history = train(digits, epochs=4)
+def test_resumes_after_a_kill_with_identical_weights(digits: Dataset, folder: str, capsys) -> None:
+    expected, history = train(digits, epochs=4)
     checkpoints = Checkpoints(folder, "abc")
     train(digits, epochs=4, checkpoints=checkpoints, stop_after=2)
     resumed, resumed_history = train(digits, epochs=4, checkpoints=checkpoints)
     assert f"resumes after epoch 2 of 4, from {folder}" in capsys.readouterr().out
-    assert same(whole, resumed)
+    assert same(expected, resumed)
     assert [record.loss for record in resumed_history] == [record.loss for record in history]
 
 
-def test_a_run_that_is_stopped_within_an_epoch_resumes_there(digits: Dataset, tmp_path: Path, capsys) -> None:
-    whole, history = train(digits, epochs=3, crop_padding=1)
+def test_resumes_within_an_epoch_with_identical_weights(digits: Dataset, tmp_path: Path, capsys) -> None:
+    expected, history = train(digits, epochs=3, crop_padding=1)
     checkpoints = Checkpoints(str(tmp_path), "abc")
-    for steps in (27, 20):  # 20 steps are an epoch: once within one, once at the end of one
+    for steps in (27, 20):  # an epoch has 20 steps
         with pytest.raises(Stopped, match="stopped in epoch"):
             train(digits, epochs=3, checkpoints=checkpoints, stopping=after(steps), crop_padding=1)
     resumed, resumed_history = train(digits, epochs=3, checkpoints=checkpoints, crop_padding=1)
     assert "resumes after epoch 1 and 7 steps of 3" in capsys.readouterr().out
-    assert same(whole, resumed)
+    assert same(expected, resumed)
     assert [record.loss for record in resumed_history] == [record.loss for record in history]
     assert [record.top1 for record in resumed_history] == [record.top1 for record in history]
 
 
 @pytest.mark.parametrize("score", ["fisher", "published"])
-def test_knockoffs_are_drawn_on_where_they_stopped(score: str, model, batches: Batches, tmp_path: Path) -> None:
-    """The knockoffs come from torch's global generator, whose state a checkpoint holds."""
+def test_knockoff_training_resumes_with_identical_scores(score: str, model, batches: Batches, tmp_path: Path) -> None:
+    """Knockoffs are drawn from torch's global generator; a checkpoint stores its state."""
 
     def run(**keys) -> dict[str, torch.Tensor]:
         batches.set_epoch(0)
         scores = train_knockoffs(model, batches, epochs=2, precision="fp32", score=score, **keys)
         return {f"{kind} {layer}": getattr(scores, kind)[layer] for kind in ("score", "signed") for layer in scores}
 
-    whole = run()
+    expected = run()
     with pytest.raises(Stopped):
         run(checkpointing=Checkpointing(Checkpoints(str(tmp_path), "abc"), after(9)))
     resumed = run(checkpointing=Checkpointing(Checkpoints(str(tmp_path), "abc")))
-    assert all(torch.equal(whole[layer], resumed[layer]) for layer in whole)
+    assert all(torch.equal(expected[layer], resumed[layer]) for layer in expected)
 
 
-def test_an_average_of_weights_is_resumed_too(digits: Dataset, tmp_path: Path) -> None:
+def test_resumes_the_average_of_weights(digits: Dataset, tmp_path: Path) -> None:
     def weights(**keys) -> dict[str, torch.Tensor]:
         return train(digits, epochs=3, ema=0.9, keep="best", **keys)[0].state_dict()
 
-    whole = weights()
+    expected = weights()
     checkpoints = Checkpoints(str(tmp_path), "abc")
     with pytest.raises(Stopped):
         weights(checkpoints=checkpoints, stopping=after(30))
     resumed = weights(checkpoints=checkpoints)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_the_newest_ones_are_kept(digits: Dataset, folder: str) -> None:
+def test_keeps_only_the_newest_checkpoints(digits: Dataset, folder: str) -> None:
     train(digits, epochs=4, checkpoints=Checkpoints(folder, "abc", keep=2))
     assert list_files(folder) == [f"0000{n}-00000000.{end}" for n in (3, 4) for end in ("json", "pt")]
     Checkpoints(folder, "abc").remove()
     assert list_files(folder) == []
 
 
-def test_a_damaged_newest_one_is_passed_over_with_a_warning(digits: Dataset, folder: str, capsys) -> None:
-    whole, _ = train(digits, epochs=4)
+def test_skips_a_damaged_checkpoint_with_a_warning(digits: Dataset, folder: str, capsys) -> None:
+    expected, _ = train(digits, epochs=4)
     checkpoints = Checkpoints(folder, "abc")
     train(digits, epochs=4, checkpoints=checkpoints, stop_after=2)
     newest = join_uri(folder, "00002-00000000.pt")
@@ -109,16 +109,16 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(digits: Dataset, fol
     printed = capsys.readouterr().out
     assert f"warning: checkpoint {newest} is skipped: it does not match its checksum" in printed
     assert "resumes after epoch 1 of 4" in printed
-    assert same(whole, resumed)
+    assert same(expected, resumed)
 
 
-def test_one_of_another_configuration_is_never_taken(digits: Dataset, folder: str, capsys) -> None:
+def test_skips_a_checkpoint_of_another_configuration(digits: Dataset, folder: str, capsys) -> None:
     train(digits, epochs=1, checkpoints=Checkpoints(folder, "abc"))
     assert Checkpoints(folder, "def").load() is None
     assert "it belongs to another configuration or other inputs" in capsys.readouterr().out
 
 
-def test_new_ones_are_kept_where_later_ones_are_damaged(digits: Dataset, folder: str) -> None:
+def test_keeps_new_checkpoints_if_later_ones_are_damaged(digits: Dataset, folder: str) -> None:
     train(digits, epochs=3, checkpoints=Checkpoints(folder, "abc"))
     for epoch in (2, 3):
         write_bytes(f"{folder}/{epoch:05}-00000000.pt", b"damaged")
@@ -130,17 +130,19 @@ def test_new_ones_are_kept_where_later_ones_are_damaged(digits: Dataset, folder:
     assert checkpoints.load() == {"epoch": 2}
 
 
-def test_a_server_that_fails_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_an_error_not_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key, value in services.environment(f"http://127.0.0.1:{services.free_port()}").items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3.forget_client()
-    with pytest.raises(UserError, match="cannot be reached"):  # to start over would cost all that was done
+    with pytest.raises(UserError, match="cannot be reached"):  # starting over would discard all progress
         Checkpoints("s3://bucket/checkpoints", "abc").load()
     s3.forget_client()
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_no_training(
+def test_training_continues_if_a_checkpoint_cannot_be_written(
     digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -148,14 +150,14 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_training(
     assert "warning: test: no checkpoint after epoch 1: cannot write" in capsys.readouterr().out
 
 
-def test_an_unsealed_one_is_none(digits: Dataset, folder: str) -> None:
+def test_ignores_a_checkpoint_without_its_json_file(digits: Dataset, folder: str) -> None:
     train(digits, epochs=1, checkpoints=Checkpoints(folder, "abc"))
     delete_files(folder, ["00001-00000000.json"])
     assert Checkpoints(folder, "abc").load() is None
 
 
 @pytest.mark.parametrize("step", ["train_dense", pytest.param("train_knockoff", marks=pytest.mark.slow)])
-def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
+def test_step_writes_a_checkpoint_on_sigterm_and_resumes(
     step: str, digits_folder: Path, model_folder: Path, bucket: str, tmp_path: Path, cache: Cache
 ) -> None:
     config, inputs, output, weights = {
@@ -172,7 +174,7 @@ def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
             "scores.safetensors",
         ),
     }[step]
-    stopped, whole = f"{bucket}/stopped", tmp_path / "whole"
+    stopped, expected = f"{bucket}/stopped", tmp_path / "expected"
     call = f"execute({step!r}, {config!r}, {inputs!r}, {{{output!r}: {stopped!r}}})"
     code = f"from scop.runtime.execution import execute; {call}"
     environment = os.environ | {"SCOP_CHECKPOINTS": f"{bucket}/checkpoints"}
@@ -190,7 +192,7 @@ def test_a_step_that_is_terminated_writes_a_checkpoint_and_resumes(
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert "resumes after epoch" in again.stdout
     assert list_files(f"{bucket}/checkpoints") == []
-    run_step(step, config, inputs, {output: str(whole)})
-    read_folder(whole)
-    assert (fetch_folder(stopped, cache) / weights).read_bytes() == (whole / weights).read_bytes()
+    run_step(step, config, inputs, {output: str(expected)})
+    read_folder(expected)
+    assert (fetch_folder(stopped, cache) / weights).read_bytes() == (expected / weights).read_bytes()
     assert json.loads(read_bytes(f"{stopped}/step.json"))["status"] == "done"

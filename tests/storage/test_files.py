@@ -1,4 +1,4 @@
-"""Uris in S3, as configurations name them and steps use them: against a real server."""
+"""Tests of S3 URIs as data, weights, inputs and outputs of steps, with a real server."""
 
 import json
 import os
@@ -25,33 +25,33 @@ from tests.helpers import ROOT, run_step, write_images
 TINY = {"model": "tests.networks:Plain", "epochs": 1, "batch_size": 64}
 
 
-def test_images_that_change_while_they_are_fetched_are_no_tree(
+def test_rejects_a_tree_that_changes_while_it_is_fetched(
     bucket: str, monkeypatch: pytest.MonkeyPatch, cache: Cache
 ) -> None:
     for name in ("a.bin", "b.bin"):
         write_bytes(f"{bucket}/images/{name}", b"old")
     download = fetch.download
 
-    def meanwhile(*arguments):
+    def download_after_a_change(*arguments):
         write_bytes(f"{bucket}/images/b.bin", b"new")
         return download(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(fetch, "download", meanwhile)
+        patched.setattr(fetch, "download", download_after_a_change)
         with pytest.raises(UserError, match="images changed while it was fetched; try again"):
             fetch_tree(f"{bucket}/images", cache)
     tree = fetch_tree(f"{bucket}/images", cache)
     assert [(tree / name).read_bytes() for name in ("a.bin", "b.bin")] == [b"old", b"new"]
 
 
-def test_a_write_that_fails_leaves_no_part(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_partial_file(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="cannot write"):
         write_bytes(str(tmp_path / "taken"), b"a checkpoint")
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
-def test_a_selection_is_shown_for_images_in_s3(bucket: str, tmp_path: Path, capsys) -> None:
+def test_select_dry_run_reads_images_from_s3(bucket: str, tmp_path: Path, capsys) -> None:
     write_images(tmp_path / "images", {"train": 2, "test": 1}, ["ant", "bee"])
     archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
     write_bytes(f"{bucket}/images.zip", Path(archive).read_bytes())
@@ -60,11 +60,9 @@ def test_a_selection_is_shown_for_images_in_s3(bucket: str, tmp_path: Path, caps
     assert "layer1.0.conv1" in capsys.readouterr().out
 
 
-def test_a_folders_marker_as_the_aws_console_makes_it_is_no_file(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, cache: Cache
-) -> None:
+def test_ignores_folder_markers_of_the_aws_console(bucket: str, monkeypatch: pytest.MonkeyPatch, cache: Cache) -> None:
     write_bytes(f"{bucket}/pictures/ant/1.png", b"image")
-    # The server of these tests keeps objects as files, and cannot have one that is called like a folder.
+    # The test server stores objects as files, so an object cannot have the name of a folder.
     found = fetch.list_objects
     marker = {"": {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"', "Size": 0}}
     monkeypatch.setattr(fetch, "list_objects", lambda source: marker | found(source))
@@ -72,7 +70,7 @@ def test_a_folders_marker_as_the_aws_console_makes_it_is_no_file(
     assert [path.name for path in folder.rglob("*")] == ["ant", "1.png"]
 
 
-def test_steps_take_uris_for_data_weights_inputs_and_outputs(
+def test_steps_accept_s3_uris_for_data_weights_inputs_and_outputs(
     bucket: str, model_folder: Path, tmp_path: Path, trained, cache: Cache
 ) -> None:
     write_images(tmp_path / "images", {"train": 40, "test": 10}, ["ant", "bee"])
@@ -107,7 +105,7 @@ def test_steps_take_uris_for_data_weights_inputs_and_outputs(
         run_step("train_dense", {"dense": dense}, {"dataset": digits}, {"model": f"{digits}/inside"})
 
 
-def test_a_record_is_there_before_the_work_and_holds_no_secret(bucket: str, tmp_path: Path) -> None:
+def test_record_of_a_failed_step_contains_no_secret(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the loss is"):
         run_step("prepare_data", {"data": {}}, {}, {"dataset": f"{bucket}/digits"})
         dense = TINY | {"lr": 1e30, "epochs": 2}
@@ -120,7 +118,7 @@ def test_a_record_is_there_before_the_work_and_holds_no_secret(bucket: str, tmp_
     assert read_if_exists(f"{bucket}/dense/{MANIFEST}") is None
 
 
-def test_the_command_line_tells_of_s3_in_one_line(bucket: str) -> None:
+def test_cli_reports_an_s3_error_in_one_line(bucket: str) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", "--input", "dataset=s3://nowhere/data"]
     result = subprocess.run([*command, "--output", f"model={bucket}/m"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
@@ -128,7 +126,7 @@ def test_the_command_line_tells_of_s3_in_one_line(bucket: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_a_cached_object_that_somebody_changed_is_fetched_anew(bucket: str, cache: Cache) -> None:
+def test_fetches_modified_cache_entries_again(bucket: str, cache: Cache) -> None:
     write_bytes(f"{bucket}/weights.pt", b"weights")
     cached = fetch_file(f"{bucket}/weights.pt", cache)
     cached.write_bytes(b"changed")
@@ -139,7 +137,7 @@ def test_a_cached_object_that_somebody_changed_is_fetched_anew(bucket: str, cach
     assert (fetch_tree(f"{bucket}/images", cache) / "a.bin").read_bytes() == b"image"
 
 
-def test_a_step_whose_input_cannot_be_fetched_has_a_record(bucket: str, tmp_path: Path) -> None:
+def test_writes_a_record_if_an_input_cannot_be_fetched(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no complete artifact"):
         run_step("train_dense", {"dense": {}}, {"dataset": f"{bucket}/none"}, {"model": f"{bucket}/model"})
     record = json.loads(read_bytes(f"{bucket}/model/step.json"))
@@ -147,7 +145,7 @@ def test_a_step_whose_input_cannot_be_fetched_has_a_record(bucket: str, tmp_path
     assert "holds no complete artifact" in record["error"]
 
 
-def test_a_refusal_never_leaves_a_record_of_a_step_that_runs(
+def test_refuses_invalid_outputs_and_settings(
     bucket: str, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload_folder(digits_folder, f"{bucket}/digits")
@@ -162,24 +160,24 @@ def test_a_refusal_never_leaves_a_record_of_a_step_that_runs(
         run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": "gs://bucket/model"})
 
 
-def test_a_link_that_leads_nowhere_has_a_version(tmp_path: Path) -> None:
+def test_content_version_accepts_dangling_links(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert content_version(str(tmp_path)) is not None
 
 
-def test_what_a_profile_says_can_be_handed_to_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aws_profile_is_exported_as_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     (tmp_path / "config").write_text(
-        "[profile desk]\nregion = eu-west-3\nendpoint_url = https://s3.example:9000\n"
-        "aws_access_key_id = key-of-the-desk\naws_secret_access_key = its-secret\n"
+        "[profile dev]\nregion = eu-west-3\nendpoint_url = https://s3.example:9000\n"
+        "aws_access_key_id = dev-key\naws_secret_access_key = dev-secret\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_PROFILE", "desk")
+    monkeypatch.setenv("AWS_PROFILE", "dev")
     s3.forget_client()
     assert s3.as_variables() == {
-        "AWS_ACCESS_KEY_ID": "key-of-the-desk",
-        "AWS_SECRET_ACCESS_KEY": "its-secret",
+        "AWS_ACCESS_KEY_ID": "dev-key",
+        "AWS_SECRET_ACCESS_KEY": "dev-secret",
         "AWS_REGION": "eu-west-3",
         "AWS_ENDPOINT_URL_S3": "https://s3.example:9000",
     }

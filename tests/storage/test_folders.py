@@ -1,4 +1,4 @@
-"""Artifact folders in S3: against a real server, and against one that fails."""
+"""Tests of artifact folders in S3, with a real server and with a faulty one."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.fakes import services
 
 
 def artifact(folder: Path, **files: bytes) -> Path:
-    """A folder with some files, one of them deep and one large enough for several parts."""
+    """Write an artifact with a nested file and a file large enough for a multipart upload."""
     contents = {"small.bin": b"small", "large.bin": os.urandom(40 * 2**20), "deep/er.bin": b"deep"} | {
         f"{name}.bin": content for name, content in files.items()
     }
@@ -35,7 +35,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in read_folder(folder).files}
 
 
-def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path, cache: Cache) -> None:
+def test_upload_and_fetch_round_trip(bucket: str, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
     upload_folder(folder, f"{bucket}/runs/model")
     fetched = fetch_folder(f"{bucket}/runs/model/", cache, "model")
@@ -45,58 +45,56 @@ def test_a_folder_comes_back_as_it_went(bucket: str, tmp_path: Path, cache: Cach
         fetch_folder(f"{bucket}/runs/model", cache, "dataset")
 
 
-def test_what_is_in_the_cache_is_not_fetched_again_unless_it_was_changed(
-    bucket: str, tmp_path: Path, cache: Cache
-) -> None:
+def test_reuses_cached_content_unless_it_was_modified(bucket: str, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
     upload_folder(folder, f"{bucket}/a")
     upload_folder(folder, f"{bucket}/b")
     first = fetch_folder(f"{bucket}/a", cache)
-    delete_files(f"{bucket}/b", ["large.bin"])  # whatever has the same content need not be there
+    delete_files(f"{bucket}/b", ["large.bin"])  # the cache already has this content
     assert fetch_folder(f"{bucket}/b", cache) == first
     (first / "small.bin").write_bytes(b"SMALL")
     assert bytes_of(fetch_folder(f"{bucket}/a", cache))["small.bin"] == b"small"
 
 
-def test_a_folder_that_replaces_another_switches_at_once(bucket: str, tmp_path: Path, cache: Cache) -> None:
+def test_replacing_a_folder_leaves_only_the_new_files(bucket: str, tmp_path: Path, cache: Cache) -> None:
     old, new = artifact(tmp_path / "old", more=b"1"), artifact(tmp_path / "new", more=b"22")
     uri = f"{bucket}/model"
     upload_folder(old, uri)
     upload_folder(new, uri)
     assert bytes_of(fetch_folder(uri, cache)) == bytes_of(new)
-    # What the old one alone had is gone, what both have was not sent again.
+    # Files of the old folder alone are gone, and every file exists once.
     listed = list_files(uri)
     assert sum(name.startswith("large.bin") for name in listed) == 1
     assert sum(name.startswith("small.bin") for name in listed) == 1
-    # All by their own names, as others fetch them.
+    # Objects have the files' own names, so that other clients can fetch them.
     assert {*listed} == {MANIFEST, *read_folder(new).files}
     assert read_bytes(f"{uri}/large.bin") == (new / "large.bin").read_bytes()
     assert is_complete(uri)
 
 
-def test_a_reader_gets_over_a_replacement_meanwhile(bucket: str, tmp_path: Path, monkeypatch, cache: Cache) -> None:
+def test_fetch_survives_a_concurrent_replacement(bucket: str, tmp_path: Path, monkeypatch, cache: Cache) -> None:
     uri, new = f"{bucket}/model", artifact(tmp_path / "new")
     upload_folder(artifact(tmp_path / "old"), uri)
     download = folders.download
 
-    def meanwhile(*arguments):
+    def download_after_a_replacement(*arguments):
         monkeypatch.setattr(folders, "download", download)
         upload_folder(new, uri)
         return download(*arguments)
 
-    monkeypatch.setattr(folders, "download", meanwhile)
+    monkeypatch.setattr(folders, "download", download_after_a_replacement)
     assert bytes_of(fetch_folder(uri, cache)) == bytes_of(new)
 
 
-def test_what_lies_deeper_is_another_artifacts(bucket: str, tmp_path: Path) -> None:
+def test_upload_keeps_artifacts_below_its_prefix(bucket: str, tmp_path: Path) -> None:
     outer, inner = f"{bucket}/exp", f"{bucket}/exp/plan/large.bin~0123456789ab"
-    write_bytes(inner, b"of the inner one")
+    write_bytes(inner, b"inner")
     for number in (b"1", b"2"):
         upload_folder(artifact(tmp_path / number.decode(), more=number), outer)
-    assert read_bytes(inner) == b"of the inner one"
+    assert read_bytes(inner) == b"inner"
 
 
-def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, monkeypatch, cache: Cache) -> None:
+def test_reports_each_kind_of_failure_in_one_line(bucket: str, tmp_path: Path, monkeypatch, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
     upload_folder(folder, f"{bucket}/model")
 
@@ -135,7 +133,7 @@ def test_each_kind_of_failure_is_told_in_one_line(bucket: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "C:evil", "a\\b", ""])
-def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path, cache: Cache) -> None:
+def test_rejects_file_names_outside_the_folder(name: str, bucket: str, tmp_path: Path, cache: Cache) -> None:
     entry = {"size": 4, "sha256": "0" * 64}
     manifest = {"format": 1, "kind": "model", "files": {name: entry}}
     write_bytes(f"{bucket}/evil/{MANIFEST}", json.dumps(manifest).encode())
@@ -151,20 +149,20 @@ def test_no_name_leaves_the_folder(name: str, bucket: str, tmp_path: Path, cache
         read_folder(tmp_path / "here")
 
 
-def test_a_manifest_that_is_no_text_is_damaged(tmp_path: Path) -> None:
+def test_rejects_a_manifest_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="manifest.json is damaged"):
         read_folder(tmp_path)
 
 
-def test_a_change_in_place_is_seen_by_a_listing(bucket: str, tmp_path: Path) -> None:
+def test_is_complete_detects_a_modified_object(bucket: str, tmp_path: Path) -> None:
     upload_folder(artifact(tmp_path / "model"), f"{bucket}/model")
     assert is_complete(f"{bucket}/model")
-    write_bytes(f"{bucket}/model/small.bin", b"smalL")  # of the same size
+    write_bytes(f"{bucket}/model/small.bin", b"smalL")  # same size
     assert not is_complete(f"{bucket}/model")
 
 
-# -- a server that fails -----------------------------------------------------------------------------------------------
+# -- a faulty server ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +189,7 @@ def shaky(faults: services.Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def first(count: int, fault: str, method: str, part: str):
-    """A plan that commits a fault the first so many times that a request fits."""
+    """Return a plan that injects a fault into the first `count` matching requests."""
     left = [count]
 
     def plan(seen_method: str, path: str) -> str | None:
@@ -207,7 +205,7 @@ ALWAYS = 10**9
 URI = "s3://bucket/model"
 
 
-def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+def test_retries_after_two_server_errors(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
     shaky.plan = first(2, "503", "PUT", "small.bin")
     upload_folder(folder, URI)
@@ -216,7 +214,7 @@ def test_two_bad_answers_are_got_over(shaky: services.Faults, tmp_path: Path, ca
     assert sum(method == "GET" and "small.bin" in path for method, path in shaky.seen) == 3
 
 
-def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path: Path) -> None:
+def test_reports_a_server_that_keeps_failing(shaky: services.Faults, tmp_path: Path) -> None:
     shaky.plan = first(ALWAYS, "503", "PUT", "small.bin")
     with pytest.raises(UserError, match="fails with SlowDown on"):
         upload_folder(artifact(tmp_path / "model"), URI)
@@ -231,7 +229,7 @@ def test_a_server_that_goes_on_failing_is_named(shaky: services.Faults, tmp_path
         ("denied", "access to .* is denied"),
     ],
 )
-def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
+def test_interrupted_upload_leaves_no_complete_artifact(
     fault: str, message: str, shaky: services.Faults, tmp_path: Path, cache: Cache
 ) -> None:
     # The credentials may expire between the first object and the last.
@@ -243,7 +241,7 @@ def test_an_upload_that_breaks_off_leaves_nothing_that_is_whole(
 
 
 @pytest.mark.parametrize("part", ["large.bin", MANIFEST])
-def test_what_was_whole_stays_whole_when_its_replacement_breaks_off(
+def test_interrupted_replacement_keeps_the_old_artifact(
     part: str, shaky: services.Faults, tmp_path: Path, cache: Cache
 ) -> None:
     old, new = artifact(tmp_path / "old"), artifact(tmp_path / "new")
@@ -258,7 +256,9 @@ def test_what_was_whole_stays_whole_when_its_replacement_breaks_off(
 
 
 @pytest.mark.parametrize("fault", ["truncate", "flip"])
-def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+def test_damaged_downloads_are_retried_or_reported(
+    fault: str, shaky: services.Faults, tmp_path: Path, cache: Cache
+) -> None:
     folder = artifact(tmp_path / "model")
     upload_folder(folder, URI)
     shaky.plan = first(1, fault, "GET", "small.bin")
@@ -270,7 +270,7 @@ def test_damage_on_the_way_is_mended_or_told(fault: str, shaky: services.Faults,
     assert not [path for path in (tmp_path / "cache" / "artifacts").iterdir() if path.name.startswith(".part")]
 
 
-def test_what_broken_tries_left_is_removed_in_the_end(shaky: services.Faults, tmp_path: Path) -> None:
+def test_upload_removes_leftovers_of_failed_attempts(shaky: services.Faults, tmp_path: Path) -> None:
     upload_folder(artifact(tmp_path / "old"), URI)
     new = artifact(tmp_path / "new")
     for _ in range(2):
@@ -283,7 +283,7 @@ def test_what_broken_tries_left_is_removed_in_the_end(shaky: services.Faults, tm
     assert set(list_files(URI)) == {MANIFEST} | {entry.key(name) for name, entry in manifest.files.items()}
 
 
-def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+def test_rejects_a_manifest_of_a_later_format(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
     upload_folder(artifact(tmp_path / "model"), URI)
     manifest = json.loads(read_bytes(f"{URI}/{MANIFEST}")) | {"format": 99}
     write_bytes(f"{URI}/{MANIFEST}", json.dumps(manifest).encode())
@@ -291,7 +291,9 @@ def test_a_manifest_of_a_later_version_is_refused(shaky: services.Faults, tmp_pa
         fetch_folder(URI, cache)
 
 
-def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+def test_rejects_an_object_that_does_not_match_its_manifest(
+    shaky: services.Faults, tmp_path: Path, cache: Cache
+) -> None:
     upload_folder(artifact(tmp_path / "model"), URI)
     for damaged in (b"smalL", b"small and more"):
         write_bytes(f"{URI}/small.bin", damaged)
@@ -299,9 +301,7 @@ def test_an_object_that_is_not_what_was_sent_is_told(shaky: services.Faults, tmp
             fetch_folder(URI, cache)
 
 
-def test_sending_again_mends_what_was_damaged_at_its_place(
-    shaky: services.Faults, tmp_path: Path, cache: Cache
-) -> None:
+def test_uploading_again_repairs_damaged_objects(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
     folder = artifact(tmp_path / "model")
     upload_folder(folder, URI)
     write_bytes(f"{URI}/small.bin", b"smalL")
@@ -313,20 +313,20 @@ def test_sending_again_mends_what_was_damaged_at_its_place(
 
 
 @pytest.mark.parametrize("fault", ["flip", "truncate"])
-def test_a_checkpoint_that_s3_finds_damaged_is_passed_over(
+def test_skips_a_checkpoint_damaged_in_transfer(
     fault: str, shaky: services.Faults, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = Checkpoints("s3://bucket/checkpoints", "abc")
     for epoch in (1, 2):
         checkpoints.save({"epoch": epoch}, epoch)
     shaky.plan = first(1, fault, "GET", "00002-00000000.pt")
-    assert checkpoints.load() == {"epoch": 2}  # got over
+    assert checkpoints.load() == {"epoch": 2}  # retried
     shaky.plan = first(ALWAYS, fault, "GET", "00002-00000000.pt")
     assert checkpoints.load() == {"epoch": 1}
     assert "00002-00000000.pt is skipped" in capsys.readouterr().out
 
 
-def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
+def test_rejects_a_missing_or_truncated_manifest(shaky: services.Faults, tmp_path: Path, cache: Cache) -> None:
     upload_folder(artifact(tmp_path / "model"), URI)
     manifest = read_bytes(f"{URI}/{MANIFEST}")
     delete_files(URI, [MANIFEST])
@@ -349,7 +349,7 @@ def test_a_folder_without_manifest_is_not_whole(shaky: services.Faults, tmp_path
         ("elsewhere", r"bucket 'bucket' is not in region 'us-east-1' \(Auth.*\); set AWS_REGION=eu-west-1"),
     ],
 )
-def test_refusals_say_what_to_mend(
+def test_access_errors_say_what_to_fix(
     fault: str, message: str, shaky: services.Faults, tmp_path: Path, cache: Cache
 ) -> None:
     upload_folder(artifact(tmp_path / "model"), URI)

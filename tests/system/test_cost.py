@@ -1,4 +1,4 @@
-"""What steps cost; a GPU's meter is stood in for, since there is none here."""
+"""Cost of steps, with a fake GPU energy counter."""
 
 import sys
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from scop.system.cost import Cost, Meter, Spent, total
 
 
-def test_a_meter_tells_time_and_the_machine() -> None:
+def test_meter_measures_time_and_names_the_device() -> None:
     meter = Meter()
     total = sum(number * number for number in range(300_000))
     cost = meter.read()
@@ -20,20 +20,20 @@ def test_a_meter_tells_time_and_the_machine() -> None:
     assert cost.device_seconds == cost.seconds
 
 
-def test_sums_say_that_there_was_more() -> None:
+def test_totals_mark_incomplete_costs() -> None:
     runs = [Spent("a run", "a GPU", 3600.0, 36e5), Spent("a run", "a GPU", 60.0, 36e5, at_least=True)]
     (both,) = total(runs, "2 runs")
     assert (both.time, both.energy) == ("at least 1.0 h", "at least 2.00 kWh")
 
 
-def test_several_devices_cost_their_sum() -> None:
+def test_device_seconds_scale_with_the_number_of_devices() -> None:
     cost = Cost("a GPU", 4, 10.0, 3.0, 5000.0)
     assert cost.metrics == {"device_seconds": 40, "energy_joules": 5000}
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Two GPUs that took 60 and 3 joules; `current` of them is computed on, and `lost` tells nothing."""
+    """Two fake GPUs that use 60 and 3 joules; `current` is the one in use, and `lost` fails to report."""
     machine = SimpleNamespace(current=0, lost=None, used=True, millijoules={0: [1_000, 61_000], 1: [5_000, 8_000]})
 
     def consumed(handle: int) -> int:
@@ -62,35 +62,35 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("current", "joules"), [(0, 60), (1, 3)])
-def test_energy_is_that_of_the_gpu_that_was_computed_on(gpus: SimpleNamespace, current: int, joules: int) -> None:
+def test_measures_the_energy_of_the_gpu_in_use(gpus: SimpleNamespace, current: int, joules: int) -> None:
     gpus.current = current
     cost = Meter().read()
     assert (cost.device, cost.devices, cost.energy_joules) == ("a GPU", 1, joules)
 
 
-def test_several_processes_use_a_gpu_each(gpus: SimpleNamespace) -> None:
+def test_sums_energy_over_one_gpu_per_process(gpus: SimpleNamespace) -> None:
     cost = Meter(devices=2, here=2).read()
     assert (cost.devices, cost.energy_joules) == (2, 63)
 
 
-def test_energy_is_not_told_by_halves(gpus: SimpleNamespace) -> None:
-    assert Meter(devices=4, here=2).read().energy_joules is None  # another node's are not seen from here
+def test_reports_no_energy_unless_all_gpus_report_it(gpus: SimpleNamespace) -> None:
+    assert Meter(devices=4, here=2).read().energy_joules is None  # GPUs of other nodes are not visible
     gpus.lost = 1
     gpus.millijoules[0] = [1_000, 61_000]
     cost = Meter(devices=2, here=2).read()
     assert (cost.device, cost.devices, cost.energy_joules) == ("a GPU", 2, None)
 
 
-def test_a_step_that_does_not_use_the_gpu_is_not_charged_for_it(gpus: SimpleNamespace) -> None:
+def test_does_not_charge_an_unused_gpu(gpus: SimpleNamespace) -> None:
     gpus.used = False
     cost = Meter().read()
     assert cost.device != "a GPU"
     assert cost.energy_joules is None
 
 
-def test_sums_are_by_device_and_say_what_is_not_known() -> None:
-    told = Spent("finetune", "a GPU", 3600, 720_000)
-    cpu, gpu = total([Spent("export", "a CPU", 10), told, Spent("evaluate", "a GPU", 60)], "1 run")
+def test_totals_are_per_device_and_mark_missing_energy() -> None:
+    known = Spent("finetune", "a GPU", 3600, 720_000)
+    cpu, gpu = total([Spent("export", "a CPU", 10), known, Spent("evaluate", "a GPU", 60)], "1 run")
     assert (cpu.what, cpu.device, cpu.time, cpu.energy) == ("1 run", "a CPU", "10 s", "n/a")
     assert (gpu.device, gpu.time, gpu.energy) == ("a GPU", "1.0 h", "at least 200.0 Wh")
-    assert total([told, told], "2 steps")[0].energy == "400.0 Wh"
+    assert total([known, known], "2 steps")[0].energy == "400.0 Wh"

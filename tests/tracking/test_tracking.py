@@ -1,4 +1,4 @@
-"""Tracking against a real MLflow server, while it lives and after it died."""
+"""Tests of tracking with a real MLflow server, including one that fails or stops."""
 
 import contextlib
 import http.server
@@ -28,29 +28,29 @@ TINY = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64}
 
 
 def uri() -> str:
-    """The address of the server that a test has named in the environment."""
+    """Return MLFLOW_TRACKING_URI."""
     return os.environ["MLFLOW_TRACKING_URI"]
 
 
 def tracker_for(run_name: str, tags: Mapping[str, str], unsent: Path) -> MlflowTracker:
-    """A tracker in the environment that a test has set for it."""
+    """Start a tracker with the current environment variables."""
     return MlflowTracker.start(StepEnvironment.read(), run_name, tags, unsent)
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 @pytest.fixture
 def server(mlflow_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A real MLflow server's address; MLFLOW_TRACKING_URI names it."""
+    """Address of a real MLflow server, set as MLFLOW_TRACKING_URI."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_address)
     return mlflow_address
 
 
-def test_a_step_is_a_child_run_on_the_server(server: str, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_step_is_tracked_as_a_child_run(server: str, digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     parent = start_parent(uri(), "experiment", "run", {"scop.run": "run"})
     monkeypatch.setenv("SCOP_PARENT_RUN_ID", parent)
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
@@ -65,8 +65,8 @@ def test_a_step_is_a_child_run_on_the_server(server: str, digits_folder: Path, t
 
 
 @pytest.fixture
-def on_a_cluster(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The id of a KFP run, by which the steps find each other, and the name of its experiment."""
+def kfp_run(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """ID of a KFP run, which its steps share; it is also the name of the experiment."""
     name: str = request.node.name
     monkeypatch.setenv("KFP_RUN_ID", name)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
@@ -74,21 +74,21 @@ def on_a_cluster(server: str, request: pytest.FixtureRequest, monkeypatch: pytes
 
 
 def runs_of(experiment: str) -> tuple[list, list]:
-    """Parents and children."""
+    """Return the parent runs and the child runs of an experiment."""
     client = MlflowClient()
     found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     parents = [run for run in found if PARENT_TAG not in run.data.tags]
     return parents, [run for run in found if PARENT_TAG in run.data.tags]
 
 
-def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path: Path) -> None:
-    find_or_create_experiment(MlflowClient(), on_a_cluster)
-    together = threading.Barrier(4)
+def test_concurrent_steps_share_one_parent_run(kfp_run: str, tmp_path: Path) -> None:
+    find_or_create_experiment(MlflowClient(), kfp_run)
+    barrier = threading.Barrier(4)
 
     def step(number: int) -> None:
-        together.wait()
+        barrier.wait()
         tracker = tracker_for(f"step {number}", {"scop.version": "1"}, tmp_path / f"{number}-{UNSENT}")
-        together.wait()
+        barrier.wait()
         tracker.close(succeeded=True)
 
     threads = [threading.Thread(target=step, args=(number,)) for number in range(4)]
@@ -96,20 +96,20 @@ def test_steps_that_start_at_once_end_under_one_run(on_a_cluster: str, tmp_path:
         thread.start()
     for thread in threads:
         thread.join()
-    (parent,), children = runs_of(on_a_cluster)
-    assert parent.data.tags[KFP_TAG] == on_a_cluster
+    (parent,), children = runs_of(kfp_run)
+    assert parent.data.tags[KFP_TAG] == kfp_run
     assert {run.data.tags[PARENT_TAG] for run in children} == {parent.info.run_id}
     assert len(children) == 4
     assert parent.info.status == "RUNNING"
 
 
-def test_the_run_knows_image_machine_device_and_versions(
-    on_a_cluster: str, digits_folder: Path, tmp_path: Path, monkeypatch
+def test_parent_run_has_tags_for_image_device_and_versions(
+    kfp_run: str, digits_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     image = f"registry.example.com/scop@sha256:{64 * '0'}"
     monkeypatch.setenv("SCOP_IMAGE", image)
     run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "model")})
-    (parent,), (child,) = runs_of(on_a_cluster)
+    (parent,), (child,) = runs_of(kfp_run)
     tags = parent.data.tags
     assert (tags["scop.image"], tags["scop.device"]) == (image, child.data.tags["scop.device"])
     assert {"scop.version", "scop.torch", "scop.python", "scop.machine", "mlflow.source.git.commit"} <= tags.keys()
@@ -117,70 +117,68 @@ def test_the_run_knows_image_machine_device_and_versions(
     assert [entry.path for entry in configuration] == ["configuration/train_dense.yaml"]
 
 
-def test_two_parents_are_merged_by_whoever_sees_them(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
-    """The worst order: each looks before the other has created."""
+def test_merges_duplicate_parent_runs(kfp_run: str, tmp_path: Path, monkeypatch) -> None:
+    """Each step looks for a parent before the other one has created it."""
     with monkeypatch.context() as blind:
         look, looks = pipeline_run._parents, iter([True, False, True, False])
         blind.setattr(pipeline_run, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
         first = tracker_for("first", {}, tmp_path / "first")
         blind.setattr(pipeline_run, "_parents", lambda *a: [] if next(looks) else look(*a)[-1:])
         second = tracker_for("second", {}, tmp_path / "second")
-    assert len(runs_of(on_a_cluster)[0]) == 2
+    assert len(runs_of(kfp_run)[0]) == 2
     first.close(succeeded=True)
     second.close(succeeded=True)
-    (parent,), children = runs_of(on_a_cluster)
+    (parent,), children = runs_of(kfp_run)
     assert [run.data.tags[PARENT_TAG] for run in children] == [parent.info.run_id] * 2
 
 
-def test_failure_and_success_reach_the_run_and_a_retry_opens_it_again(on_a_cluster: str, tmp_path: Path) -> None:
+def test_retry_reopens_a_failed_run_and_success_closes_it(kfp_run: str, tmp_path: Path) -> None:
     tracker_for("finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
-    (parent,), _ = runs_of(on_a_cluster)
+    (parent,), _ = runs_of(kfp_run)
     assert (parent.info.status, parent.data.tags["scop.error"]) == ("FAILED", "finetune: out of memory")
     retry = tracker_for("finetune", {}, tmp_path / "b")
-    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
+    assert runs_of(kfp_run)[0][0].info.status == "RUNNING"
     retry.close(succeeded=True)
-    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
+    assert runs_of(kfp_run)[0][0].info.status == "RUNNING"
     tracker_for("compare", {}, tmp_path / "c").close(succeeded=True, last={"scop/top1": 0.9})
-    (parent,), _ = runs_of(on_a_cluster)
+    (parent,), _ = runs_of(kfp_run)
     assert (parent.info.status, parent.data.metrics) == ("FINISHED", {"scop/top1": 0.9})
     assert "scop.error" not in parent.data.tags
 
 
-def test_a_run_of_which_one_variant_failed_stays_failed_while_the_others_go_on(
-    on_a_cluster: str, tmp_path: Path
-) -> None:
+def test_run_stays_failed_until_the_failed_variant_succeeds(kfp_run: str, tmp_path: Path) -> None:
     tracker_for("a finetune", {}, tmp_path / "a").close(succeeded=False, error="finetune: out of memory")
     for name in ("b finetune", "b evaluate"):
         tracker_for(name, {}, tmp_path / name).close(succeeded=True)
-    assert runs_of(on_a_cluster)[0][0].info.status == "FAILED"
+    assert runs_of(kfp_run)[0][0].info.status == "FAILED"
     tracker_for("a finetune", {}, tmp_path / "retry").close(succeeded=True)
-    assert runs_of(on_a_cluster)[0][0].info.status == "RUNNING"
+    assert runs_of(kfp_run)[0][0].info.status == "RUNNING"
 
 
-def test_the_command_line_closes_what_a_killed_pod_left_open(on_a_cluster: str, tmp_path: Path) -> None:
-    tracker_for("finetune", {}, tmp_path / "a")  # and is never heard of again
-    close_parent(uri(), on_a_cluster, on_a_cluster, succeeded=False, error="step finetune failed: OOMKilled")
-    (parent,), (child,) = runs_of(on_a_cluster)
+def test_close_parent_closes_the_runs_of_a_killed_pod(kfp_run: str, tmp_path: Path) -> None:
+    tracker_for("finetune", {}, tmp_path / "a")  # its pod is killed
+    close_parent(uri(), kfp_run, kfp_run, succeeded=False, error="step finetune failed: OOMKilled")
+    (parent,), (child,) = runs_of(kfp_run)
     assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
     assert parent.data.tags["scop.error"] == "step finetune failed: OOMKilled"
-    assert close_parent(uri(), on_a_cluster, "another", succeeded=True) is None
+    assert close_parent(uri(), kfp_run, "another", succeeded=True) is None
 
 
-def test_a_run_that_kfp_opened_is_the_steps(on_a_cluster: str, tmp_path: Path, monkeypatch) -> None:
+def test_step_uses_the_run_that_kfp_opened(kfp_run: str, tmp_path: Path, monkeypatch) -> None:
     client = MlflowClient()
-    experiment = find_or_create_experiment(client, on_a_cluster)
-    above = client.create_run(experiment).info.run_id
-    given = client.create_run(experiment, tags={PARENT_TAG: above}).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    experiment = find_or_create_experiment(client, kfp_run)
+    kfp_parent = client.create_run(experiment).info.run_id
+    kfp_child = client.create_run(experiment, tags={PARENT_TAG: kfp_parent}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", kfp_child)
     tracker = tracker_for("finetune", {"scop.step": "finetune"}, tmp_path / "a")
-    assert tracker.run_id == given
+    assert tracker.run_id == kfp_child
     tracker.close(succeeded=True)
-    (parent,), (child,) = runs_of(on_a_cluster)
-    assert (parent.info.run_id, child.info.run_id) == (above, given)
+    (parent,), (child,) = runs_of(kfp_run)
+    assert (parent.info.run_id, child.info.run_id) == (kfp_parent, kfp_child)
     assert child.data.tags["scop.step"] == "finetune"
 
 
-def test_a_server_that_dies_costs_no_training(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_tracking_stores_metrics_locally_after_the_server_stops(tmp_path: Path, monkeypatch, capsys) -> None:
     with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         tracker = tracker_for("train_dense", {}, tmp_path / UNSENT)
@@ -196,7 +194,7 @@ def test_a_server_that_dies_costs_no_training(tmp_path: Path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
-def test_a_server_that_fails_or_refuses_midway_costs_no_training(
+def test_training_continues_if_the_server_fails_midway(
     server: str, digits_folder: Path, tmp_path: Path, monkeypatch, capsys, status: int
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
@@ -204,7 +202,7 @@ def test_a_server_that_fails_or_refuses_midway_costs_no_training(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
         parent = start_parent(uri(), "midway", str(status), {"scop.run": str(status)})
         monkeypatch.setenv("SCOP_PARENT_RUN_ID", parent)
-        logged = [("POST", "/api/2.0/mlflow/runs/log-batch")] * 3  # of an epoch too
+        logged = [("POST", "/api/2.0/mlflow/runs/log-batch")] * 3  # from the third one on, the server fails
 
         def plan(method: str, path: str) -> str | None:
             return str(status) if proxy.seen.count(logged[0]) >= len(logged) else None
@@ -213,15 +211,15 @@ def test_a_server_that_fails_or_refuses_midway_costs_no_training(
         output = tmp_path / "model"
         run_step("train_dense", {"dense": TINY}, {"dataset": str(digits_folder)}, {"model": str(output)})
     assert load_model(output) is not None
-    said = capsys.readouterr().out
-    assert said.count("tracking: MLflow failed") == 1
-    assert str(status) in said.partition("tracking: MLflow failed")[2].splitlines()[0]
+    printed = capsys.readouterr().out
+    assert printed.count("tracking: MLflow failed") == 1
+    assert str(status) in printed.partition("tracking: MLflow failed")[2].splitlines()[0]
     unsent = [json.loads(line)["what"] for line in (output / UNSENT).read_text().splitlines()]
     assert unsent[-1] == "close"
     assert "metrics" in unsent
 
 
-def test_what_a_server_does_not_take_does_not_stop_what_comes_after_it(server: str, tmp_path: Path, capsys) -> None:
+def test_rejected_parameters_do_not_block_later_ones(server: str, tmp_path: Path, capsys) -> None:
     tracker = tracker_for("select_channels", {}, tmp_path / UNSENT)
     tracker.log_params({"layer3.*": 0.3})
     tracker.log_params({"prune_rate": 0.5})
@@ -233,12 +231,12 @@ def test_what_a_server_does_not_take_does_not_stop_what_comes_after_it(server: s
     assert (run.data.params, run.info.status) == ({"prune_rate": "0.5"}, "FINISHED")
 
 
-def test_rates_by_pattern_are_one_parameter() -> None:
+def test_flat_keeps_rates_by_pattern_as_one_parameter() -> None:
     values = {"variant": {"rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "seed": 0}}
     assert flat(values) == {"variant.rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "variant.seed": 0}
 
 
-def test_what_the_machine_does_is_recorded_while_a_step_works(server: str, tmp_path: Path, monkeypatch) -> None:
+def test_records_system_metrics_during_a_step(server: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     tracker = tracker_for("train_dense", {}, tmp_path / UNSENT)
@@ -250,7 +248,7 @@ def test_what_the_machine_does_is_recorded_while_a_step_works(server: str, tmp_p
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= found.keys()
 
 
-def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_step_succeeds_without_a_reachable_server(digits_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     output = tmp_path / "model"
@@ -260,7 +258,7 @@ def test_a_whole_step_survives_a_dead_server(digits_folder: Path, tmp_path: Path
     assert (output / UNSENT).exists()
 
 
-def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None:
+def test_pipeline_does_not_start_without_a_reachable_server(monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(UserError, match="check MLFLOW_TRACKING_URI and its credentials"):
@@ -268,7 +266,7 @@ def test_a_pipeline_does_not_start_on_an_unreachable_server(monkeypatch) -> None
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """Answers with a status, or, where that is 0, not before the client has given up."""
+    """Answers with `status`, or, if it is 0, waits until the client gives up."""
 
     status = 401
 
@@ -301,14 +299,14 @@ def refusing(monkeypatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_refused_credentials_are_a_clear_error_at_the_start(tmp_path: Path, monkeypatch, refusing, status: int) -> None:
+def test_refused_credentials_stop_a_step_at_its_start(tmp_path: Path, monkeypatch, refusing, status: int) -> None:
     monkeypatch.setattr(Refusing, "status", status)
     with pytest.raises(UserError, match="refuses access .*MLFLOW_TRACKING_USERNAME"):
         tracker_for("train_dense", {}, tmp_path / UNSENT)
 
 
 @pytest.mark.parametrize("status", [500, 0])
-def test_a_step_goes_on_without_a_server_that_fails_or_does_not_answer(
+def test_step_continues_if_the_server_fails_or_does_not_answer(
     digits_folder: Path, tmp_path: Path, monkeypatch, refusing, capsys, status: int
 ) -> None:
     monkeypatch.setattr(Refusing, "status", status)

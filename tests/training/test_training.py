@@ -1,3 +1,5 @@
+"""Training: loop, schedules, losses, distillation, weight averaging and recalibration."""
+
 import copy
 import math
 
@@ -32,7 +34,7 @@ def train(
     stopping=lambda: False,
     **keys,
 ):
-    """Train a fresh network for some epochs; with `stop_after`, as if the process died behind that epoch."""
+    """Train a fresh network; `stop_after` simulates a process that is killed after that epoch."""
     torch.manual_seed(0)
     model = make_model("tests.networks:Plain")
     section = DenseSection.model_validate({"epochs": epochs, "batch_size": 64, "lr": 0.05, "crop_padding": 1} | keys)
@@ -80,7 +82,7 @@ def test_training_learns(digits: Dataset) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_seeds_reproduce_bit_for_bit(digits: Dataset, optimizer: str) -> None:
+def test_same_seed_reproduces_bit_for_bit(digits: Dataset, optimizer: str) -> None:
     lr = 0.05 if optimizer == "sgd" else 0.002
     first, again = (train(digits, optimizer=optimizer, lr=lr)[0] for _ in range(2))
     other, _ = train(digits, optimizer=optimizer, lr=lr, seed=1)
@@ -88,8 +90,8 @@ def test_seeds_reproduce_bit_for_bit(digits: Dataset, optimizer: str) -> None:
     assert not same(first, other)
 
 
-def test_best_keeps_the_epoch_that_was_best_on_the_validation_split(digits: Dataset) -> None:
-    # A rate that climbs until it wrecks the network: the last epoch is not the best one.
+def test_best_keeps_the_epoch_with_the_best_validation_top1(digits: Dataset) -> None:
+    # The learning rate rises until it ruins the network, so the last epoch is not the best.
     model, history = train(digits, epochs=6, schedule="one_cycle", warmup_epochs=5.9, lr=20.0, keep="best")
     best = max(record.validation_top1 for record in history)
     assert best > history[-1].validation_top1
@@ -97,7 +99,7 @@ def test_best_keeps_the_epoch_that_was_best_on_the_validation_split(digits: Data
     assert measure_accuracy(model, validation, CPU).top1 == pytest.approx(best)
 
 
-def test_best_without_a_validation_split_is_refused(batches: Batches) -> None:
+def test_rejects_best_without_a_validation_split(batches: Batches) -> None:
     model, section = make_model("tests.networks:Plain"), DenseSection()
     with pytest.raises(UserError, match="keep: best needs a validation split"):
         fit(
@@ -109,7 +111,7 @@ def test_best_without_a_validation_split_is_refused(batches: Batches) -> None:
         )
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rate(digits: Dataset) -> None:
+def test_non_finite_loss_reports_step_and_learning_rate(digits: Dataset) -> None:
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, learning rate [\d.]+e\+\d+"):
         train(digits, lr=1e30)
 
@@ -124,20 +126,20 @@ def test_a_loss_that_is_not_finite_names_step_and_rate(digits: Dataset) -> None:
         ("one_cycle", {0.0: 1 / 25, 0.3: 1, 1.0: 1e-4}),
     ],
 )
-def test_schedules(schedule: str, expected: dict[float, float]) -> None:
+def test_schedules_follow_their_formulas(schedule: str, expected: dict[float, float]) -> None:
     for done, factor in expected.items():
         assert lr_factor(schedule, done, warmup=0.0) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "poly", "step", "one_cycle"])
-def test_warm_up_climbs_to_the_peak(schedule: str) -> None:
+def test_warmup_rises_to_the_peak(schedule: str) -> None:
     rates = [lr_factor(schedule, done / 100, warmup=0.2) for done in range(21)]
     assert rates == sorted(rates)
     assert rates[0] < 0.05
     assert rates[-1] == pytest.approx(1)
 
 
-def test_norms_and_biases_do_not_decay() -> None:
+def test_norms_and_biases_have_no_weight_decay() -> None:
     model = make_model("tests.networks:Plain")
     decaying, others = make_optimizer(model, DenseSection(weight_decay=0.1)).param_groups
     assert decaying["weight_decay"] == 0.1
@@ -146,7 +148,7 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert all(p.dim() == 1 for p in others["params"])
 
 
-def test_label_smoothing_and_distillation_are_the_losses_they_claim(batches: Batches, model: nn.Module) -> None:
+def test_label_smoothing_and_distillation_follow_their_formulas(batches: Batches, model: nn.Module) -> None:
     images, labels = next(iter(batches))
     student, teacher = copy.deepcopy(model).eval(), make_model("tests.networks:Plain").eval()
     logits, target = student(images), teacher(images)
@@ -161,7 +163,7 @@ def test_label_smoothing_and_distillation_are_the_losses_they_claim(batches: Bat
     assert float(loss) == pytest.approx((0.75 * cross_entropy + 0.25 * 4 * divergence).item(), rel=1e-4)
 
 
-def test_a_mirroring_teacher_answers_by_the_mean_of_both_views(batches: Batches, model: nn.Module) -> None:
+def test_mirroring_teacher_averages_the_logits_of_both_views(batches: Batches, model: nn.Module) -> None:
     images, labels = next(iter(batches))
     student, teacher = copy.deepcopy(model).eval(), make_model("tests.networks:Plain").eval()
     section = FinetuneSection(flip=True, precision="fp32", distillation=DistillationSection(weight=1, mirror=True))
@@ -175,7 +177,7 @@ def test_a_mirroring_teacher_answers_by_the_mean_of_both_views(batches: Batches,
     assert not torch.allclose(teacher(images), teacher(mirrored), atol=1e-3)
 
 
-def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batches, model: nn.Module) -> None:
+def test_attention_loss_compares_stages_of_different_widths(batches: Batches, model: nn.Module) -> None:
     images, labels = next(iter(batches))
     teacher = copy.deepcopy(model).eval()
     plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
@@ -184,7 +186,7 @@ def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batch
     objective = Supervised(student, CPU, section, teacher, DistillationSection(attention=3.0))
     loss = objective.loss(images, labels)[0]
 
-    # Kept as they are, so behind the activation, which works in place.
+    # The activation works in place, so these maps become those after it.
     seen: dict[str, list[torch.Tensor]] = {"first_norm": [], "second_norm": [], "third_norm": []}
     for network in (student, teacher):
         for name, kept in seen.items():
@@ -201,11 +203,11 @@ def test_attention_is_compared_stage_by_stage_whatever_the_widths(batches: Batch
     loss.backward()
     assert student.first.weight.grad.abs().sum() > 0
     objective.finish()
-    assert not student.third_norm._forward_hooks or len(student.third_norm._forward_hooks) == 1  # this test's own
+    assert not student.third_norm._forward_hooks or len(student.third_norm._forward_hooks) == 1  # the hook of this test
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_attention_has_the_gradient_of_its_formula(memory: torch.memory_format) -> None:
+def test_attention_gradient_matches_its_formula(memory: torch.memory_format) -> None:
     torch.manual_seed(0)
     own = torch.randn(2, 5, 4, 3).to(memory_format=memory).requires_grad_()
     target = torch.randn(2, 7, 4, 3)
@@ -216,7 +218,7 @@ def test_attention_has_the_gradient_of_its_formula(memory: torch.memory_format) 
     assert gradient.stride() == own.stride()
 
 
-def test_the_teacher_is_folded_where_it_can_be_and_stays_as_it_was(model: nn.Module) -> None:
+def test_folds_a_copy_of_the_teacher_if_it_can_be_traced(model: nn.Module) -> None:
     images = torch.randn(4, 1, 8, 8)
     teacher = copy.deepcopy(model).eval()
     before = copy.deepcopy(teacher.state_dict())
@@ -227,7 +229,7 @@ def test_the_teacher_is_folded_where_it_can_be_and_stays_as_it_was(model: nn.Mod
     assert torch.allclose(distillation.teacher(images)[0], expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
-    class Unfollowed(nn.Module):  # refuses what the graph tries it on
+    class Untraceable(nn.Module):  # rejects the batches that tracing uses
         def __init__(self) -> None:
             super().__init__()
             self.network = teacher
@@ -237,11 +239,11 @@ def test_the_teacher_is_folded_where_it_can_be_and_stays_as_it_was(model: nn.Mod
                 raise ValueError("another batch")
             return self.network(x)
 
-    unfollowed = Distillation(Unfollowed(), model, DistillationSection(), torch.float32, images)
-    assert torch.equal(unfollowed.teacher(images)[0], expected)
+    untraceable = Distillation(Untraceable(), model, DistillationSection(), torch.float32, images)
+    assert torch.equal(untraceable.teacher(images)[0], expected)
 
 
-def test_stages_end_where_the_resolution_does() -> None:
+def test_stages_end_where_the_resolution_changes() -> None:
     model = make_model("resnet20")
     for size in ((32, 32), (33, 32), (60, 45), (28, 100), (135, 240)):
         assert find_stages(model, model, torch.zeros(2, 3, *size)) == ["layer1", "layer2", "layer3"]
@@ -254,13 +256,13 @@ def test_stages_end_where_the_resolution_does() -> None:
         ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features"]),
     ],
 )
-def test_blocks_that_shrink_in_their_middle_do_not_end_a_stage_there(network: str, stages: list[str]) -> None:
+def test_stages_do_not_end_in_the_middle_of_a_block(network: str, stages: list[str]) -> None:
     model = make_model(f"torchvision:{network}", num_classes=10)
     assert find_stages(model, model, torch.zeros(2, 3, 64, 64)) == stages
 
 
-def test_maps_that_have_no_place_for_both_are_no_stages() -> None:
-    """Channels last, which pruning may change, and branches that wait to be scattered."""
+def test_stages_exclude_maps_that_cannot_be_compared() -> None:
+    """Maps with channels as the last dimension, which pruning may change, and branches not yet scattered."""
     dense = small_convnext().eval()
     shape = (3, 64, 64)
     pruned = prune(dense, select_channels(dense, method="l1", prune_rate=0.5, input_shape=shape))
@@ -286,8 +288,8 @@ def test_maps_that_have_no_place_for_both_are_no_stages() -> None:
     assert torch.equal(narrow.bn1.running_mean, before)
 
 
-def test_the_average_is_what_is_kept(digits: Dataset) -> None:
-    """Weights and batch norm statistics of the result are w <- d w + (1 - d) w' after each step, from the first one."""
+def test_result_is_the_moving_average(digits: Dataset) -> None:
+    """The result's weights and batch-norm statistics start after step 1; then w <- d w + (1 - d) w' per step."""
     torch.manual_seed(0)
     model = make_model("tests.networks:Plain")
     batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation())
@@ -309,13 +311,13 @@ def test_the_average_is_what_is_kept(digits: Dataset) -> None:
     fit(Watched(), batches, make_optimizer(model, section), Schedule(1), label="average")
     last = copy.deepcopy(model.state_dict())
     objective.finish()
-    for name, value in last.items():  # what is counted is not averaged
+    for name, value in last.items():  # counters are not averaged
         torch.testing.assert_close(model.state_dict()[name], expected.get(name, value), rtol=0, atol=1e-5)
     assert last["first_norm.num_batches_tracked"] == len(batches)
     assert not torch.allclose(model.state_dict()["first.weight"], last["first.weight"], atol=1e-4)
 
 
-def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, model: nn.Module) -> None:
+def test_recalibration_averages_all_batches_equally(digits: Dataset, model: nn.Module) -> None:
     batches = Batches(digits["train"], digits.info, 64, CPU, Augmentation(), seed=5)
     inputs: list[torch.Tensor] = []
     hook = model.first_norm.register_forward_hook(lambda module, args, out: inputs.append(args[0].detach().clone()))
@@ -327,7 +329,7 @@ def test_recalibration_takes_the_plain_mean_of_the_statistics(digits: Dataset, m
     assert model.first_norm.momentum == 0.1
 
 
-def test_attention_is_learned_for_the_first_part_of_the_epochs(digits: Dataset, model: nn.Module) -> None:
+def test_attention_ends_after_the_first_part_of_the_epochs(digits: Dataset, model: nn.Module) -> None:
     plan = scop.select_channels(model, method="l1", prune_rate=0.5, input_shape=(1, 8, 8))
     student, teacher = scop.prune(model, plan), copy.deepcopy(model).eval().requires_grad_(False)
     section = FinetuneSection.model_validate(
@@ -338,15 +340,15 @@ def test_attention_is_learned_for_the_first_part_of_the_epochs(digits: Dataset, 
     images, labels = next(iter(batches))
     attended: list[bool] = []
 
-    def look(record: EpochRecord) -> None:
+    def record_attention(record: EpochRecord) -> None:
         loss, logits = objective.loss(images, labels)
         attended.append(loss.item() - F.cross_entropy(logits, labels).item() > 1e-3)
 
-    fit(objective, batches, make_optimizer(student, section), Schedule(5), label="attention", on_epoch=look)
+    fit(objective, batches, make_optimizer(student, section), Schedule(5), label="attention", on_epoch=record_attention)
     assert attended == [True, True, False, False, False]
 
 
-def test_attention_without_maps_is_refused(digits: Dataset) -> None:
+def test_rejects_attention_without_feature_maps(digits: Dataset) -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     section = FinetuneSection.model_validate({"distillation": {"attention": 1.0}})
     objective = Supervised(flat, CPU, section, copy.deepcopy(flat).eval(), section.distillation)
@@ -355,8 +357,8 @@ def test_attention_without_maps_is_refused(digits: Dataset) -> None:
         fit(objective, batches, make_optimizer(flat, section), Schedule(1), label="flat")
 
 
-def test_compiled_training_ends_like_eager_training(digits: Dataset, model: nn.Module) -> None:
-    """With attention too, which looks into the network that is compiled."""
+def test_compiled_training_matches_eager_training(digits: Dataset, model: nn.Module) -> None:
+    """Includes attention, whose hooks run inside the compiled network."""
     import shutil
 
     if shutil.which("c++") is None and shutil.which("g++") is None:

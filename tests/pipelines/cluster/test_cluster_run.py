@@ -1,4 +1,4 @@
-"""The file that is submitted, run: the compiled pipeline for a cluster, executed from its YAML by kfp.local."""
+"""Tests of the pipeline compiled for a cluster, executed from its YAML by kfp.local."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.pipelines.cluster.test_compilation import EXAMPLE
 
 pytestmark = pytest.mark.slow
 SMALL = ["dense.epochs=3", "knockoff.epochs=1", "finetune.epochs=2", "evaluate.repeats=3"]
-# What a Secret would put into the steps' environment; the first two are those of the S3 server.
+# Variables that Kubernetes secrets would set; the first one is the secret of the S3 server.
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": services.SECRET,
     "AWS_SESSION_TOKEN": "planted-session-token",
@@ -45,7 +45,7 @@ components.load_component_from_file(file)(**json.loads(sections))
 
 PRESET = find_config("digits-resnet20", Cache(ROOT / "none"))
 FIRST = load_config(PRESET).variants[0].model_dump(mode="json", exclude_none=True)
-FAILING, MENDED = (
+FAILING, FIXED = (
     f"variants={json.dumps([FIRST, {'name': 'other', 'method': 'l1', 'finetune': changes}])}"
     for changes in ({"batch_size": 100_000}, {})
 )
@@ -53,10 +53,10 @@ FAILING, MENDED = (
 
 @dataclass
 class Submitted:
-    """Four runs of one file, with caching, and the steps that each of them executed.
+    """Four runs of one file with caching, and the steps that each of them executed.
 
-    The second has another section `finetune`; the third, of the first one's, a second variant, which fails; the fourth
-    has that mended.
+    The second run changes section `finetune`. The third has the first one's settings and a second variant, which fails.
+    The fourth fixes this variant.
     """
 
     folder: Path
@@ -73,13 +73,13 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
     values["classes"]["gpu"] = {"requests": {"cpu": 2, "memory": "4Gi"}, "retries": retries}  # there is no GPU here
     (folder / "cluster.yaml").write_text(yaml.safe_dump(values))
     with services.s3_server(folder) as address:
-        surroundings = services.environment(address) | PLANTED
-        surroundings |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_TRACKING_USERNAME": "me"}
+        variables = services.environment(address) | PLANTED
+        variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_TRACKING_USERNAME": "me"}
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_", "KF"))}
         (folder / "store" / "cluster").mkdir()
         codes, executed = [], []
-        for number, change in enumerate(([], ["finetune.epochs=1"], [FAILING], [MENDED])):
-            environment = clean | surroundings | {"KFP_RUN_ID": f"kfp-run-{number}", "PYTHONPATH": str(ROOT)}
+        for number, change in enumerate(([], ["finetune.epochs=1"], [FAILING], [FIXED])):
+            environment = clean | variables | {"KFP_RUN_ID": f"kfp-run-{number}", "PYTHONPATH": str(ROOT)}
             compile_ = [sys.executable, "-m", "pipelines.cli", "compile", "--cluster", str(folder / "cluster.yaml")]
             subprocess.run([*compile_, "-o", str(folder / "pipeline.yaml")], env=environment, check=True, cwd=folder)
             config = load_config(PRESET, [*SMALL, *change])
@@ -97,13 +97,13 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
     s3.forget_client()
 
 
-def test_only_what_depends_on_the_changed_section_runs_again(submitted: Submitted) -> None:
+def test_reruns_only_steps_that_depend_on_the_changed_section(submitted: Submitted) -> None:
     assert submitted.codes[:2] == [0, 0], (submitted.folder / "log0.txt").read_text()[-3000:]
     assert submitted.executed[0] == set(STEPS)
     assert submitted.executed[1] == {"finetune", "evaluate", "export", "compare"}
 
 
-def test_a_sweep_with_a_failed_variant_leaves_the_others_whole_and_says_why(submitted: Submitted) -> None:
+def test_reports_a_failed_variant_and_keeps_the_others(submitted: Submitted) -> None:
     assert submitted.codes[2] != 0
     assert submitted.executed[2] == {"select_channels", "finetune"}  # the first variant came from the cache
     found = compare(
@@ -116,18 +116,18 @@ def test_a_sweep_with_a_failed_variant_leaves_the_others_whole_and_says_why(subm
     assert found.missing == {"other": why}
 
 
-def test_a_resubmission_runs_only_what_is_missing(submitted: Submitted) -> None:
+def test_resubmission_runs_only_missing_steps(submitted: Submitted) -> None:
     assert submitted.codes[3] == 0, (submitted.folder / "log3.txt").read_text()[-3000:]
     records = records_of(str(submitted.folder / "root3"))
     executed = {record.title for record in records}
     assert executed == {*(f"other/{step}" for step in ("select_channels", "finetune", "evaluate", "export")), "compare"}
-    # Its own page has both, since the cache gave the first one's results to the last step.
+    # The page has both variants: the cache passed the first run's results to the last step.
     found = compare([str(submitted.folder / "root3")], Source("runs"), Cache(submitted.folder / "cache"))
     assert [result.name for result in found.results] == ["scop-0.45", "other"]
     assert found.missing == {}
 
 
-def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submitted, tmp_path: Path) -> None:
+def test_each_run_is_one_mlflow_run_closed_by_its_last_step(submitted: Submitted, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{submitted.folder}/mlflow.db")
@@ -152,17 +152,17 @@ def test_each_run_is_one_run_in_mlflow_closed_by_its_last_step(submitted: Submit
     assert steps["kfp-run-1"] == ["compare", "evaluate", "export", "finetune"]
 
 
-def test_no_secret_is_in_anything_that_the_runs_left(submitted: Submitted) -> None:
-    left = [path for path in submitted.folder.rglob("*") if path.is_file()]
-    assert any(path.name == "pipeline.yaml" for path in left)
-    assert any(path.name == "step.json" for path in left)
-    assert any(path.name == "mlflow.db" for path in left)
-    for path in left:
+def test_files_of_the_runs_contain_no_secrets(submitted: Submitted) -> None:
+    files = [path for path in submitted.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "pipeline.yaml" for path in files)
+    assert any(path.name == "step.json" for path in files)
+    assert any(path.name == "mlflow.db" for path in files)
+    for path in files:
         if path.name.startswith("rclone"):  # the server's own log
             continue
         content = path.read_bytes()
         assert not [name for name, secret in PLANTED.items() if secret.encode() in content], path
 
 
-def test_checkpoints_are_gone_from_s3_when_all_is_done(submitted: Submitted) -> None:
+def test_checkpoints_in_s3_are_removed_after_success(submitted: Submitted) -> None:
     assert [path for path in submitted.store.rglob("*") if path.is_file()] == []

@@ -1,4 +1,4 @@
-"""Cluster profiles, and what they make of the compiled pipeline."""
+"""Tests of cluster profiles and of the pipelines compiled with them."""
 
 import json
 import os
@@ -45,16 +45,16 @@ def container(documents, step: str) -> dict[str, Any]:
     return documents[0]["deploymentSpec"]["executors"][executor(step)]["container"]
 
 
-def test_the_compiled_pipeline_is_the_golden_file(compiled: str) -> None:
+def test_compiled_pipeline_matches_the_golden_file(compiled: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(compiled)
     assert compiled == GOLDEN.read_text(), (
-        "if the change is meant: UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/cluster/test_compilation.py"
+        "if the change is intended, run UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/cluster/test_compilation.py"
     )
 
 
 @pytest.mark.parametrize("step", list(STEPS))
-def test_every_step_has_image_resources_and_surroundings(documents, step: str) -> None:
+def test_every_step_has_image_variables_secrets_and_user(documents, step: str) -> None:
     values, platform = container(documents, step), documents[1][executor(step)]
     profile = load_profile(EXAMPLE)
     assert values["image"] == profile.image
@@ -73,7 +73,7 @@ def test_every_step_has_image_resources_and_surroundings(documents, step: str) -
 
 
 @pytest.mark.parametrize("step", list(STEPS))
-def test_training_gets_gpus_and_the_rest_does_not(documents, step: str) -> None:
+def test_only_training_steps_get_gpus(documents, step: str) -> None:
     values, platform = container(documents, step), documents[1][executor(step)]
     resources, variables = values["resources"], {entry["name"]: entry["value"] for entry in values["env"]}
     if step in TRAINING_STEPS:
@@ -101,7 +101,7 @@ def test_training_gets_gpus_and_the_rest_does_not(documents, step: str) -> None:
         assert not {"nodeSelector", "nodeAffinity", "tolerations", "emptyDirMounts"} & platform.keys()
 
 
-def test_a_file_that_kfp_would_not_take_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_rejects_a_file_larger_than_kfp_accepts(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipelines.cluster.compilation.SIZE_LIMIT", 2**14)
     with pytest.raises(UserError, match="KFP accepts up to"):
         compile_for(load_profile(EXAMPLE), RunSection(), tmp_path / "pipeline.yaml")
@@ -123,7 +123,7 @@ def test_retries_and_parallelism(documents) -> None:
     assert tasks["evaluate"]["retryPolicy"]["maxRetryCount"] == 2
 
 
-def test_evaluation_can_have_the_gpu(tmp_path: Path) -> None:
+def test_evaluate_on_gpu(tmp_path: Path) -> None:
     values = yaml.safe_load(EXAMPLE.read_text()) | {"evaluate_on": "gpu"}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values))
     compile_for(load_profile(tmp_path / "cluster.yaml"), RunSection(), tmp_path / "pipeline.yaml")
@@ -156,7 +156,7 @@ def test_evaluation_can_have_the_gpu(tmp_path: Path) -> None:
         ("secrets.scop-s3.key=AWS_REGION", "sets AWS_REGION, but secrets.scop-s3 sets it, too"),
     ],
 )
-def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, capsys, change: str, message: str) -> None:
+def test_rejects_an_invalid_profile_in_one_line(tmp_path: Path, capsys, change: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load_profile(EXAMPLE, [change])
     values = yaml.safe_load(EXAMPLE.read_text())
@@ -165,15 +165,13 @@ def test_a_bad_profile_is_refused_in_one_line(tmp_path: Path, capsys, change: st
         (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values | {key: yaml.safe_load(value)}))
         command = ["compile", "--cluster", str(tmp_path / "cluster.yaml"), "-o", str(tmp_path / "pipeline.yaml")]
         assert main(command) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("scop: error: cluster profile cluster.yaml:")
-        assert said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("scop: error: cluster profile cluster.yaml:")
+        assert printed.count("\n") == 1
         assert not (tmp_path / "pipeline.yaml").exists()
 
 
-def test_the_command_compiles_offline_with_the_configurations_values_as_defaults(
-    tmp_path: Path, capsys, monkeypatch
-) -> None:
+def test_compiles_offline_with_the_configuration_as_defaults(tmp_path: Path, capsys, monkeypatch) -> None:
     def connect(*_: object) -> None:
         raise AssertionError("compiling needs no network")
 
@@ -189,11 +187,11 @@ def test_the_command_compiles_offline_with_the_configurations_values_as_defaults
     assert "cannot read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("place", "kind"), [("gs://bucket/checkpoints", "checkpoints"), ("runs", "artifact_root")])
-def test_places_that_a_pod_would_lose_are_refused(place: str, kind: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(("uri", "kind"), [("gs://bucket/checkpoints", "checkpoints"), ("runs", "artifact_root")])
+def test_rejects_storage_that_pods_cannot_use(uri: str, kind: str, tmp_path: Path, capsys) -> None:
     command = ["compile", "--cluster", str(EXAMPLE), "-o", str(tmp_path / "pipeline.yaml")]
-    assert main([*command, "--set", f"run.{kind}={place}"]) == 2
-    assert f"run.{kind} {place} is " in capsys.readouterr().err
+    assert main([*command, "--set", f"run.{kind}={uri}"]) == 2
+    assert f"run.{kind} {uri} is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -204,7 +202,7 @@ def test_places_that_a_pod_would_lose_are_refused(place: str, kind: str, tmp_pat
         (["dense.compile=true"], "dense.compile does not support sync_batch_norm, and "),
     ],
 )
-def test_what_the_profiles_gpus_cannot_share_is_refused_before_a_pod_starts(
+def test_rejects_settings_that_the_profiles_gpus_cannot_share(
     tmp_path: Path, capsys, changes: list[str], message: str
 ) -> None:
     values = yaml.safe_load(EXAMPLE.read_text())
@@ -212,24 +210,24 @@ def test_what_the_profiles_gpus_cannot_share_is_refused_before_a_pod_starts(
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values))
     command = ["--cluster", str(tmp_path / "cluster.yaml"), *(f"--set={change}" for change in changes)]
     assert main(["compile", "-o", str(tmp_path / "pipeline.yaml"), *command]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "classes.gpu of the cluster profile has 2 x 4 processes" in said
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "classes.gpu of the cluster profile has 2 x 4 processes" in printed
     assert main(["submit", *command]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_tag_is_warned_about(tmp_path: Path, capsys) -> None:
+def test_warns_about_an_image_tag(tmp_path: Path, capsys) -> None:
     values = yaml.safe_load(EXAMPLE.read_text()) | {"image": "registry.example.com/scop:1", "require_digest": False}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(values))
     assert main(["compile", "--cluster", str(tmp_path / "cluster.yaml"), "-o", str(tmp_path / "p.yaml")]) == 0
     assert "KFP's cache does not notice when a tag moves" in capsys.readouterr().err
 
 
-def test_a_step_that_was_promised_a_gpu_and_sees_none_ends_with_code_3(tmp_path: Path) -> None:
+def test_step_without_its_required_gpu_exits_with_code_3(tmp_path: Path) -> None:
     wanted = "class gpu: resource nvidia.com/gpu x1, node selector gpu=h100"
     environment = os.environ | {"SCOP_REQUIRED_DEVICE": wanted, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    # The input is not even there: no data are read before the device is looked for.
+    # The input does not exist: the device is checked before any data are read.
     command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", "--input", "dataset=none"]
     command += ["--output", f"model={tmp_path / 'out'}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -242,7 +240,7 @@ def test_a_step_that_was_promised_a_gpu_and_sees_none_ends_with_code_3(tmp_path:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["step.json"]
 
 
-def test_the_manifests_in_the_docs_are_valid() -> None:
+def test_manifests_in_the_docs_are_valid() -> None:
     import kubernetes_validate
 
     text = (ROOT / "docs" / "cluster.md").read_text()

@@ -1,4 +1,4 @@
-"""`scop submit`, against a server that answers as KFP does; see `tests.fakes.kfp_server`."""
+"""Tests of `scop submit` and `scop watch` with a fake KFP server (`tests.fakes.kfp_server`)."""
 
 import os
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def run(profile: Path, *more: str) -> int:
         return int(end.code or 0)
 
 
-def test_a_pipeline_is_uploaded_once_and_run_with_the_sections_as_parameters(server, profile, bucket, capsys) -> None:
+def test_uploads_a_pipeline_once_and_passes_sections_as_parameters(server, profile, bucket, capsys) -> None:
     assert run(profile, "--name", "first", "--set", "finetune.epochs=3") == 0
     (first,) = server.runs
     assert capsys.readouterr().out.splitlines() == [
@@ -69,7 +69,7 @@ def test_a_pipeline_is_uploaded_once_and_run_with_the_sections_as_parameters(ser
     assert len(server.versions) == 2
 
 
-def test_without_the_cache_every_step_runs_those_in_the_loop_too(server, profile) -> None:
+def test_no_cache_disables_caching_of_all_steps(server, profile) -> None:
     assert run(profile, "--no-cache") == 0
     assert run(profile) == 0
     without, with_cache = (server.specs[version.pipeline_version_id][0] for version in server.versions)
@@ -83,7 +83,7 @@ def test_without_the_cache_every_step_runs_those_in_the_loop_too(server, profile
     assert cached(without) <= {"for-loop-1"}
 
 
-def test_a_configuration_that_cannot_be_kept_costs_no_run(server, profile, bucket, capsys) -> None:
+def test_starts_the_run_even_if_its_configuration_cannot_be_stored(server, profile, bucket, capsys) -> None:
     values = yaml.safe_load(profile.read_text()) | {"pipeline_root": f"{bucket}-gone/root"}
     profile.write_text(yaml.safe_dump(values))
     assert run(profile) == 0
@@ -91,7 +91,7 @@ def test_a_configuration_that_cannot_be_kept_costs_no_run(server, profile, bucke
     assert len(server.runs) == 1
 
 
-def test_doctor_looks_at_the_cluster_too(server, profile, bucket, capsys) -> None:
+def test_doctor_checks_the_cluster(server, profile, bucket, capsys) -> None:
     server.token = "of-the-user"
     assert main(["doctor", "--cluster", str(profile)]) == 1
     lines = {line[9:19].strip(): line for line in capsys.readouterr().out.splitlines()}
@@ -103,7 +103,7 @@ def test_doctor_looks_at_the_cluster_too(server, profile, bucket, capsys) -> Non
     assert f"{server.address} answers, and these credentials may list experiments" in capsys.readouterr().out
 
 
-def test_a_recurring_run(server, profile, capsys) -> None:
+def test_creates_a_recurring_run(server, profile, capsys) -> None:
     assert run(profile, "--recurring", "0 0 3 * * *", "--name", "nightly") == 0
     (recurring,) = server.recurring
     assert recurring.trigger.cron_schedule.cron == "0 0 3 * * *"
@@ -112,16 +112,14 @@ def test_a_recurring_run(server, profile, capsys) -> None:
 
 
 def task(name: str, state: str, parent: str | None = None, **more: object) -> api.V2beta1PipelineTaskDetail:
-    identity = f"{parent}/{name}" if parent else name
-    return api.V2beta1PipelineTaskDetail(
-        task_id=identity, display_name=name, state=state, parent_task_id=parent, **more
-    )
+    task_id = f"{parent}/{name}" if parent else name
+    return api.V2beta1PipelineTaskDetail(task_id=task_id, display_name=name, state=state, parent_task_id=parent, **more)
 
 
-def test_waiting_tells_each_task_and_state_once_and_the_outcome(server, profile, capsys) -> None:
-    # What KFP lists besides: the root, and a driver and an executor for each step.
-    around = [task("root", "RUNNING"), task("executor", "RUNNING"), task("iteration(0:0)", "RUNNING")]
-    loop = [*around, task("for-loop-1", "RUNNING"), task("for-loop-1-iteration-1", "RUNNING", "for-loop-1")]
+def test_wait_prints_each_task_state_once_and_the_outcome(server, profile, capsys) -> None:
+    # KFP also lists the root, and a driver and an executor for each step.
+    internal = [task("root", "RUNNING"), task("executor", "RUNNING"), task("iteration(0:0)", "RUNNING")]
+    loop = [*internal, task("for-loop-1", "RUNNING"), task("for-loop-1-iteration-1", "RUNNING", "for-loop-1")]
     inside = "for-loop-1/for-loop-1-iteration-1"
     server.progress = [
         ("PENDING", []),
@@ -130,9 +128,9 @@ def test_waiting_tells_each_task_and_state_once_and_the_outcome(server, profile,
         ("RUNNING", [task("train-dense", "SUCCEEDED"), *loop, task("finetune", "RUNNING", inside)]),
         ("SUCCEEDED", [task("train-dense", "SUCCEEDED"), *loop, task("finetune", "SUCCEEDED", inside)]),
     ]
-    # A server that stumbles now and then is borne.
-    stumbles = iter([None, 503, None, None, 500])
-    server.plan = lambda method, path: next(stumbles, None) if "/runs/" in path else None
+    # Occasional server errors are tolerated.
+    errors = iter([None, 503, None, None, 500])
+    server.plan = lambda method, path: next(errors, None) if "/runs/" in path else None
     assert run(profile, "--wait", "--name", "it") == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
         "train-dense: running",
@@ -144,14 +142,14 @@ def test_waiting_tells_each_task_and_state_once_and_the_outcome(server, profile,
 
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELED"])
-def test_a_run_that_does_not_succeed_is_exit_code_1_with_the_failing_task(server, profile, capsys, state) -> None:
+def test_wait_exits_with_code_1_and_names_the_failed_task(server, profile, capsys, state) -> None:
     error = api.GoogleRpcStatus(code=1, message="exit code 3: no GPU")
     failing = [task("train-dense", "FAILED", error=error, pod_name="scop-x-1")] if state == "FAILED" else []
     server.progress = [(state, failing)]
     assert run(profile, "--wait") == 1
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     wanted = "step train-dense failed (pod scop-x-1): exit code 3: no GPU" if failing else "the run ended as CANCELED"
-    assert said == f"scop: {wanted}\n"
+    assert printed == f"scop: {wanted}\n"
 
 
 @pytest.mark.parametrize(
@@ -163,19 +161,19 @@ def test_a_run_that_does_not_succeed_is_exit_code_1_with_the_failing_task(server
         (500, "/runs", "fails to start a run (500"),
     ],
 )
-def test_refusals_are_one_line_with_the_address_and_the_remedy(
+def test_reports_server_errors_in_one_line_with_the_address(
     server, profile, capsys, status: int, path: str, message: str
 ) -> None:
     server.plan = lambda method, seen: status if seen.endswith(path) else None
     assert run(profile) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert message in said
-    assert server.address in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert message in printed
+    assert server.address in printed
     assert server.runs == []
 
 
-def test_a_version_that_another_one_has_just_uploaded_is_taken(server, profile) -> None:
+def test_uses_a_version_that_another_client_just_uploaded(server, profile) -> None:
     uploads = 0
 
     def plan(method: str, path: str) -> int | None:
@@ -199,7 +197,7 @@ def test_a_version_that_another_one_has_just_uploaded_is_taken(server, profile) 
     assert server.runs[1].pipeline_version_reference.pipeline_version_id == "theirs"
 
 
-def test_an_experiment_that_another_one_has_just_made_is_taken(server, profile) -> None:
+def test_uses_an_experiment_that_another_client_just_created(server, profile) -> None:
     def plan(method: str, path: str) -> int | None:
         if (method, path.rpartition("/")[2]) != ("POST", "experiments") or server.experiments:
             return None
@@ -216,44 +214,42 @@ def watch(profile: Path, run_id: str) -> int:
     return main(["watch", run_id, "--cluster", str(profile), "--every", "0.01"])
 
 
-def test_a_run_that_nobody_waited_for_is_told_and_closed_in_mlflow_later(
-    server, profile, capsys, monkeypatch, tmp_path
-) -> None:
+def test_watch_reports_a_run_and_closes_it_in_mlflow(server, profile, capsys, monkeypatch, tmp_path) -> None:
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert run(profile, "--set", "run.experiment=of-mine") == 0
-    identity = server.runs[0].run_id
+    run_id = server.runs[0].run_id
     client = MlflowClient()
     experiment = client.create_experiment("of-mine")
-    parent = client.create_run(experiment, tags={"kfp.run_id": identity}).info.run_id
+    parent = client.create_run(experiment, tags={"kfp.run_id": run_id}).info.run_id
     step = client.create_run(experiment, tags={"mlflow.parentRunId": parent}).info.run_id  # its pod was killed
     error = api.GoogleRpcStatus(code=1, message="OOMKilled")
     server.progress = [("FAILED", [task("finetune", "FAILED", error=error)])]
     capsys.readouterr()
-    assert watch(profile, identity) == 1
-    said = capsys.readouterr()
-    assert said.out == "finetune: failed\n"
-    assert said.err == "scop: step finetune failed: OOMKilled\n"
+    assert watch(profile, run_id) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "finetune: failed\n"
+    assert printed.err == "scop: step finetune failed: OOMKilled\n"
     assert [client.get_run(one).info.status for one in (parent, step)] == ["FAILED", "KILLED"]
     assert "OOMKilled" in client.get_run(parent).data.tags["scop.error"]
 
 
-def test_a_run_that_the_server_does_not_know(server, profile, capsys) -> None:
+def test_watch_reports_an_unknown_run(server, profile, capsys) -> None:
     server.plan = lambda method, path: 404 if "/runs/" in path else None
     assert watch(profile, "none") == 2
-    said = capsys.readouterr().err
-    assert "cannot find run none: not found (404" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "cannot find run none: not found (404" in printed
+    assert printed.count("\n") == 1
 
 
-def test_a_page_to_log_in_is_not_taken_for_kfp(server, profile, capsys) -> None:
+def test_reports_a_login_page(server, profile, capsys) -> None:
     server.plan = lambda method, path: "page"
     assert run(profile) == 2
     assert "does not answer like KFP (perhaps with a login page)" in capsys.readouterr().err
 
 
-def test_a_pipeline_of_ones_own_namespace_is_found_again(server, profile, monkeypatch) -> None:
+def test_reuses_the_pipeline_of_its_own_namespace(server, profile, monkeypatch) -> None:
     monkeypatch.setenv("KF_PIPELINES_NAMESPACE", "team")
     assert run(profile) == 0
     assert run(profile) == 0
@@ -261,7 +257,7 @@ def test_a_pipeline_of_ones_own_namespace_is_found_again(server, profile, monkey
     assert len(server.runs) == 2
 
 
-def test_a_token_is_handed_on(server, profile, monkeypatch, capsys) -> None:
+def test_sends_the_token(server, profile, monkeypatch, capsys) -> None:
     server.token = "of-the-user"
     assert run(profile) == 2
     assert "set KF_PIPELINES_TOKEN" in capsys.readouterr().err
@@ -269,21 +265,21 @@ def test_a_token_is_handed_on(server, profile, monkeypatch, capsys) -> None:
     assert run(profile) == 0
 
 
-def test_a_server_that_does_not_answer(server, profile, monkeypatch, capsys) -> None:
+def test_reports_a_server_that_does_not_answer(server, profile, monkeypatch, capsys) -> None:
     monkeypatch.setattr("pipelines.cluster.server._TIMEOUT", (0.2, 0.2))
     server.plan = lambda method, path: "hang"
     assert run(profile) == 2
     assert "cannot be reached" in capsys.readouterr().err
 
 
-def test_no_server_at_all(profile, monkeypatch, capsys, tmp_path) -> None:
+def test_reports_an_unreachable_or_unconfigured_server(profile, monkeypatch, capsys, tmp_path) -> None:
     values = yaml.safe_load(profile.read_text())
     nowhere = f"http://127.0.0.1:{free_port()}"
     profile.write_text(yaml.safe_dump(values | {"host": nowhere}))
     assert run(profile) == 2
-    said = capsys.readouterr().err
-    assert f"KFP at {nowhere} cannot be reached" in said
-    assert "check `host` in the cluster profile or KF_PIPELINES_ENDPOINT" in said
+    printed = capsys.readouterr().err
+    assert f"KFP at {nowhere} cannot be reached" in printed
+    assert "check `host` in the cluster profile or KF_PIPELINES_ENDPOINT" in printed
     del values["host"]
     profile.write_text(yaml.safe_dump(values))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
@@ -291,7 +287,7 @@ def test_no_server_at_all(profile, monkeypatch, capsys, tmp_path) -> None:
     assert "no KFP server is known" in capsys.readouterr().err
 
 
-def test_places_carry_a_hash_of_what_they_hold(bucket: str, tmp_path: Path, cache: Cache) -> None:
+def test_pinned_uris_have_a_content_hash(bucket: str, tmp_path: Path, cache: Cache) -> None:
     archive = f"{bucket}/images.tar"
     write_bytes(archive, b"old")
     config = Config(data=DataSection(source="cifar10", path=archive))

@@ -1,4 +1,4 @@
-"""`scop compare`: the page of a sweep, from the artifacts that its steps left in S3, also where a variant failed."""
+"""Tests of `scop compare` on the artifacts of runs, in S3 and locally, including failed variants."""
 
 import json
 import shutil
@@ -22,11 +22,13 @@ DENSE = {"model": "tests.networks:Plain", "epochs": 2, "batch_size": 64, "lr": 0
 FINETUNE = {"epochs": 1, "batch_size": 64, "recalibration_batches": 0}
 ROOT_PIPELINE = "scop"
 SOURCE = Source("runs")
-NOT_BEGUN = "this run has no record of it: it was not started, or KFP took an earlier run's result; then name that too"
+NOT_STARTED = (
+    "this run has no record of it: it was not started, or KFP took an earlier run's result; then name that too"
+)
 
 
 class Run:
-    """A run as KFP lays it out: ROOT/PIPELINE/RUN_ID/TASK/POD/NAME."""
+    """A run in the layout of KFP: ROOT/PIPELINE/RUN_ID/TASK/POD/NAME."""
 
     def __init__(self, root: str, name: str, dataset: Path) -> None:
         self.uri = join_uri(root, ROOT_PIPELINE, name)
@@ -54,7 +56,7 @@ class Run:
         self.step("export", {"export": {}, "variant": variant}, inputs, "exported", name)
 
 
-def test_a_sweep_with_a_failed_variant_and_its_resubmission(
+def test_compares_a_sweep_with_a_failed_variant_and_its_resubmission(
     digits_folder: Path, bucket: str, tmp_path: Path, capsys, monkeypatch, cache: Cache
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
@@ -70,33 +72,33 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
         first.prune(failing, dense, scores, batch_size=100_000)
 
     assert main(["compare", first.uri, "--html", str(tmp_path / "page.html")]) == 1
-    said = capsys.readouterr()
-    assert "half" in said.out
+    printed = capsys.readouterr()
+    assert "half" in printed.out
     why = "finetune failed: 1295 training images are fewer than a batch: batch_size is 100000"
-    assert said.err == f"missing: failing: {why}\n"
+    assert printed.err == f"missing: failing: {why}\n"
     page = (tmp_path / "page.html").read_text()
     assert f"<b>failing</b>: {why}" in page
     assert "Score histograms" in page
 
-    # What the run was to have is told by its configuration, which scop submit leaves there.
+    # The configuration, which `scop submit` stores with the run, lists the expected variants.
     never = {"variants": [half, failing, {"name": "never"}]}
     write_bytes(join_uri(first.uri, "config.yaml"), yaml.safe_dump(never).encode())
-    assert compare([first.uri], SOURCE, cache).missing == {"failing": why, "never": NOT_BEGUN}
+    assert compare([first.uri], SOURCE, cache).missing == {"failing": why, "never": NOT_STARTED}
 
-    # A step of it at the desk, by the run's place.
+    # The record of a step is found by the run's URI.
     assert find_record(f"{first.uri}/failing/finetune", "runs").error == why.removeprefix("finetune failed: ")
 
-    # Submitted again, KFP's cache gives the rest: only what was missing has run, and has records.
+    # In a resubmission, KFP's cache provides the other steps: only missing ones run and have records.
     second = Run(bucket, "second", digits_folder)
     second.prune(failing, dense, scores)
     alone = compare([second.uri], SOURCE, cache)
     assert ([result.name for result in alone.results], alone.missing) == (["failing"], {})
     both = compare([first.uri, second.uri], SOURCE, cache)
     assert [result.name for result in both.results] == ["half", "failing"]
-    assert both.missing == {"never": NOT_BEGUN}
+    assert both.missing == {"never": NOT_STARTED}
     assert both.title == "first, second"
 
-    # Its last step had all of them as inputs.
+    # The last step gets the results of both runs as inputs.
     inputs = {"scores": scores, "evaluations": [], "exports": []}
     for run, name in ((first, "half"), (second, "failing")):
         inputs["evaluations"].append(run.at("evaluate", name, "evaluation"))
@@ -106,7 +108,7 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [variant["name"] for variant in summary["variants"]] == ["half", "failing"]
 
-    # Another seed does not make good what failed by the first one.
+    # Success with another seed does not cancel a failure.
     for run, seed in ((first, 0), (second, 1)):
         config = {"variants": [half, failing], "finetune": FINETUNE | {"seed": seed}}
         write_bytes(join_uri(run.uri, "config.yaml"), yaml.safe_dump(config).encode())
@@ -117,9 +119,9 @@ def test_a_sweep_with_a_failed_variant_and_its_resubmission(
 
 
 @pytest.fixture(scope="module")
-def grown(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose last step saw one variant; another one has been made since, and a third one has failed."""
-    run = Run(str(tmp_path_factory.mktemp("grown")), "run", digits_folder)
+def extended_run(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose last step saw one variant; later a second one succeeded and a third one failed."""
+    run = Run(str(tmp_path_factory.mktemp("extended_run")), "run", digits_folder)
     run.step("train_dense", {"dense": DENSE}, {"dataset": run.dataset}, "model")
     dense, scores = run.at("train_dense", "all", "model"), run.at("train_knockoff", "all", "scores")
     inputs = {"dataset": run.dataset, "dense": dense}
@@ -133,25 +135,23 @@ def grown(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def configured(run: str, *names: str) -> None:
+def write_config(run: str, *names: str) -> None:
     (Path(run) / "config.yaml").write_text(yaml.safe_dump({"variants": [{"name": name} for name in names]}))
 
 
-def test_what_was_made_after_the_last_step_counts_and_what_is_not_wanted_any_more_does_not(
-    grown: Run, cache: Cache
-) -> None:
-    configured(grown.uri, "early", "late", "failed")
-    found = compare([grown.uri], SOURCE, cache)
+def test_includes_late_variants_and_ignores_unconfigured_ones(extended_run: Run, cache: Cache) -> None:
+    write_config(extended_run.uri, "early", "late", "failed")
+    found = compare([extended_run.uri], SOURCE, cache)
     assert [result.name for result in found.results] == ["early", "late"]
     assert list(found.missing) == ["failed"]
-    configured(grown.uri, "early", "late")
-    assert compare([grown.uri], SOURCE, cache).missing == {}
-    configured(grown.uri, "late")
-    assert [result.name for result in compare([grown.uri], SOURCE, cache).results] == ["late"]
+    write_config(extended_run.uri, "early", "late")
+    assert compare([extended_run.uri], SOURCE, cache).missing == {}
+    write_config(extended_run.uri, "late")
+    assert [result.name for result in compare([extended_run.uri], SOURCE, cache).results] == ["late"]
 
 
-def test_what_failed_in_several_runs_by_several_seeds_is_told_of_each(grown: Run, tmp_path: Path, cache: Cache) -> None:
-    runs = [shutil.copytree(grown.uri, tmp_path / name) for name in ("one", "two", "three")]
+def test_lists_failures_of_each_run_and_seed(extended_run: Run, tmp_path: Path, cache: Cache) -> None:
+    runs = [shutil.copytree(extended_run.uri, tmp_path / name) for name in ("one", "two", "three")]
     for run, seed in zip(runs, (0, 1, 1), strict=True):
         config = {"variants": [{"name": "early"}, {"name": "failed"}], "finetune": {"seed": seed}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -160,34 +160,35 @@ def test_what_failed_in_several_runs_by_several_seeds_is_told_of_each(grown: Run
     assert compare([*map(str, runs)], SOURCE, cache).missing == {f"failed of {run.name}": why for run in runs}
 
 
-def test_what_is_damaged_is_missing_for_that_reason(grown: Run, tmp_path: Path, cache: Cache) -> None:
-    copy = shutil.copytree(grown.uri, tmp_path / "copy")
-    configured(str(copy), "early", "late")
+def test_lists_a_damaged_evaluation_as_missing(extended_run: Run, tmp_path: Path, cache: Cache) -> None:
+    copy = shutil.copytree(extended_run.uri, tmp_path / "copy")
+    write_config(str(copy), "early", "late")
     (copy / "evaluate" / "pod-of-late" / "evaluation" / "evaluation.json").write_text("{}")
     found = compare([str(copy)], SOURCE, cache)
     assert [result.name for result in found.results] == ["early"]
     assert "evaluation.json does not match manifest.json" in found.missing["late"]
 
 
-def test_a_run_that_was_copied_or_moved_is_read_where_it_is_now(grown: Run, tmp_path: Path, cache: Cache) -> None:
-    configured(grown.uri, "early", "late")
-    copy = str(shutil.copytree(grown.uri, tmp_path / "archive" / "other name"))
-    both = compare([grown.uri, copy], SOURCE, cache)
+def test_reads_copied_and_moved_runs(extended_run: Run, tmp_path: Path, cache: Cache) -> None:
+    write_config(extended_run.uri, "early", "late")
+    copy = str(shutil.copytree(extended_run.uri, tmp_path / "archive" / "other name"))
+    both = compare([extended_run.uri, copy], SOURCE, cache)
     assert [result.uri.startswith(copy) for result in both.results] == [False, False, True, True]
     moved = str(shutil.move(copy, tmp_path / "moved"))
     assert [result.name for result in compare([moved], SOURCE, cache).results] == ["early", "late"]
     record = find_record(f"{moved}/late/evaluate", "runs")
     assert record.inputs["pruned"].uri == f"{moved}/finetune/pod-of-late/model"
-    assert record.inputs["dataset"].uri == grown.dataset
+    assert record.inputs["dataset"].uri == extended_run.dataset
     assert dense_of_run(moved, cache).scores is not None
 
 
-def test_what_is_no_run_is_said(bucket: str, tmp_path: Path, capsys) -> None:
+def test_reports_missing_and_incomplete_runs(bucket: str, tmp_path: Path, capsys) -> None:
     assert main(["compare", f"{bucket}/scop/none"]) == 2
     assert "there is no run" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("variants: [{name: half}]")
     assert main(["compare", str(tmp_path / "run")]) == 2
     assert (
-        f"no variant of run is complete, so there is nothing to compare (half: {NOT_BEGUN})" in capsys.readouterr().err
+        f"no variant of run is complete, so there is nothing to compare (half: {NOT_STARTED})"
+        in capsys.readouterr().err
     )

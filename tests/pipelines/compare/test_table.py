@@ -1,4 +1,4 @@
-"""Results side by side: order, groups over seeds, baselines; data sets and devices stay apart."""
+"""Tests of comparison tables: order, groups over seeds, baselines, data sets and devices."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from scop import UserError
 from tests.fakes.results import result
 
 
-def test_the_best_comes_first_and_what_tells_rows_apart_has_a_column() -> None:
+def test_sorts_by_accuracy_and_shows_columns_that_differ() -> None:
     (table,) = tables([result("random"), result("scop", 0.3), result("scop", 0.5)])
     assert [row.labels["name"] for row in table.rows] == ["scop-0.3", "scop-0.5", "random-0.5"]
     assert table.labels == ["name", "method", "prune_rate"]  # seeds are the same
@@ -24,13 +24,13 @@ def test_the_best_comes_first_and_what_tells_rows_apart_has_a_column() -> None:
     assert [row.labels["name"] for row in by_macs.rows] == ["random-0.5", "scop-0.3"]
 
 
-def test_of_equally_accurate_ones_the_smaller_is_the_better() -> None:
+def test_sorts_equal_accuracy_by_size() -> None:
     large, small = result("scop", 0.3), result("l1", 0.5, metrics=result("l1", 0.5).metrics | {"pruned_top1": 0.925})
     small.metrics["top1_drop"] = large.metrics["top1_drop"]
     (table,) = tables([large, small])
     assert [row.labels["name"] for row in table.rows] == ["l1-0.5", "scop-0.3"]
     (other,) = tables([large, result("l1", metrics=small.metrics | {"dense_top1": 0.9})])
-    assert other.notes == ["times on a CPU", "dense: MACs 40 M, parameters 270 k"]  # they come from two networks
+    assert other.notes == ["times on a CPU", "dense: MACs 40 M, parameters 270 k"]  # the dense networks differ in top-1
 
 
 def test_groups_have_mean_deviation_and_n_over_seeds() -> None:
@@ -45,19 +45,19 @@ def test_groups_have_mean_deviation_and_n_over_seeds() -> None:
     assert (l1.figures["pruned_top1"].deviation, l1.figures["pruned_top1"].n) == (None, 1)
 
 
-def test_data_sets_are_tables_of_their_own() -> None:
+def test_each_data_set_has_its_own_table() -> None:
     found = tables([result(), result(dataset="e1" * 32)])
     assert [table.content[:2] for table in found] == ["d0", "e1"]
     assert [len(table.rows) for table in found] == [1, 1]
 
 
-def test_networks_are_never_one_group() -> None:
+def test_never_groups_different_networks() -> None:
     other = result(params=result().params | {"network": "resnet56"})
     (table,) = tables([result(), other], ["pruned_top1"], ["method"])
     assert [row.labels["network"] for row in table.rows] == ["resnet20", "resnet56"]
 
 
-def test_times_of_two_devices_are_two_columns_and_accuracy_is_one(capsys) -> None:
+def test_latency_has_one_column_per_device(capsys) -> None:
     results = [result(), result("l1", device="a GPU")]
     (table,) = tables(results, ["pruned_top1", "pruned_latency_ms_batch1_p50"])
     assert table.figures == [
@@ -69,13 +69,13 @@ def test_times_of_two_devices_are_two_columns_and_accuracy_is_one(capsys) -> Non
     assert set(scop.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a CPU"}
     assert set(l1.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a GPU"}
     print_table(table)
-    said = capsys.readouterr().out
-    assert "times are listed per device" in said
-    assert "latency, batch 1 on a GPU" in said
-    assert said.splitlines()[2].split()[-1] == "-"  # missing is shown as missing
+    printed = capsys.readouterr().out
+    assert "times are listed per device" in printed
+    assert "latency, batch 1 on a GPU" in printed
+    assert printed.splitlines()[2].split()[-1] == "-"  # no value
 
 
-def test_changes_are_told_against_the_dense_network_or_a_variant(capsys) -> None:
+def test_shows_changes_against_the_dense_network_or_a_variant(capsys) -> None:
     results = [result("scop", 0.5), result("l1", 0.5), result("l1", 0.5, 2)]
     (table,) = tables(results, ["pruned_top1", "pruned_macs"], baseline="dense")
     scop = table.rows[0].figures
@@ -98,12 +98,12 @@ def test_changes_are_told_against_the_dense_network_or_a_variant(capsys) -> None
         ({"baseline": "l1"}, r"--baseline 'l1' is not in these results \(known: dense, scop-0.5\)"),
     ],
 )
-def test_what_no_result_has_is_refused(changes: dict, message: str) -> None:
+def test_rejects_unknown_metrics_groups_and_baselines(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tables([result()], **changes)
 
 
-def test_a_group_that_mixes_more_than_seeds_says_so() -> None:
+def test_notes_groups_that_mix_recipes() -> None:
     long = result(seed=1, params=result().params | {"finetune_epochs": 100, "recipe": "long"})
     (table,) = tables([result(), long, result("l1")], ["pruned_top1"], ["method"])
     assert table.notes[-1] == "some rows combine results that differ in finetune_epochs (-, 100)"
@@ -115,15 +115,15 @@ def test_a_group_that_mixes_more_than_seeds_says_so() -> None:
     assert "some rows combine" not in tables([result(), result(seed=1)], group_by=["method"])[0].notes[-1]
 
 
-def test_a_figure_of_fewer_results_than_its_row_says_of_how_many(capsys) -> None:
-    poor = result(seed=2)
-    del poor.metrics["pruned_top1"]
-    (table,) = tables([result(), result(seed=1), poor], ["pruned_macs", "pruned_top1"], ["method"])
+def test_shows_n_of_figures_with_fewer_results_than_their_row(capsys) -> None:
+    incomplete = result(seed=2)
+    del incomplete.metrics["pruned_top1"]
+    (table,) = tables([result(), result(seed=1), incomplete], ["pruned_macs", "pruned_top1"], ["method"])
     print_table(table)
     assert capsys.readouterr().out.splitlines()[2].endswith("3  10 M ± 0  91.45% ± 0.07, n 2")
 
 
-def test_a_baseline_is_of_the_same_network() -> None:
+def test_baselines_have_the_same_network_and_data_set() -> None:
     small = result("l1", params=result("l1").params | {"network": "resnet56"})
     small.metrics["pruned_top1"] = 0.6
     (table,) = tables([result("l1"), small], ["pruned_top1"], baseline="l1-0.5")
@@ -132,12 +132,12 @@ def test_a_baseline_is_of_the_same_network() -> None:
     assert without.notes[-1] == "no changes shown: baseline l1-0.5 has no comparable result on this data set"
 
 
-def test_results_that_nothing_tells_apart_have_their_run() -> None:
+def test_identical_results_have_a_run_column() -> None:
     (table,) = tables([result(), result(run="another-run")])
     assert [row.labels["run"] for row in table.rows] == ["run-scop", "another-"]
 
 
-def test_deviations_have_units_and_no_figure_is_cut_in_a_narrow_terminal(monkeypatch, capsys) -> None:
+def test_narrow_terminal_shows_whole_figures_with_units(monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     files = [result(seed=seed) for seed in (0, 1)]
     for size, row in zip((3.4e6, 3.42e6), files, strict=True):
@@ -147,14 +147,14 @@ def test_deviations_have_units_and_no_figure_is_cut_in_a_narrow_terminal(monkeyp
     assert line.endswith("3.41 MB ± 14.1 kB  91.45% ± 0.07  1.25 ms ± 0.00 ms")
 
 
-def test_of_a_metric_that_is_not_known_none_is_the_best() -> None:
+def test_unknown_metric_has_no_best_value() -> None:
     rows = [result(), result("l1")]
     for row in rows:
         row.metrics["pruned_f1"] = row.metrics["pruned_top1"]
     assert tables(rows, ["pruned_f1"])[0].best("pruned_f1") is None
 
 
-def test_files_have_raw_values() -> None:
+def test_csv_and_json_have_raw_values() -> None:
     found = tables([result(), result("l1", dataset="e1" * 32)], ["pruned_top1", "top1_drop"])
     rows = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [row["dataset_content"][:2] for row in rows] == ["d0", "e1"]
