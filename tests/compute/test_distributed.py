@@ -186,7 +186,7 @@ def test_preempted_pod_resumes_after_a_restart(
     first.send_signal(signal.SIGTERM)
     output, _ = first.communicate(timeout=60)
     assert first.returncode == 143, output
-    assert "stopped as asked in epoch" in output
+    assert "stopped in epoch" in output
     assert "Traceback" not in output
     record = json.loads((tmp_path / "model" / "step.json").read_text())
     assert record["status"] == "stopped"
