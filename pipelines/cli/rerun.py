@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if options.shell and options.verify:
         raise UserError("--verify needs the step's output, and --shell does not run the step; give one of them")
     if options.verify and record.status != "done":
-        raise UserError(f"--verify needs a finished step to compare with, and the recorded one is {record.status!r}")
+        raise UserError(f"--verify needs a finished step to compare with, and the recorded one is {record.status}")
     if image is not None:
         image = image or rerun.default_image(record)
         require_image(image)

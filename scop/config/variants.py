@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from scop.config.parsing import Section
 from scop.config.values import (
@@ -17,6 +17,7 @@ from scop.config.values import (
     ResidualRule,
     Seed,
     SelectionRule,
+    whole,
 )
 
 
@@ -94,7 +95,7 @@ class VariantSection(Section):
     rounds: PositiveInt = 1
     seed: Seed = 0
     seeds: list[Seed] = []
-    finetune: dict[str, Any] = {}
+    finetune: Annotated[dict[str, Any], AfterValidator(whole)] = {}  # KFP passes whole numbers as floats
 
     @property
     def label(self) -> str:

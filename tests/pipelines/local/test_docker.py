@@ -243,12 +243,12 @@ def test_a_run_in_containers_that_is_stopped_goes_on(
         while not list(tmp_path.glob("runs/checkpoints/train_dense-*/*.json")):
             assert run.poll() is None
         (name,) = (path.parent.name for path in tmp_path.glob("runs/*/config.yaml"))
-        (container,) = docker("ps", "--quiet", "--filter", f"label=SCOP_RUN_ID={name}").stdout.split()
+        (container,) = docker("ps", "--quiet", "--filter", f"label=scop.run={name}").stdout.split()
         assert_closed(container)
         run.send_signal(sign)
         assert run.wait(timeout=120) == code
     docker("wait", container)  # it ends by itself
-    assert docker("ps", "--quiet", "--filter", f"label=SCOP_RUN_ID={name}").stdout == ""
+    assert docker("ps", "--quiet", "--filter", f"label=scop.run={name}").stdout == ""
     record = tmp_path / "runs" / name / "train_dense" / "model" / "step.json"
     assert json.loads(record.read_text())["status"] == "stopped"
     if sign == signal.SIGTERM:

@@ -104,7 +104,7 @@ def test_changes_and_what_differs_are_named(run: str, surroundings, tmp_path: Pa
     result = scop("rerun", f"{run}/scop-0.45/finetune", *change, "--verify", cwd=tmp_path, env=surroundings)
     assert result.returncode == 1
     assert "verify: model/model.safetensors differs" in result.stdout
-    assert "not the same result" in result.stdout
+    assert "the results differ" in result.stdout
     assert "model.json" not in result.stdout.partition("verify:")[2]
 
 
@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, 
     assert [step for step, what in said.items() if what == "kept"] == [
         "prepare_data", "train_dense", "select_channels", "finetune"
     ]  # fmt: skip
-    assert said["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not whole any more"
+    assert said["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not complete any more"
     assert said["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
     assert said["export"] == "runs again: its input 'evaluation' has changed"
     assert json.loads(read_bytes(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
@@ -240,4 +240,4 @@ def test_a_step_that_died_can_be_run_again_but_not_verified(digits_folder: Path,
     assert "model: " in result.stdout
     result = scop("rerun", "model", *fixes, "--verify", cwd=tmp_path, env=environment)
     assert result.returncode == 2
-    assert "the recorded step is 'failed', not 'done'" in result.stderr
+    assert "and the recorded one is failed" in result.stderr

@@ -311,7 +311,7 @@ def test_a_few_grey_images_of_ones_own_and_a_network_for_other_classes(tmp_path:
     command = [sys.executable, "-m", "pipelines.cli", "run", "-f", "own-images", "--out", str(tmp_path / "runs")]
     result = run([*command, *(f"--set={setting}" for setting in settings)])
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "resnet18.pth, but for fc, which had other classes" in result.stdout
+    assert "resnet18.pth, except fc, which had other classes" in result.stdout
     (summary,) = (tmp_path / "runs").glob("*/summary.json")
     variants = {variant["name"]: variant for variant in json.loads(summary.read_text())["variants"]}
     assert variants.keys() == {"pruned", "none"}
