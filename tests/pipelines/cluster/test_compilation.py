@@ -21,14 +21,13 @@ from scop.runtime.registry import STEPS, TRAINING_STEPS
 from tests.helpers import ROOT
 
 EXAMPLE = ROOT / "pipelines" / "clusters" / "example.yaml"
-GOLDEN = ROOT / "tests" / "golden" / "cluster.yaml"
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
     compile_for(load_profile(EXAMPLE), RunSection(experiment="mine"), path)
-    return re.sub(r"sdkVersion: kfp-[\d.]+", "sdkVersion: kfp-X", path.read_text())
+    return path.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +44,17 @@ def container(documents, step: str) -> dict[str, Any]:
     return documents[0]["deploymentSpec"]["executors"][executor(step)]["container"]
 
 
-def test_compiled_pipeline_matches_the_golden_file(compiled: str) -> None:
-    if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(compiled)
-    assert compiled == GOLDEN.read_text(), (
-        "if the change is intended, run UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/cluster/test_compilation.py"
-    )
+def test_tasks_and_their_inputs_are_those_of_the_local_pipeline(documents) -> None:
+    local = next(yaml.safe_load_all((ROOT / "tests" / "golden" / "pipeline.yaml").read_text()))
+    for part in ("root", "components"):
+        assert _without_policies(documents[0][part]) == _without_policies(local[part])
+
+
+def _without_policies(value: Any) -> Any:
+    """Leave out what a cluster profile sets: retries and parallelism."""
+    if isinstance(value, dict):
+        return {k: _without_policies(v) for k, v in value.items() if k not in ("retryPolicy", "iteratorPolicy")}
+    return [_without_policies(entry) for entry in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("step", list(STEPS))
