@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from scop.environment import StepEnvironment
 from scop.knockoffs.phase import Competition
 from scop.knockoffs.sources import shuffle
 from scop.models.factories import make_model
+from scop.models.history import load_history
 from scop.pruning.graph import ChannelGraph
 from scop.pruning.surgery import prune
 from scop.runtime.execution import run_step
@@ -295,6 +297,26 @@ def s3(turns: int) -> dict[str, Any]:
     }
 
 
+def run_overhead(turns: int) -> dict[str, Any]:
+    """Compare a default run with the training that it contains, and time a step that computes for milliseconds."""
+    ratios, steps = [], []
+    for _ in range(turns):
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            command = [sys.executable, "-m", "pipelines.cli", "run", "--out", folder]
+            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            seconds = time.perf_counter() - started
+            histories = [load_history(path.parent) for path in Path(folder).rglob("history.json")]
+            ratios.append(seconds / sum(epoch.seconds for history in histories for epoch in history))
+            log = next(Path(folder).glob("*/log.txt")).read_text()
+            # The wall time of select_channels, records, tracking and plots included.
+            steps.append(float(re.findall(r"select_channels\n(?:.*\n)*?  done in ([\d.]+) s", log)[0]))
+    return {
+        "run over training": {"ratio": statistics.median(ratios), "at_most": 1.3},
+        "step": {"seconds": statistics.median(steps), "at_most": 0.5},
+    }
+
+
 def default_run(turns: int) -> dict[str, Any]:
     """Measure `scop run` with its default configuration, from its start to the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -316,4 +338,5 @@ BENCHMARKS = {
     "archive": (archive, 2),
     "s3": (s3, 5),
     "default_run": (default_run, 1),
+    "run_overhead": (run_overhead, 3),
 }

@@ -134,13 +134,15 @@ _SPEED = {
     "latency_budget answer": ("selection under a latency budget, ResNet-20", 0, " s"),
     "latency_budget off": ("deviation from that budget when measured again, median", 1, "%"),
     "help": ("`scop --help`", 2, " s"),
-    "step_overhead": ("overhead of a step, with tracking", 1, " s"),
+    "step_overhead": ("a step as a process of its own, with tracking", 1, " s"),
     "archive": ("decoding and packing 60,000 JPEG files of a .tar.gz", 0, " s"),
     "s3 up": ("upload of 1 GiB to S3, throughput against `rclone copy`", 1, "x"),
     "s3 down": ("verified download of 1 GiB from S3, throughput against `rclone copy`", 1, "x"),
     "compare 1000 runs": ("`scop compare`, 1,000 runs, MLflow server with 4 workers", 1, " s"),
     "compare 10000 runs": ("`scop compare`, 10,000 runs, MLflow server with 4 workers", 1, " s"),
     "default_run": ("`make run` after setup", 0, " s"),
+    "run_overhead run over training": ("default run, time relative to its training", 2, "x"),
+    "run_overhead step": ("step `select_channels` within a run, with tracking and plots", 1, " s"),
 }
 """Label, digits and unit of each figure of `make bench`, in order."""
 
