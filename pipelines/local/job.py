@@ -46,7 +46,7 @@ class Job:
         config: what to run.
         uri: folder or ``s3://`` URI of the run.
         folder: its local folder, a temporary one if the run is in S3.
-        environment: what the steps are told.
+        environment: of the steps.
         announce: called with the run's state when a step starts.
     """
 

@@ -155,7 +155,7 @@ def _run_tracked(job: Job, runner: Runner, started: float) -> LocalRun:
 
 
 def _new_run_id(name: str, out: str) -> str:
-    # In S3 two runs that start in the same second can only be told apart by name.
+    # In S3 only the name distinguishes two runs that start in the same second.
     suffix = f"-{uuid.uuid4().hex[:4]}" if is_s3(out) else ""
     return f"{name}-{datetime.now():%Y%m%d-%H%M%S}{suffix}"
 

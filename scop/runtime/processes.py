@@ -122,7 +122,7 @@ def run_in_processes(job: Job, processes: Processes) -> StepResult:
 
     Raises:
         UserError: the first that a process raised.
-        Stopped: they were told to stop, and wrote a checkpoint.
+        Stopped: a signal stopped them, and they wrote a checkpoint.
         RuntimeError: a process failed; its traceback is on stderr.
     """
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -84,7 +84,7 @@ def run(
 ) -> StepResult:
     """Run a step as a TrainJob and wait for it.
 
-    If an earlier attempt's job for the same step is still running, it is followed. If this process is told to stop, the
+    If an earlier attempt's job for the same step is still running, it is followed. If a signal stops this process, the
     job is deleted: its pods then write a checkpoint.
 
     Args:

@@ -179,7 +179,7 @@ class MlflowTracker:
             shape = [-1, *(d.dim_value for d in value.type.tensor_type.shape.dim[1:])]
             ends.append(Schema([TensorSpec(np.dtype(np.float32), tuple(shape), value.name)]))
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        mlflow.set_tracking_uri(self._client.tracking_uri)  # log_model knows no other way to be told
+        mlflow.set_tracking_uri(self._client.tracking_uri)  # log_model has no argument for it
         with warnings.catch_warnings(), mlflow.start_run(run_id=self._run):
             warnings.simplefilter("ignore")
             logged = mlflow.onnx.log_model(
