@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import time
 import warnings
@@ -180,7 +182,9 @@ class MlflowTracker:
             ends.append(Schema([TensorSpec(np.dtype(np.float32), tuple(shape), value.name)]))
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         mlflow.set_tracking_uri(self._client.tracking_uri)  # log_model has no argument for it
-        with warnings.catch_warnings(), mlflow.start_run(run_id=self._run):
+        # MLflow prints to standard error what the step logs itself.
+        silent = contextlib.redirect_stderr(io.StringIO())
+        with silent, warnings.catch_warnings(), mlflow.start_run(run_id=self._run):
             warnings.simplefilter("ignore")
             logged = mlflow.onnx.log_model(
                 model,
