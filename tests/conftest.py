@@ -32,12 +32,14 @@ from scop.pruning.spec import attach_spec, spec_of
 from scop.runtime.logs import log_to_standard_output
 from scop.storage import s3
 from scop.storage.cache import Cache
+from scop.system.garbage import collect_garbage_rarely
 from scop.training.learning_rate import Schedule
 from scop.training.loop import fit
 from scop.training.supervised import Supervised, make_optimizer
 from tests.fakes import services
 
 CPU = torch.device("cpu")
+collect_garbage_rarely()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = make_parser().parse_args(arguments)
     from scop.errors import UserError
+    from scop.system.garbage import collect_garbage_rarely
 
+    collect_garbage_rarely()
     try:
         return int(options.action(options) or 0)
     except UserError as error:

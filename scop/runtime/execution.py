@@ -58,6 +58,7 @@ from scop.storage.files import file_exists, is_s3, join_uri, write_bytes
 from scop.storage.folders import upload_folder
 from scop.storage.manifest import RECORD, read_folder
 from scop.system.cost import Cost, Meter
+from scop.system.garbage import collect_garbage_rarely
 from scop.system.progress import show_progress_on
 from scop.tracking.mlflow import MlflowTracker
 from scop.tracking.tags import DEVICE_TAG
@@ -84,6 +85,7 @@ def execute(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping
         inputs: input folders by name; a list for a name that takes several.
         outputs: output folders by name.
     """
+    collect_garbage_rarely()
     log_to_standard_output()
     try:
         environment = StepEnvironment.read()
