@@ -11,11 +11,11 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scop.errors import UserError, first_line, redact
 from scop.report.results import Result, Value
@@ -32,7 +32,9 @@ from scop.tracking.tags import (
     RIGHT_TAG,
 )
 
-_SEARCH = "/api/2.0/mlflow/runs/search"
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
 _PAGE = 1000
 """Runs per request."""
 _PARALLEL = 4
@@ -82,19 +84,6 @@ class Memory:
     results: list[Result]
     failures: list[Failure]
     spent: list[Spent]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What is read of an MLflow run."""
-
-    id: str
-    name: str
-    status: str
-    started: int
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -161,7 +150,7 @@ class Mlflow:
                     _check_names(where, list(latest.values()))
                 latest = {key: result for key, result in latest.items() if result.run in fitting}
             parents = {parent for parent, _ in latest} if where else None
-            costs = [run for run in self._search(ids, _HAS_COST) if parents is None or run.id in parents]
+            costs = [run for run in self._search(ids, _HAS_COST) if parents is None or run.info.run_id in parents]
             return Memory(list(latest.values()), list(self._failures(ids, parents)), _spent(costs))
 
     @contextlib.contextmanager
@@ -196,7 +185,7 @@ class Mlflow:
             parent, experiment = own.data.tags.get(PARENT_TAG), own.info.experiment_id
             same = f"tags.`{PARENT_TAG}` = '{parent}' and tags.`scop.step` = 'train_knockoff'"
             scoring = self._first([experiment], f"{same} and attributes.status = 'FINISHED'") if parent else None
-            scores = self._download(scoring.id, "scores.json") if scoring else {}
+            scores = self._download(scoring.info.run_id, "scores.json") if scoring else {}
         return evaluation | {"scores": {layer: entry["score"] for layer, entry in scores.items()}}
 
     def _download(self, run: str, file: str) -> dict[str, Any]:
@@ -232,63 +221,30 @@ class Mlflow:
         newest, oldest = self._first(ids, where), self._first(ids, where, _OLDEST_FIRST)
         if newest is None or oldest is None:
             return []
-        length = (newest.started - oldest.started) // _PARALLEL + 1
-        ends = [newest.started + 1 - part * length for part in range(_PARALLEL)]
+        length = (newest.info.start_time - oldest.info.start_time) // _PARALLEL + 1
+        ends = [newest.info.start_time + 1 - part * length for part in range(_PARALLEL)]
 
         def interval(end: int) -> list[tuple[str, Result]]:
             inside = f"attributes.start_time >= {end - length} and attributes.start_time < {end}"
             return [
-                (run.tags.get(PARENT_TAG, run.id), _result(run)) for run in self._search(ids, f"{where} and {inside}")
+                (run.data.tags.get(PARENT_TAG, run.info.run_id), _result(run))
+                for run in self._search(ids, f"{where} and {inside}")
             ]
 
         with ThreadPoolExecutor(_PARALLEL) as pool:
             return [one for part in pool.map(interval, ends) for one in part]
 
-    def _first(self, ids: list[str], where: str, order: str | None = None) -> _Run | None:
+    def _first(self, ids: list[str], where: str, order: str | None = None) -> Run | None:
         return next(self._search(ids, where, order, 1), None)
 
-    def _search(self, ids: list[str], where: str, order: str | None = None, size: int = _PAGE) -> Iterator[_Run]:
+    def _search(self, ids: list[str], where: str, order: str | None = None, size: int = _PAGE) -> Iterator[Run]:
         """Yield runs, the newest first, page by page."""
-        page: Callable[..., tuple[list[_Run], str | None]]
-        page = self._page_as_json if self.uri.startswith("http") else self._page
+        by = [order] if order else None
         token: str | None = ""
         while ids and token is not None:
-            runs, token = page(ids, where, order, size, token)
-            yield from runs
-
-    def _page(
-        self, ids: list[str], where: str, order: str | None, size: int, token: str
-    ) -> tuple[list[_Run], str | None]:
-        found = self.client.search_runs(
-            ids, where, order_by=[order] if order else None, max_results=size, page_token=token or None
-        )
-        runs = [
-            _Run(r.info.run_id, r.info.run_name, r.info.status, r.info.start_time, *_read(r.data.to_dictionary()))
-            for r in found
-        ]
-        return runs, found.token or None
-
-    def _page_as_json(
-        self, ids: list[str], where: str, order: str | None, size: int, token: str
-    ) -> tuple[list[_Run], str | None]:
-        """Do the same by the REST API.
-
-        MLflow's client converts every entry to a message and then to an object, which takes half as long as the server.
-        """
-        from mlflow.utils.credentials import get_default_host_creds
-        from mlflow.utils.rest_utils import http_request_safe
-
-        asked: dict[str, Any] = {"experiment_ids": ids, "filter": where, "max_results": size}
-        asked |= ({"order_by": [order]} if order else {}) | ({"page_token": token} if token else {})
-        credentials = get_default_host_creds(self.uri)  # type: ignore[no-untyped-call]
-        answer = http_request_safe(credentials, _SEARCH, "POST", json=asked).json()  # type: ignore[no-untyped-call]
-        runs = []
-        for run in answer.get("runs", []):
-            info, lists = run["info"], run.get("data", {})
-            data = {kind: {e["key"]: e["value"] for e in lists.get(kind, [])} for kind in ("params", "metrics", "tags")}
-            name = info.get("run_name", "")
-            runs.append(_Run(info["run_id"], name, info["status"], int(info.get("start_time", 0)), *_read(data)))
-        return runs, answer.get("next_page_token")
+            page = self.client.search_runs(ids, where, order_by=by, max_results=size, page_token=token or None)
+            yield from page
+            token = page.token or None
 
     def _failures(self, ids: list[str], of: Container[str] | None) -> Iterator[Failure]:
         """Yield the steps whose last attempt failed, or the pipeline run itself if it failed without one.
@@ -298,25 +254,28 @@ class Mlflow:
             of: ids of pipeline runs; all by default.
         """
         unfinished = self._search(ids, _HAS_NOT_FINISHED)
-        failed = {run.id: run for run in unfinished if run.status in _FAILED and _OURS & run.tags.keys()}
+        failed = {
+            run.info.run_id: run for run in unfinished if run.info.status in _FAILED and _OURS & run.data.tags.keys()
+        }
         # A step that was run alone has no children, like a pipeline run that failed without a failed step.
-        parents = dict.fromkeys(run.tags.get(PARENT_TAG, run.id) for run in failed.values())
+        parents = dict.fromkeys(run.data.tags.get(PARENT_TAG, run_id) for run_id, run in failed.items())
 
-        def last_attempts(parent: str) -> list[_Run]:
+        def last_attempts(parent: str) -> list[Run]:
             attempts = self._search(ids, f"tags.`{PARENT_TAG}` = '{parent}'")
-            last = {run.name: run for run in sorted(attempts, key=lambda run: run.started)}.values()
+            last = {run.info.run_name: run for run in sorted(attempts, key=lambda run: run.info.start_time)}.values()
             itself = [failed[parent]] if parent in failed else []
-            return [run for run in last if run.status in _FAILED] or itself
+            return [run for run in last if run.info.status in _FAILED] or itself
 
         asked = [parent for parent in parents if of is None or parent in of]
         with ThreadPoolExecutor(_PARALLEL) as pool:
             ended = dict(zip(asked, pool.map(last_attempts, asked), strict=True))
         for parent, runs in ended.items():
             # A killed step records no reason; if no other step failed, the pipeline run's reason is about it.
-            all_killed = parent in failed and all(run.status == "KILLED" for run in runs)
-            reason = failed[parent].tags.get(ERROR_TAG) if all_killed else None
+            all_killed = parent in failed and all(run.info.status == "KILLED" for run in runs)
+            reason = failed[parent].data.tags.get(ERROR_TAG) if all_killed else None
             for run in runs:
-                yield Failure(run.name, run.id, run.tags.get(ERROR_TAG) or reason or _NO_REASON[run.status])
+                error = run.data.tags.get(ERROR_TAG) or reason or _NO_REASON[run.info.status]
+                yield Failure(run.info.run_name, run.info.run_id, error)
 
     def _explain(self, error: Exception, where: str | None) -> UserError:
         code, message = str(getattr(error, "error_code", "")), first_line(error)
@@ -346,20 +305,15 @@ def _check_names(where: str, results: Sequence[Result]) -> None:
             raise UserError(f"--where {where!r}: no result has a {kind} {name!r} ({hint})")
 
 
-def _read(data: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, float], Mapping[str, str]]:
-    # In MLflow's JSON, NaN and Infinity are text.
-    return data["params"], {key: float(value) for key, value in data["metrics"].items()}, data["tags"]
-
-
-def _result(run: _Run) -> Result:
-    tags = run.tags
+def _result(run: Run) -> Result:
+    tags = run.data.tags
     return Result(
-        name=tags.get("scop.variant", run.name),
-        params={key: _typed(value) for key, value in run.params.items() if "." not in key},
-        metrics={k: v for k, v in run.metrics.items() if math.isfinite(v) and not k.startswith("system/")},
+        name=tags.get("scop.variant", run.info.run_name),
+        params={key: _typed(value) for key, value in run.data.params.items() if "." not in key},
+        metrics={k: v for k, v in run.data.metrics.items() if math.isfinite(v) and not k.startswith("system/")},
         dataset=tags.get(DATASET_TAG, ""),
         device=tags.get(MEASURED_TAG) or tags.get(DEVICE_TAG, ""),
-        run=run.id,
+        run=run.info.run_id,
         uri=tags.get("scop.uri"),
         right=tags.get(RIGHT_TAG),
     )
@@ -374,6 +328,6 @@ def _typed(text: str) -> Value:
     return value if isinstance(value, int | float) and math.isfinite(value) else text
 
 
-def _spent(parents: Sequence[_Run]) -> list[Spent]:
-    entries = [Spent(**entry) for run in parents for entry in json.loads(run.tags[COST_TAG])]
+def _spent(parents: Sequence[Run]) -> list[Spent]:
+    entries = [Spent(**entry) for run in parents for entry in json.loads(run.data.tags[COST_TAG])]
     return total(entries, f"{len(parents)} run{'s' * (len(parents) != 1)}")

@@ -5,92 +5,83 @@ Each data set has a table of its own, and each device a latency column of its ow
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
 from typing import Any
+
+import pandas as pd
 
 from scop.errors import UserError
 from scop.report.metrics import Metric, describe, smallest_batch
-from scop.report.results import SEEDS, Result, Value
+from scop.report.results import SEEDS, Result
 
 METRICS = ("pruned_top1", "top1_drop", "pruned_macs", "pruned_params")
 """Default columns, if measured. Latency and speed-up at the smallest batch size are added to them."""
 
 _DENSE = "dense"
+_MISSING = "-"
 _RUN_SHOWN = 8  # first characters of an MLflow run ID; enough to distinguish runs
 _ENDLESS = 10_000
-_ALWAYS = ("network",)  # results of different networks are never grouped
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric of one result or of a group of results.
-
-    Attributes:
-        mean: mean over the results.
-        deviation: sample standard deviation; None for a single result.
-        n: number of results.
-        change: change from the baseline: a difference for accuracies, a ratio for other metrics; None without baseline.
-    """
-
-    mean: float
-    deviation: float | None = None
-    n: int = 1
-    change: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: a result or a group of results.
-
-    Attributes:
-        labels: column -> label.
-        figures: column -> figure; a column without a value is missing.
-        runs: MLflow run IDs.
-    """
-
-    labels: dict[str, Value]
-    figures: dict[str, Figure]
-    runs: list[str]
-
-    @property
-    def n(self) -> int:
-        """Number of results in the row; a single figure may cover fewer."""
-        return max((figure.n for figure in self.figures.values()), default=0)
 
 
 @dataclass(frozen=True)
 class Table:
     """The results on one data set.
 
+    The frames have one row per result or group of results, the best first. Those of figures have one column per metric,
+    or per metric and device; NaN is a missing value.
+
     Attributes:
         dataset: name of the data set.
         content: content hash of the data set.
-        labels, figures: names of the columns.
-        rows: rows, best first.
-        metrics: column in `figures` -> its metric.
+        labels: what distinguishes the rows, by parameter.
+        runs: MLflow run IDs of each row.
+        mean: means over the results of a row.
+        deviation: sample standard deviations; NaN for a single result.
+        n: numbers of results.
+        change: changes from the baseline: a difference for accuracies, a ratio for other metrics.
+        metrics: column -> its metric.
         notes: remarks for the reader, printed above the table.
     """
 
     dataset: str
     content: str
-    labels: list[str]
-    figures: list[str]
-    rows: list[Row]
-    metrics: dict[str, Metric]
+    labels: pd.DataFrame
+    runs: pd.Series[Any]
+    mean: pd.DataFrame
+    deviation: pd.DataFrame
+    n: pd.DataFrame
+    change: pd.DataFrame
+    metrics: Mapping[str, Metric]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a row combines several results."""
+        return bool((self.n > 1).any(axis=None))
 
     def best(self, column: str) -> float | None:
         """Return the best value of a column; None for fewer than two values or a metric without a better direction."""
-        values = [row.figures[column].mean for row in self.rows if column in row.figures]
-        higher = self.metrics[column].higher_is_better
+        values, higher = self.mean[column].dropna(), self.metrics[column].higher_is_better
         if len(values) < 2 or higher is None:
             return None
-        return max(values) if higher else min(values)
+        return float(values.max() if higher else values.min())
+
+    def cells(self, column: str) -> list[str]:
+        """Format a column: means with deviations, changes and, if they differ from the row's, n; "-" if missing."""
+        metric, rows = self.metrics[column], self.n.max(axis=1)
+        figures = zip(self.mean[column], self.deviation[column], self.n[column], self.change[column], rows, strict=True)
+        return [_cell(metric, *figure) for figure in figures]
+
+
+def _cell(metric: Metric, mean: float, deviation: float, n: int, change: float, row_n: int) -> str:
+    if n == 0:
+        return _MISSING
+    text = metric.shown(mean)
+    text += f" ± {metric.shown_deviation(deviation)}" if pd.notna(deviation) else ""
+    text += f" ({metric.shown_change(change)})" if pd.notna(change) else ""
+    return text if n == row_n else f"{text}, n {n}"
 
 
 def tables(
@@ -117,13 +108,12 @@ def tables(
     parameters = sorted({key for result in results for key in result.params} | {"name"})
     for key in group_by:
         _check("--group-by", key, parameters)
-    names = sorted({result.name for result in results})
     if baseline not in (None, _DENSE):
-        _check("--baseline", str(baseline), [_DENSE, *names])
+        _check("--baseline", str(baseline), [_DENSE, *sorted({result.name for result in results})])
     by_dataset: dict[str, list[Result]] = {}
     for result in results:
         by_dataset.setdefault(result.dataset, []).append(result)
-    return [_table(content, own, metrics, group_by, baseline) for content, own in by_dataset.items()]
+    return [_Results(own).table(metrics, group_by, baseline) for own in by_dataset.values()]
 
 
 def _check(option: str, value: str, known: Sequence[str]) -> None:
@@ -133,126 +123,126 @@ def _check(option: str, value: str, known: Sequence[str]) -> None:
         raise UserError(f"{option} {value!r} is not in these results ({hint})")
 
 
-def _table(
-    content: str, results: Sequence[Result], metrics: Sequence[str], group_by: Sequence[str], baseline: str | None
-) -> Table:
-    devices = list(dict.fromkeys(result.device for result in results))
-    columns: dict[str, tuple[Metric, str | None]] = {}  # with the only device whose results count; None: all
-    for metric in map(describe, metrics):
-        if len(devices) > 1 and metric.of_device:
-            columns |= {f"{metric.key} on {device}": (metric, device) for device in devices}
-        else:
-            columns[metric.key] = (metric, None)
-    labels = list(dict.fromkeys((*group_by, *_ALWAYS))) if group_by else _distinguishing_labels(results, metrics)
-    groups: dict[tuple[Value, ...], list[Result]] = {}
-    for number, result in enumerate(results):
-        key = tuple(_label(result, label) for label in labels) if group_by else (number,)
-        groups.setdefault(key, []).append(result)
-    base = _baseline(results, baseline)
-    rows = []
-    for own in groups.values():
-        figures = {}
-        for column, (metric, device) in columns.items():
-            measured = [r for r in own if metric.key in r.metrics and device in (None, r.device)]
-            if measured:
-                figures[column] = _figure(metric, measured, base)
-        rows.append(Row({label: _label(own[0], label) for label in labels}, figures, [r.run for r in own if r.run]))
-    rows.sort(key=lambda row: [_sort_key(row, column, metric) for column, (metric, _) in columns.items()])
-    names = list(dict.fromkeys(str(result.params.get("dataset", "")) for result in results))
-    notes = ["times are listed per device" if len(devices) > 1 else f"times on {devices[0] or 'an unknown device'}"]
-    if any(metric.endswith("train_seconds") for metric in metrics):
-        notes.append(f"trained on {', '.join(sorted({str(r.params.get('trained_on', 'unknown')) for r in results}))}")
-    notes += _dense(results, metrics) + _mixed(list(groups.values()), labels)
-    if base is not None and not any(figure.change is not None for row in rows for figure in row.figures.values()):
-        notes.append(f"no changes shown: baseline {baseline} has no comparable result on this data set")
-    shown = {column: metric for column, (metric, _) in columns.items()}
-    return Table(" / ".join(names), content, labels, list(columns), rows, shown, notes)
+class _Results:
+    """The results on one data set as frames with one row per result."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._content = results[0].dataset
+        self._runs = pd.Series([result.run for result in results], dtype=object)
+        self._devices = pd.Series([result.device for result in results], dtype=object)
+        self._measured = pd.DataFrame([dict(result.metrics) for result in results], dtype=float)
+        # Of type object, so that numbers and texts stay what they are.
+        own = [{**result.params, "name": result.name, "run": _shown_run(result)} for result in results]
+        self._params = pd.DataFrame(own, dtype=object).fillna(_MISSING)
+        for key in ("network", "dataset"):
+            if key not in self._params:
+                self._params[key] = _MISSING
+
+    def table(self, metrics: Sequence[str], group_by: Sequence[str], baseline: str | None) -> Table:
+        """Return the table; the arguments are those of `tables`."""
+        columns, values = self._columns(metrics)
+        # Results of different networks are never grouped.
+        keys = list(dict.fromkeys((*group_by, "network"))) if group_by else self._distinguishing(metrics)
+        labels = self._params[keys]
+        by = labels.groupby(keys, sort=False).ngroup() if group_by else labels.index.to_series()
+        changes = self._changes(columns, values, baseline)
+        mean = values.groupby(by).mean()
+        worst_last = [not metric.higher_is_better for metric in columns.values()]
+        order = mean.sort_values(list(columns), ascending=worst_last, kind="stable").index
+        return Table(
+            " / ".join(dict.fromkeys(map(str, self._params["dataset"]))),
+            self._content,
+            labels.groupby(by).first().loc[order],
+            self._runs.groupby(by).agg(lambda runs: list(runs.dropna())).loc[order],
+            mean.loc[order],
+            values.groupby(by).std().loc[order],
+            values.groupby(by).count().loc[order],
+            changes.groupby(by).mean().loc[order],
+            columns,
+            [
+                *self._notes(metrics),
+                *self._mixed(by, labels),
+                *([_no_changes(baseline)] if baseline and changes.isna().all(axis=None) else []),
+            ],
+        )
+
+    def _columns(self, metrics: Sequence[str]) -> tuple[dict[str, Metric], pd.DataFrame]:
+        """Return the metric and the values of each column."""
+        devices = self._devices.unique()
+        columns, values = {}, {}
+        for metric in map(describe, metrics):
+            measured = self._measured.get(metric.key, pd.Series(float("nan"), self._measured.index))
+            if len(devices) > 1 and metric.of_device:
+                for device in devices:
+                    columns[f"{metric.key} on {device}"] = metric
+                    values[f"{metric.key} on {device}"] = measured.where(self._devices == device)
+            else:
+                columns[metric.key], values[metric.key] = metric, measured
+        return columns, pd.DataFrame(values)
+
+    def _changes(self, columns: Mapping[str, Metric], values: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+        """Return the changes from each result's own dense network, or from the baseline's mean for the same network."""
+        before = pd.DataFrame(float("nan"), values.index, values.columns)
+        if baseline == _DENSE:
+            for column, metric in columns.items():
+                dense = metric.key.replace("pruned_", "dense_")
+                if dense != metric.key and dense in self._measured:
+                    before[column] = self._measured[dense]
+        elif baseline is not None:
+            networks = self._params["network"]
+            same = self._params["name"] == baseline
+            before = values[same].groupby(networks[same]).mean().reindex(networks).set_axis(values.index)
+        return pd.DataFrame(
+            {column: metric.change(values[column], before[column]) for column, metric in columns.items()}
+        )
+
+    def _distinguishing(self, metrics: Sequence[str]) -> list[str]:
+        """Return the labels of single results: the name, parameters that differ, and the run if still ambiguous."""
+        wanted = ["network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed"]
+        if any(metric.endswith("train_seconds") for metric in metrics):
+            wanted.append("trained_on")
+        labels = ["name", *(key for key in wanted if key in self._params and self._params[key].nunique() > 1)]
+        return [*labels, "run"] if self._params[labels].duplicated().any() else labels
+
+    def _notes(self, metrics: Sequence[str]) -> list[str]:
+        """Return where times were measured, and the dense network's metrics as far as all results agree in them."""
+        devices = self._devices.unique()
+        notes = ["times are listed per device" if len(devices) > 1 else f"times on {devices[0] or 'an unknown device'}"]
+        if any(metric.endswith("train_seconds") for metric in metrics):
+            trained_on = self._params.get("trained_on", pd.Series([_MISSING])).replace(_MISSING, "unknown")
+            notes.append(f"trained on {', '.join(sorted(map(str, trained_on.unique())))}")
+        figures = []
+        for metric in map(describe, metrics):
+            key = metric.key.replace("pruned_", "dense_")
+            if key != metric.key and key in self._measured and not metric.of_device:
+                values = self._measured[key]
+                if values.nunique(dropna=False) == 1:
+                    figures.append(f"{metric.title} {metric.shown(values.iloc[0])}")
+        return [*notes, f"dense: {', '.join(figures)}"] if figures else notes
+
+    def _mixed(self, by: pd.Series[int], labels: pd.DataFrame) -> list[str]:
+        """Return a note on settings other than seeds that differ within a row; empty if there are none."""
+        differs = self._params.groupby(by).nunique() > 1
+        some = []
+        for key in sorted(set(differs) - {*SEEDS, *labels, "recipe", "name", "run"}):
+            if differs[key].any():
+                values = self._params[key][by.map(differs[key])].unique()
+                some.append(f"{key} ({', '.join(sorted(map(str, values)))})")
+        if some:
+            return [f"some rows combine results that differ in {', '.join(some)}"]
+        recipes = "recipe" in differs and differs["recipe"].any()
+        return ["some rows combine results of several recipes"] if recipes else []
 
 
-def _dense(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
-    """Return a note with the dense network's metrics, as far as they are the same for all results."""
-    figures = []
-    for metric in map(describe, metrics):
-        key = metric.key.replace("pruned_", "dense_")
-        values = {result.metrics.get(key) for result in results}
-        if key != metric.key and not metric.of_device and len(values) == 1 and (value := values.pop()) is not None:
-            figures.append(f"{metric.title} {metric.shown(value)}")
-    return [f"dense: {', '.join(figures)}"] if figures else []
+def _shown_run(result: Result) -> str:
+    return result.run[:_RUN_SHOWN] if result.run else result.uri or _MISSING
 
 
-def _distinguishing_labels(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
-    """Return the label columns for single results: the name, parameters that differ, and the run if still ambiguous."""
-    wanted = ["network", "method", "prune_rate", "residual", "round_to", "finetune_epochs", "finetune_lr", "seed"]
-    if any(metric.endswith("train_seconds") for metric in metrics):
-        wanted.append("trained_on")
-    labels = ["name", *(key for key in wanted if len({result.params.get(key) for result in results}) > 1)]
-    distinct = {tuple(_label(result, label) for label in labels) for result in results}
-    return labels if len(distinct) == len(results) else [*labels, "run"]
-
-
-def _label(result: Result, key: str) -> Value:
-    if key == "run":
-        return result.run[:_RUN_SHOWN] if result.run else result.uri or "-"
-    return result.name if key == "name" else result.params.get(key, "-")
-
-
-def _mixed(groups: Sequence[Sequence[Result]], labels: Sequence[str]) -> list[str]:
-    """Return a note on settings other than seeds that differ within a row; empty if there are none."""
-    differing: dict[str, set[Value]] = {}
-    for own in groups:
-        for key in {key for result in own for key in result.params} - {*SEEDS, *labels, "recipe"}:
-            if len(values := {result.params.get(key, "-") for result in own}) > 1:
-                differing.setdefault(key, set()).update(values)
-    if not differing and any(len({result.params.get("recipe") for result in own}) > 1 for own in groups):
-        return ["some rows combine results of several recipes"]
-    some = [f"{key} ({', '.join(map(str, sorted(values, key=str)))})" for key, values in sorted(differing.items())]
-    return [f"some rows combine results that differ in {', '.join(some)}"] if some else []
-
-
-def _baseline(results: Sequence[Result], name: str | None) -> Sequence[Result] | str | None:
-    return name if name in (None, _DENSE) else [result for result in results if result.name == name]
-
-
-def _figure(metric: Metric, results: Sequence[Result], base: Sequence[Result] | str | None) -> Figure:
-    values = [result.metrics[metric.key] for result in results]
-    changes = [c for result in results if (c := _change(metric, result, base)) is not None]
-    return Figure(
-        fmean(values), stdev(values) if len(values) > 1 else None, len(values), fmean(changes) if changes else None
-    )
-
-
-def _change(metric: Metric, result: Result, base: Sequence[Result] | str | None) -> float | None:
-    """Return the change of a metric from the result's own dense network, or from the mean of the baseline's results."""
-    if base is None:
-        return None
-    if isinstance(base, str):
-        before = [result.metrics.get(metric.key.replace("pruned_", "dense_"))] if "pruned_" in metric.key else []
-    else:
-        same = [other for other in base if other.params.get("network") == result.params.get("network")]
-        same = [other for other in same if other.device == result.device or not metric.of_device]
-        before = [other.metrics.get(metric.key) for other in same]
-    known = [value for value in before if value is not None]
-    return metric.change(result.metrics[metric.key], fmean(known)) if known else None
-
-
-def _sort_key(row: Row, column: str, metric: Metric) -> tuple[bool, float]:
-    """Sort the best value first and missing values last."""
-    figure = row.figures.get(column)
-    return (figure is None, 0.0 if figure is None else -figure.mean if metric.higher_is_better else figure.mean)
+def _no_changes(baseline: str) -> str:
+    return f"no changes shown: baseline {baseline} has no comparable result on this data set"
 
 
 # -- as text -----------------------------------------------------------------------------------------------------------
-
-
-def cell(metric: Metric, figure: Figure | None, n: int = 1) -> str:
-    """Format a figure with its deviation, its change and, if it differs from `n`, its n; "-" if it is missing."""
-    if figure is None:
-        return "-"
-    text = metric.shown(figure.mean)
-    if figure.deviation is not None:
-        text += f" ± {metric.shown_deviation(figure.deviation)}"
-    text += f" ({metric.shown_change(figure.change)})" if figure.change is not None else ""
-    return text if figure.n == n else f"{text}, n {figure.n}"
 
 
 def print_table(table: Table) -> None:
@@ -262,25 +252,22 @@ def print_table(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    grouped = any(figure.n > 1 for row in table.rows for figure in row.figures.values())
     view = RichTable(box=None, pad_edge=False, header_style="bold")
     for label in table.labels:
         view.add_column(Text(label), no_wrap=True)
-    if grouped:
+    if table.grouped:
         view.add_column("n", justify="right")
-    for column in table.figures:
-        metric = table.metrics[column]
+    for column, metric in table.metrics.items():
         view.add_column(Text(column.replace(metric.key, metric.title)), justify="right", no_wrap=True)
-    best = {column: table.best(column) for column in table.figures}
-    for row in table.rows:
-        cells = [Text(str(row.labels[label])) for label in table.labels]
-        if grouped:
-            cells.append(Text(str(row.n)))
-        for column in table.figures:
-            figure = row.figures.get(column)
-            style = "bold" if figure is not None and figure.mean == best[column] else ""
-            cells.append(Text(cell(table.metrics[column], figure, row.n), style))
-        view.add_row(*cells)
+    columns = [[Text(str(value)) for value in table.labels[label]] for label in table.labels]
+    if table.grouped:
+        columns.append([Text(str(n)) for n in table.n.max(axis=1)])
+    for column in table.metrics:
+        best = table.best(column)
+        styles = ["bold" if mean == best else "" for mean in table.mean[column]]
+        columns.append([Text(*cell) for cell in zip(table.cells(column), styles, strict=True)])
+    for row in zip(*columns, strict=True):
+        view.add_row(*row)
     # In a narrower terminal, lines wrap: rich would truncate the values.
     endless = Console(width=_ENDLESS)
     console = Console(width=max(Console().width, Measurement.get(endless, endless.options, view).maximum))
@@ -290,22 +277,22 @@ def print_table(table: Table) -> None:
 
 def as_csv(found: Sequence[Table]) -> str:
     """Return all tables as one CSV text: raw values, one line per row."""
-    labels = list(dict.fromkeys(label for table in found for label in table.labels))
-    columns = list(dict.fromkeys(column for table in found for column in table.figures))
-    grouped = any(f.n > 1 for table in found for row in table.rows for f in row.figures.values())
-    changes = any(f.change is not None for table in found for row in table.rows for f in row.figures.values())
-    parts = ["", *([" deviation", " n"] if grouped else []), *([" change"] if changes else [])]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "dataset_content", *labels, *(c + part for c in columns for part in parts), "runs"])
-    for table, row in _rows(found):
-        values: list[Any] = [table.dataset, table.content, *(row.labels.get(label, "") for label in labels)]
-        for column in columns:
-            figure = row.figures.get(column)
-            known = {} if figure is None else _plain(figure) | {"": figure.mean}
-            values += [known.get(part.strip(), "") for part in parts]
-        writer.writerow([*values, " ".join(row.runs)])
-    return text.getvalue()
+    grouped = any(table.grouped for table in found)
+    changes = any(table.change.notna().any(axis=None) for table in found)
+    frames = []
+    for table in found:
+        frame = table.labels.copy()
+        frame.insert(0, "dataset", table.dataset)
+        frame.insert(1, "dataset_content", table.content)
+        for column in table.metrics:
+            frame[column] = table.mean[column]
+            if grouped:
+                frame[f"{column} deviation"] = table.deviation[column]
+                frame[f"{column} n"] = table.n[column].where(table.n[column] > 0).astype("Int64")
+            if changes:
+                frame[f"{column} change"] = table.change[column]
+        frames.append(frame.assign(runs=table.runs.map(" ".join)))
+    return str(pd.concat(frames).to_csv(index=False, lineterminator="\n"))
 
 
 def as_json(found: Sequence[Table]) -> list[dict[str, Any]]:
@@ -316,19 +303,25 @@ def as_json(found: Sequence[Table]) -> list[dict[str, Any]]:
             "dataset_content": table.content,
             "notes": table.notes,
             "rows": [
-                {"labels": row.labels, "runs": row.runs, "figures": {c: _plain(f) for c, f in row.figures.items()}}
-                for row in table.rows
+                {"labels": labels, "runs": runs, "figures": figures}
+                for labels, runs, figures in zip(
+                    table.labels.to_dict("records"), table.runs, _figures(table), strict=True
+                )
             ],
         }
         for table in found
     ]
 
 
-def _plain(figure: Figure) -> dict[str, float | int | None]:
-    return {"mean": figure.mean, "deviation": figure.deviation, "n": figure.n, "change": figure.change}
-
-
-def _rows(found: Sequence[Table]) -> Iterator[tuple[Table, Row]]:
-    for table in found:
-        for row in table.rows:
-            yield table, row
+def _figures(table: Table) -> list[dict[str, dict[str, float | int | None]]]:
+    """Return the figures of each row as JSON-compatible values; None replaces NaN."""
+    parts = {"mean": table.mean, "deviation": table.deviation, "n": table.n, "change": table.change}
+    rows: list[dict[str, dict[str, float | int | None]]] = [{} for _ in table.runs]
+    for column in table.metrics:
+        for row, values in zip(
+            rows, zip(*(frame[column].tolist() for frame in parts.values()), strict=True), strict=True
+        ):
+            figure = dict(zip(parts, (None if pd.isna(value) else value for value in values), strict=True))
+            if figure["n"]:
+                row[column] = figure
+    return rows

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from scop.report.formatting import human
+
+if TYPE_CHECKING:
+    from pandas import Series
 
 Kind = Literal["share", "difference", "count", "bytes", "milliseconds", "seconds", "ratio", "number"]
 
@@ -70,11 +73,11 @@ class Metric:
         """Format a standard deviation: of shares in percentage points, of other kinds in the metric's unit."""
         return f"{100 * value:.2f}" if self.kind in ("share", "difference") else self.shown(value)
 
-    def change(self, value: float, before: float) -> float | None:
-        """Return the difference for shares, the ratio for other kinds; None for a ratio to 0."""
+    def change(self, values: Series[float], before: Series[float]) -> Series[float]:
+        """Return the differences for shares, the ratios for other kinds; NaN for a ratio to 0."""
         if self.kind in ("share", "difference"):
-            return value - before
-        return value / before if before else None
+            return values - before
+        return values / before.where(before != 0)
 
     def shown_change(self, change: float) -> str:
         """Format a value that `change` returned."""

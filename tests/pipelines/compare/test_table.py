@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from statistics import fmean, stdev
 
 import pytest
@@ -13,22 +14,22 @@ from tests.fakes.results import result
 
 def test_sorts_by_accuracy_and_shows_columns_that_differ() -> None:
     (table,) = tables([result("random"), result("scop", 0.3), result("scop", 0.5)])
-    assert [row.labels["name"] for row in table.rows] == ["scop-0.3", "scop-0.5", "random-0.5"]
-    assert table.labels == ["name", "method", "prune_rate"]  # seeds are the same
-    assert table.figures[:2] == ["pruned_top1", "top1_drop"]
-    assert table.figures[-2:] == ["pruned_latency_ms_batch1_p50", "speedup_batch1"]
+    assert list(table.labels["name"]) == ["scop-0.3", "scop-0.5", "random-0.5"]
+    assert list(table.labels) == ["name", "method", "prune_rate"]  # seeds are the same
+    assert list(table.metrics)[:2] == ["pruned_top1", "top1_drop"]
+    assert list(table.metrics)[-2:] == ["pruned_latency_ms_batch1_p50", "speedup_batch1"]
     assert table.best("pruned_top1") == pytest.approx(0.94 - 0.015)
     assert table.best("pruned_macs") == pytest.approx(10e6)
     assert table.notes == ["times on a CPU", "dense: top-1 95.00%, MACs 40 M, parameters 270 k"]
     (by_macs,) = tables([result("random"), result("scop", 0.3)], ["pruned_macs"])
-    assert [row.labels["name"] for row in by_macs.rows] == ["random-0.5", "scop-0.3"]
+    assert list(by_macs.labels["name"]) == ["random-0.5", "scop-0.3"]
 
 
 def test_sorts_equal_accuracy_by_size() -> None:
     large, small = result("scop", 0.3), result("l1", 0.5, metrics=result("l1", 0.5).metrics | {"pruned_top1": 0.925})
     small.metrics["top1_drop"] = large.metrics["top1_drop"]
     (table,) = tables([large, small])
-    assert [row.labels["name"] for row in table.rows] == ["l1-0.5", "scop-0.3"]
+    assert list(table.labels["name"]) == ["l1-0.5", "scop-0.3"]
     (other,) = tables([large, result("l1", metrics=small.metrics | {"dense_top1": 0.9})])
     assert other.notes == ["times on a CPU", "dense: MACs 40 M, parameters 270 k"]  # the dense networks differ in top-1
 
@@ -36,38 +37,36 @@ def test_sorts_equal_accuracy_by_size() -> None:
 def test_groups_have_mean_deviation_and_n_over_seeds() -> None:
     results = [result("scop", 0.5, seed) for seed in range(3)] + [result("l1", 0.5, 7)]
     (table,) = tables(results, ["pruned_top1"], ["method", "prune_rate"])
-    scop, l1 = table.rows
     values = [r.metrics["pruned_top1"] for r in results[:3]]
-    assert scop.labels == {"method": "scop", "prune_rate": 0.5, "network": "resnet20"}
-    figure = scop.figures["pruned_top1"]
-    assert (figure.mean, figure.deviation, figure.n) == (fmean(values), stdev(values), 3)
-    assert scop.runs == [r.run for r in results[:3]]
-    assert (l1.figures["pruned_top1"].deviation, l1.figures["pruned_top1"].n) == (None, 1)
+    assert table.labels.to_dict("records")[0] == {"method": "scop", "prune_rate": 0.5, "network": "resnet20"}
+    assert list(table.n["pruned_top1"]) == [3, 1]
+    assert table.mean["pruned_top1"].iloc[0] == pytest.approx(fmean(values))
+    assert table.deviation["pruned_top1"].iloc[0] == pytest.approx(stdev(values))
+    assert math.isnan(table.deviation["pruned_top1"].iloc[1])  # of one result
+    assert table.runs.iloc[0] == [r.run for r in results[:3]]
 
 
 def test_each_data_set_has_its_own_table() -> None:
     found = tables([result(), result(dataset="e1" * 32)])
     assert [table.content[:2] for table in found] == ["d0", "e1"]
-    assert [len(table.rows) for table in found] == [1, 1]
+    assert [len(table.mean) for table in found] == [1, 1]
 
 
 def test_never_groups_different_networks() -> None:
     other = result(params=result().params | {"network": "resnet56"})
     (table,) = tables([result(), other], ["pruned_top1"], ["method"])
-    assert [row.labels["network"] for row in table.rows] == ["resnet20", "resnet56"]
+    assert list(table.labels["network"]) == ["resnet20", "resnet56"]
 
 
 def test_latency_has_one_column_per_device(capsys) -> None:
     results = [result(), result("l1", device="a GPU")]
     (table,) = tables(results, ["pruned_top1", "pruned_latency_ms_batch1_p50"])
-    assert table.figures == [
+    assert list(table.metrics) == [
         "pruned_top1",
         "pruned_latency_ms_batch1_p50 on a CPU",
         "pruned_latency_ms_batch1_p50 on a GPU",
     ]
-    scop, l1 = table.rows
-    assert set(scop.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a CPU"}
-    assert set(l1.figures) == {"pruned_top1", "pruned_latency_ms_batch1_p50 on a GPU"}
+    assert table.n.to_numpy().tolist() == [[1, 1, 0], [1, 0, 1]]
     print_table(table)
     printed = capsys.readouterr().out
     assert "times are listed per device" in printed
@@ -78,11 +77,11 @@ def test_latency_has_one_column_per_device(capsys) -> None:
 def test_shows_changes_against_the_dense_network_or_a_variant(capsys) -> None:
     results = [result("scop", 0.5), result("l1", 0.5), result("l1", 0.5, 2)]
     (table,) = tables(results, ["pruned_top1", "pruned_macs"], baseline="dense")
-    scop = table.rows[0].figures
-    assert scop["pruned_top1"].change == pytest.approx(results[0].metrics["pruned_top1"] - 0.95)
-    assert scop["pruned_macs"].change == pytest.approx(0.25)
+    scop = table.change.iloc[0]
+    assert scop["pruned_top1"] == pytest.approx(results[0].metrics["pruned_top1"] - 0.95)
+    assert scop["pruned_macs"] == pytest.approx(0.25)
     (table,) = tables(results, ["pruned_top1"], baseline="l1-0.5")
-    assert table.rows[0].figures["pruned_top1"].change == pytest.approx(0.011)  # the mean over seeds
+    assert table.change["pruned_top1"].iloc[0] == pytest.approx(0.011)  # the mean over seeds
     print_table(table)
     assert "91.50% (+1.10)" in capsys.readouterr().out
 
@@ -127,14 +126,14 @@ def test_baselines_have_the_same_network_and_data_set() -> None:
     small = result("l1", params=result("l1").params | {"network": "resnet56"})
     small.metrics["pruned_top1"] = 0.6
     (table,) = tables([result("l1"), small], ["pruned_top1"], baseline="l1-0.5")
-    assert [row.figures["pruned_top1"].change for row in table.rows] == [0, 0]
+    assert list(table.change["pruned_top1"]) == [0, 0]
     _, without = tables([result("l1"), result(dataset="e1" * 32)], ["pruned_top1"], baseline="l1-0.5")
     assert without.notes[-1] == "no changes shown: baseline l1-0.5 has no comparable result on this data set"
 
 
 def test_identical_results_have_a_run_column() -> None:
     (table,) = tables([result(), result(run="another-run")])
-    assert [row.labels["run"] for row in table.rows] == ["run-scop", "another-"]
+    assert list(table.labels["run"]) == ["run-scop", "another-"]
 
 
 def test_narrow_terminal_shows_whole_figures_with_units(monkeypatch, capsys) -> None:
@@ -158,6 +157,6 @@ def test_csv_and_json_have_raw_values() -> None:
     found = tables([result(), result("l1", dataset="e1" * 32)], ["pruned_top1", "top1_drop"])
     rows = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [row["dataset_content"][:2] for row in rows] == ["d0", "e1"]
-    assert float(rows[0]["pruned_top1"]) == found[0].rows[0].figures["pruned_top1"].mean
+    assert float(rows[0]["pruned_top1"]) == found[0].mean["pruned_top1"].iloc[0]
     assert rows[0]["runs"] == "run-scop-0.5-0"
     assert as_json(found)[1]["rows"][0]["figures"]["top1_drop"]["n"] == 1
