@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scop.report.figures.axes import AXES
+from scop.report.figures.networks import Confusion, Histograms, confusion, histograms
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,42 +47,25 @@ def kept_channels(plan: ChannelPlan, path: Path) -> None:
     figure.savefig(path)
 
 
-def comparable(scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, list[float]], str]:
-    """Return the scores of all layers on one scale, and the title of its axis.
+def score_histograms(scores: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Plot the histogram of the scores of each layer."""
+    if (found := histograms(scores)) is not None:
+        draw_histograms(found, path)
 
-    If no score is negative, each is divided by its layer's mean, clipped below at 1/1000, and converted to log10.
-    Otherwise the scores are unchanged.
-    """
+
+def draw_histograms(found: Histograms, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Plot the histograms of the scores of the layers: a row per layer, a stronger colour for more channels."""
     import numpy as np
 
-    if any(min(own) < 0 for own in scores.values()):
-        return {layer: list(own) for layer, own in scores.items()}, "knockoff score W"
-    shown = {}
-    for layer, own in scores.items():
-        share = np.asarray(own) / max(float(np.mean(own)), 1e-30)
-        shown[layer] = np.log10(share.clip(min=1e-3)).tolist()
-    return shown, "log10 of knockoff score / mean of its layer"
-
-
-def score_histograms(
-    scores: Mapping[str, Sequence[float]], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Plot the distribution of the scores of each layer as a box plot."""
-    scores, title = comparable(scores)
-    layers = list(scores)
-    figure, axes = _figure(8, max(2.5, 0.22 * len(layers) + 0.9))
-    axes.boxplot(
-        [list(scores[layer]) for layer in layers],
-        orientation="horizontal",
-        tick_labels=layers,
-        flierprops={"marker": ".", "markersize": 3},
-        medianprops={"color": _KEPT},
-    )
+    layers = len(found.layers)
+    figure, axes = _figure(8, max(2.5, 0.22 * layers + 0.9))
+    shares = np.array(found.shares, dtype=float)  # an empty bin is NaN: not drawn
+    axes.pcolormesh(found.centres, range(layers), shares, cmap="Blues", vmin=0, edgecolors="white", linewidth=0.5)
+    axes.set_yticks(range(layers), found.layers, fontsize=7)
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
     axes.axvline(0, color="#888888", linewidth=0.8)
-    axes.set_xlabel(title)
-    axes.set_title("Scores by layer", loc="left", fontsize=10)
+    axes.set_xlabel(found.axis.title)
+    axes.set_title("Score histograms", loc="left", fontsize=10)
     figure.savefig(path, metadata=metadata)
 
 
@@ -126,27 +112,27 @@ def knockoff_images(real: Tensor, knockoffs: Tensor, info: DatasetInfo, path: Pa
     figure.savefig(path)
 
 
-def confusion_matrix(
-    counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
     """Plot the counts by true and predicted class: (classes, classes), rows are true classes."""
+    draw_confusion(confusion(counts, classes), path)
+
+
+def draw_confusion(found: Confusion, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Plot a confusion matrix."""
     import numpy as np
 
-    matrix = np.asarray(counts)
+    classes, share = found.classes, np.asarray(found.shares)
     side = min(12.0, max(3.5, 0.45 * len(classes) + 1.5))
     figure, axes = _figure(side, side)
-    # Colour by row share, so that the colours do not depend on the number of images per class.
-    share = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= 20:
         axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(len(classes)), classes, fontsize=8)
-        for row in range(len(classes)):
-            for column in range(len(classes)):
-                if matrix[row, column]:
-                    colour = "white" if share[row, column] > 0.5 else "#334"
-                    axes.text(column, row, int(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+        for row, column in np.argwhere(np.asarray(found.counts)):
+            colour = "white" if share[row, column] > 0.5 else "#334"
+            axes.text(column, row, found.counts[row][column], ha="center", va="center", fontsize=7, color=colour)
+    x, y = AXES["confusion"]
+    axes.set_xlabel(x.title)
+    axes.set_ylabel(y.title)
     axes.set_title("Confusion matrix of the pruned network, test split", loc="left", fontsize=10)
     figure.savefig(path, metadata=metadata)

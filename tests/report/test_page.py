@@ -1,5 +1,7 @@
 """Tests of the results page in headless Chromium."""
 
+import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import scop.report.page
+from scop.report.figures.axes import share_limits
+from scop.report.figures.points import dense_points, pareto_front, points
+from scop.report.metrics import describe
 from scop.report.page import Page
-from scop.report.page.pictures import pareto_front, points, write_pictures
+from scop.report.page.pictures import write_pictures
 from scop.report.results import Result
 from scop.system.cost import Spent
 from tests.fakes.browser import opened
@@ -48,17 +54,50 @@ def page(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def names(view: Any) -> list[str]:
-    return view.locator("#results tbody th").all_inner_texts()
+    return view.locator("#table .tabulator-row .tabulator-cell.name").all_inner_texts()
+
+
+def heading(view: Any, column: str) -> Any:
+    return view.locator(f"#table .tabulator-col[tabulator-field={column}]")
+
+
+def column(view: Any, field: str) -> list[str]:
+    cells = view.locator(f"#table .tabulator-cell[tabulator-field={field}] > div > :first-child")
+    return cells.all_inner_texts()
+
+
+def drawn(view: Any, plot: str) -> list[str]:
+    """Return the names of the series of a plot."""
+    return view.evaluate(f"document.getElementById('{plot}').data.map((trace) => trace.name)")
 
 
 def test_clicking_a_heading_sorts_and_reverses(page: Any) -> None:
     assert names(page)[0] == "scop-0.3"  # the most accurate
-    assert page.locator("thead th[data-key=pruned_top1]").get_attribute("aria-sort") == "descending"
-    page.locator("thead th[data-key=pruned_macs] button").click()
+    assert heading(page, "pruned_top1").get_attribute("aria-sort") == "descending"
+    heading(page, "pruned_macs").get_by_role("button").click()
     assert {name.partition("-")[2] for name in names(page)[:6]} == {"0.5"}
-    page.locator("thead th[data-key=pruned_macs] button").press("Enter")  # by keyboard too
+    assert names(page)[:2] == ["scop-0.5", "scop-0.5"]  # equal MACs: the most accurate first
+    heading(page, "pruned_macs").get_by_role("button").press("Enter")  # by keyboard too
     assert {name.partition("-")[2] for name in names(page)[:6]} == {"0.3"}
-    assert page.locator("thead th[data-key=pruned_macs]").get_attribute("aria-sort") == "descending"
+    assert names(page)[:2] == ["scop-0.3", "scop-0.3"]
+    assert heading(page, "pruned_macs").get_attribute("aria-sort") == "descending"
+    heading(page, "method").get_by_role("button").click()
+    assert names(page)[0].startswith("l1")
+
+
+def test_sorts_numbers_by_value_and_missing_ones_last(tmp_path: Path) -> None:
+    rows = [result(rate=rate, params=result().params | {"finetune_lr": lr}) for rate, lr in ((0.02, 1e-5), (0.2, 0.1))]
+    with opened(
+        write_page(tmp_path, [*rows, result("l1"), result("random", metrics={"dense_top1": 0.9})]), 1440
+    ) as view:
+        heading(view, "finetune_lr").get_by_role("button").click()
+        assert names(view)[:2] == ["scop-0.02", "scop-0.2"]
+        heading(view, "finetune_lr").get_by_role("button").click()
+        assert names(view)[:2] == ["scop-0.2", "scop-0.02"]
+        for _ in ("ascending", "descending"):
+            heading(view, "pruned_bytes").get_by_role("button").click()
+            assert names(view)[-1] == "random-0.5"
+        assert column(view, "pruned_bytes") == ["1.06 MB", "704 kB", "275 kB", "\u2013"]
 
 
 def test_filter_applies_to_table_and_plot(page: Any) -> None:
@@ -67,6 +106,13 @@ def test_filter_applies_to_table_and_plot(page: Any) -> None:
     assert names(page) == ["l1-0.5", "l1-0.5"]
     assert page.locator("#count").inner_text() == "2 of 12"
     assert page.locator("#pareto .scatterlayer .point").count() == 1 + 1
+    page.locator("#filter").fill("no such network")
+    assert names(page) == []
+    assert page.locator("#table .tabulator-placeholder").is_visible()
+    assert not page.locator("#details").is_visible()
+    page.locator("#filter").fill("")
+    assert len(names(page)) == 12
+    assert page.locator("#details").is_visible()
 
 
 def test_switches_axes_and_ungroups_seeds(page: Any) -> None:
@@ -95,9 +141,42 @@ def test_hovering_shows_details_and_clicking_selects_the_row(page: Any) -> None:
     assert "run run-scop-0." in text
     assert "scop rerun 'a run/scop/evaluate/evaluation'" in text
     page.mouse.click(x, y)
-    page.wait_for_selector("tbody tr.chosen")
-    assert page.locator("tbody tr.chosen th").inner_text().startswith("scop-0.")
-    assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
+    page.wait_for_selector("#table .tabulator-selected")
+    assert page.locator("#table .tabulator-selected .name").inner_text().startswith("scop-0.")
+    page.wait_for_function("document.activeElement.closest('.tabulator-selected')")
+
+
+def test_clicking_a_point_scrolls_to_its_row(tmp_path: Path) -> None:
+    with opened(write_page(tmp_path, [result("scop", 0.001 * number) for number in range(300)]), 1440) as view:
+        assert view.locator("#table .tabulator-row .name", has_text="scop-0.299").count() == 0
+        least = "document.getElementById('pareto').data.find((trace) => trace.mode === 'markers').customdata.at(-1)"
+        view.evaluate(f"document.getElementById('pareto').emit('plotly_click', {{points: [{{customdata: {least}}}]}})")
+        view.wait_for_selector("#table .tabulator-selected")
+        assert view.locator("#table .tabulator-selected .name").inner_text() == "scop-0.299"
+        view.wait_for_function("document.activeElement.closest('.tabulator-selected')")
+
+
+def test_choosing_a_row_shows_only_its_plots(tmp_path: Path) -> None:
+    page = Page("A sweep", SWEEP, {0: EVALUATION, 4: EVALUATION, 5: EVALUATION})
+    page.write(tmp_path / "page.html")
+    with opened(tmp_path / "page.html", 1440) as view:
+        assert drawn(view, "kept-channels") == ["scop-0.3", "l1-0.3", "l1-0.3 (2)"]
+        assert drawn(view, "learning-curves") == ["dense", "scop-0.3", "l1-0.3", "l1-0.3 (2)"]
+        colour = view.evaluate("document.getElementById('kept-channels').data[1].marker.color")
+        row = view.locator("#table .tabulator-row", has_text="run-l1-0.3-0")
+        row.get_by_role("button").click()
+        assert row.get_by_role("button").get_attribute("aria-pressed") == "true"
+        assert drawn(view, "kept-channels") == ["l1-0.3"]
+        assert view.evaluate("document.getElementById('kept-channels').data[0].marker.color") == colour
+        assert drawn(view, "learning-curves") == ["dense", "l1-0.3"]
+        assert view.locator("#confusion-of option").all_inner_texts() == ["l1-0.3"]
+        row.get_by_role("button").click()
+        assert row.get_by_role("button").get_attribute("aria-pressed") == "false"
+        assert len(drawn(view, "kept-channels")) == 3
+        view.locator("#confusion-of").select_option("l1-0.3 (2)")
+        assert view.locator("#confusion").get_attribute("aria-label").startswith("Confusion matrix of l1-0.3 (2), ")
+        view.locator("#filter").fill("scop")
+        assert drawn(view, "kept-channels") == ["scop-0.3"]
 
 
 def test_layer_bar_lists_uncertain_channels(page: Any) -> None:
@@ -155,7 +234,10 @@ def test_prints_to_pdf(tmp_path: Path) -> None:
         assert content.startswith(b"%PDF")
         assert len(content) > 20_000
         assert not view.locator("#filter").is_visible()
-        assert view.locator("tbody td.rerun").first.is_visible()
+        view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert view.locator("#results td.code", has_text="scop rerun").count() == 12
+        assert view.locator("#results tbody strong").count() > 0
+        view.evaluate("window.dispatchEvent(new Event('afterprint'))")
 
 
 def test_plots_show_their_run_and_rerun_command(page: Any) -> None:
@@ -168,19 +250,21 @@ def test_best_value_of_each_column_is_bold(tmp_path: Path) -> None:
     without = {key: value for key, value in result("random", 0.4).metrics.items() if key != "pruned_macs"}
     rows = [result("scop", 0.3), result("l1", 0.5), result(name="lacking", metrics=without)]
     with opened(write_page(tmp_path, rows), 1440) as view:
-        columns = view.locator("thead th").all_inner_texts()
         bold = {
-            (row.locator("th").inner_text(), columns[1 + number])
-            for row in view.locator("tbody tr").all()
-            for number, cell in enumerate(row.locator("td").all())
-            if cell.evaluate("one => getComputedStyle(one).fontWeight") == "700"
+            (row.locator(".name").inner_text(), cell.get_attribute("tabulator-field"))
+            for row in view.locator("#table .tabulator-row").all()
+            for cell in row.locator(".tabulator-cell:has(strong)").all()
         }
-        assert {("scop-0.3", "top-1"), ("scop-0.3", "drop"), ("l1-0.5", "MACs")} <= bold
+        assert {("scop-0.3", "pruned_top1"), ("scop-0.3", "top1_drop"), ("l1-0.5", "pruned_macs")} <= bold
         assert "lacking" not in {name for name, _ in bold}
+        view.locator("#filter").fill("l1")
+        assert view.locator("#table strong").count() == 0  # a single row
+        view.locator("#filter").fill("")
+        assert view.locator("#table strong").count() == len(bold)
     only = [result("scop", 0.3), result(name="lacking", metrics={"pruned_top1": 0.5, "dense_top1": 0.6})]
     with opened(write_page(tmp_path, only), 1440) as view:
-        assert view.locator("td.best").all_inner_texts()[0].startswith("92.5")
-        assert not view.locator("td.best", has_text="\u2013").count()
+        assert view.locator("#table strong").all_inner_texts()[0].startswith("92.5")
+        assert not view.locator("#table strong", has_text="\u2013").count()
 
 
 def test_dark_mode_prints_dark_text_on_white(tmp_path: Path) -> None:
@@ -210,10 +294,10 @@ def test_runs_of_one_recipe_share_a_point_with_a_visible_error_bar(tmp_path: Pat
 
 
 def test_keyboard_focus_stays_on_the_selected_row(page: Any) -> None:
-    page.locator("tbody th button").nth(1).press("Enter")
-    assert page.evaluate("document.activeElement.closest('tr').className") == "chosen"
+    page.locator("#table .name button").nth(1).press("Enter")
+    assert page.evaluate("document.activeElement.closest('.tabulator-selected') !== null")
     page.locator("#filter").fill("l1")
-    assert not page.locator("tbody tr.chosen").count()
+    assert not page.locator("#table .tabulator-selected").count()
 
 
 def test_shows_one_data_set_and_device_at_a_time(tmp_path: Path) -> None:
@@ -227,17 +311,18 @@ def test_shows_one_data_set_and_device_at_a_time(tmp_path: Path) -> None:
         assert names(view) == ["l1-0.2"]
 
 
-def test_shows_thousands_of_rows_in_parts(tmp_path: Path) -> None:
+def test_renders_only_visible_rows_but_prints_all(tmp_path: Path) -> None:
     with opened(write_page(tmp_path, [result("scop", 0.0001 * number) for number in range(2000)]), 1440) as view:
-        assert view.locator("tbody tr").count() == 200
-        view.locator("#more").click()
-        assert view.locator("tbody tr").count() == 400
+        assert view.locator("#count").inner_text() == "2000 of 2000"
+        assert 0 < view.locator("#table .tabulator-row").count() < 200
         view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-        assert view.locator("#results tbody tr").count() == 2000  # printing shows all rows
+        assert view.locator("#results tbody tr").count() == 2000
+        view.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        assert view.locator("#results tbody tr").count() == 0
 
 
 def test_reports_a_network_without_plots(page: Any) -> None:
-    page.locator("tbody th button", has_text="random-0.5").first.click()
+    page.locator("#table .name button", has_text="random-0.5").first.click()
     note = page.locator("#of-runs").inner_text()
     assert note.startswith("This page has no plots for random-0.5; the plots below show other networks.")
 
@@ -250,7 +335,8 @@ def test_contrast_and_keyboard_focus(tmp_path: Path, scheme: str) -> None:
             .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
             return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
           const back = of(getComputedStyle(document.body).backgroundColor);
-          return Math.min(...[...document.querySelectorAll("h1, .note, .facts, td, small, thead button, tbody button")]
+          const texts = document.querySelectorAll("h1, .note, .facts, td, small, #table :is(button, strong, code)");
+          return Math.min(...[...texts]
             .map((one) => of(getComputedStyle(one).color)).map((one) =>
               (Math.max(one, back) + 0.05) / (Math.min(one, back) + 0.05)));
         }"""
@@ -271,7 +357,37 @@ def test_writes_pictures_with_error_bars_over_seeds(tmp_path: Path) -> None:
     assert description == "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
     lines = Image.open(tmp_path / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
     assert len(lines) == len(SWEEP)
-    found = points(SWEEP, "pruned_macs")
+
+
+def test_averages_over_seeds_and_finds_the_pareto_front() -> None:
+    macs, top1 = describe("pruned_macs"), describe("pruned_top1")
+    found = points(dict(enumerate(SWEEP)), [macs.key, top1.key])
     assert len(found) == 6
-    assert all(point.dy > 0 for point in found)
-    assert [point.name for point in pareto_front(found)] == ["scop-0.5", "scop-0.3"]
+    assert all(point.values[top1.key][1] > 0 for point in found)
+    assert [point.name for point in pareto_front(found, macs, top1)] == ["scop-0.5", "scop-0.3"]
+    assert len(points(dict(enumerate(SWEEP)), [macs.key], over_seeds=False)) == 12
+
+
+def test_page_and_pictures_agree_on_front_and_limits(tmp_path: Path) -> None:
+    macs, top1 = describe("pruned_macs"), describe("pruned_top1")
+    by_index = dict(enumerate(SWEEP))
+    found, dense = (make(by_index, [macs.key, top1.key]) for make in (points, dense_points))
+    with opened(write_page(tmp_path, SWEEP), 1440) as view:
+        front, limits = view.evaluate("""() => {
+          const { data: [{ x, y }], layout } = document.getElementById("pareto");
+          return [x.map((value, index) => [value, y[index]]), layout.yaxis.range];
+        }""")
+    assert front == [[p.values[macs.key][0], p.values[top1.key][0]] for p in pareto_front(found, macs, top1)]
+    ends = [p.values[top1.key][0] + sign * p.values[top1.key][1] for p in (*found, *dense) for sign in (-1, 1)]
+    assert limits == pytest.approx(share_limits(ends))
+
+
+def test_vendored_files_are_those_of_the_readme() -> None:
+    vendor = Path(scop.report.page.__file__).parent / "vendor"
+    hashes = dict(re.findall(r"^\| `(\S+)` \| .* \| `([0-9a-f]{64})` \|$", (vendor / "README.md").read_text(), re.M))
+    assert set(hashes) == {path.name for path in vendor.iterdir()} - {"README.md", "LICENSE"}
+    for name, sha256 in hashes.items():
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == sha256
+    text = Page("A sweep", SWEEP).render()
+    assert "Copyright (c) 2015-2026 Oli Folkerd" in text
+    assert "sourceMappingURL" not in text

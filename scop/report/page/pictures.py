@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
 from typing import Any
 
+from scop.report.figures.axes import AXES, DENSE, FRONT_COLOUR, Axis, Style, axis_of, method_styles, share_limits
+from scop.report.figures.networks import SHOWN_TOGETHER, Network, networks, with_own_scores
+from scop.report.figures.points import Point, dense_points, pareto_front, points
 from scop.report.metrics import Metric, describe, smallest_batch
-from scop.report.page import DETAILS, Page
-from scop.report.plots import confusion_matrix, score_histograms
+from scop.report.page import Page
+from scop.report.plots import draw_confusion, draw_histograms
 from scop.report.results import Result
 
-# The page's palette (Okabe and Ito), with one marker per colour so that the plots stay readable in black and white.
-_STYLES = list(
-    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a"), "os^PXDv", strict=True)
-)
-_ACCURACY = "pruned_top1"
-_CURVES = 6
+_ACCURACY = describe("pruned_top1")
 _SOURCES = 200
-
-
-@dataclass(frozen=True)
-class Point:
-    """Group of results that differ only in their seeds.
-
-    Attributes:
-        name: name of the first result.
-        method: pruning method.
-        x, y: means over the results.
-        dx, dy: standard deviations; 0 for a single result.
-    """
-
-    name: str
-    method: str
-    x: float
-    y: float
-    dx: float
-    dy: float
 
 
 def write_pictures(page: Page, folder: Path) -> list[Path]:
@@ -50,36 +27,33 @@ def write_pictures(page: Page, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
+    styles = method_styles(page.results)
     for name, results in _on_one_dataset(page.results):
         known = {key for result in results for key in result.metrics}
-        for across in ("pruned_macs", "pruned_params", *smallest_batch(known)[:1]):
-            metric = describe(across)
-            devices = sorted({r.device for r in results}) if metric.of_device else [""]
+        for cost in map(describe, ("pruned_macs", "pruned_params", *smallest_batch(known)[:1])):
+            devices = sorted({r.device for r in results}) if cost.of_device else [""]
             for device in devices:
                 own = [r for r in results if device in ("", r.device)]
                 tail = _file_name(name, device if len(devices) > 1 else "")
-                path = folder / f"accuracy-{_file_name(metric.title)}{tail and '-' + tail}.png"
-                if _accuracy(own, metric, path, device):
+                path = folder / f"accuracy-{_file_name(cost.title)}{tail and '-' + tail}.png"
+                if _accuracy(own, cost, styles, path, device):
                     written.append(path)
-    details = _named(page)
-    if details:
-        some = dict(list(details.items())[:_CURVES])
-        shown, metadata = {name: e for name, (_, e) in some.items()}, _sources([result for result, _ in some.values()])
+    found = networks(page.results, page.details)
+    if together := found[:SHOWN_TOGETHER]:
+        metadata = _sources([page.results[network.index] for network in together])
         for draw, file in ((_kept_channels, "kept-channels.png"), (_learning_curves, "learning-curves.png")):
-            draw(shown, folder / file, metadata)
+            draw(together, folder / file, metadata)
             written.append(folder / file)
-    for name, (result, evaluation) in details.items():
-        path = folder / f"confusion-{_file_name(name)}.png"
-        confusion_matrix(evaluation["confusion"], evaluation["classes"], path, _sources([result]))
+    for network in found:
+        path = folder / f"confusion-{_file_name(network.name)}.png"
+        draw_confusion(network.confusion, path, _sources([page.results[network.index]]))
         written.append(path)
-    scored: list[tuple[str, Result, Any]] = []  # variants of one run share their scores
-    for name, (result, evaluation) in details.items():
-        if (scores := evaluation.get("scores")) and all(scores != other for _, _, other in scored):
-            scored.append((name, result, scores))
-    for name, result, scores in scored:
-        path = folder / (f"scores-{_file_name(name)}.png" if len(scored) > 1 else "scores.png")
-        score_histograms(scores, path, _sources([result]))
-        written.append(path)
+    scored = with_own_scores(found)
+    for network in scored:
+        path = folder / (f"scores-{_file_name(network.name)}.png" if len(scored) > 1 else "scores.png")
+        if network.scores:
+            draw_histograms(network.scores, path, _sources([page.results[network.index]]))
+            written.append(path)
     return written
 
 
@@ -93,29 +67,6 @@ def _sources(results: Sequence[Result]) -> dict[str, str]:
     return {"Description": "\n".join(lines + more)}
 
 
-def points(results: Sequence[Result], across: str, up: str = _ACCURACY) -> list[Point]:
-    """Return one point per group of results that differ only in their seeds; results that lack a metric are skipped."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        if across in result.metrics and up in result.metrics:
-            groups.setdefault(result.identity, []).append(result)
-    found = []
-    for own in groups.values():
-        xs, ys = ([result.metrics[key] for result in own] for key in (across, up))
-        spread = [stdev(values) if len(values) > 1 else 0.0 for values in (xs, ys)]
-        found.append(Point(own[0].name, str(own[0].params.get("method", "?")), fmean(xs), fmean(ys), *spread))
-    return found
-
-
-def pareto_front(found: Sequence[Point]) -> list[Point]:
-    """Return the Pareto-optimal points (low x, high y), ordered by x."""
-    front: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.x, -p.y)):
-        if not front or point.y > front[-1].y:
-            front.append(point)
-    return front
-
-
 def _on_one_dataset(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
     by_dataset: dict[str, list[Result]] = {}
     for result in results:
@@ -125,125 +76,103 @@ def _on_one_dataset(results: Sequence[Result]) -> Iterator[tuple[str, list[Resul
         yield name, own
 
 
-def _named(page: Page) -> dict[str, tuple[Result, Mapping[str, Any]]]:
-    """Return the results with complete evaluations by name; duplicate names get a number."""
-    found: dict[str, tuple[Result, Mapping[str, Any]]] = {}
-    for number, evaluation in page.details.items():
-        if not all(key in evaluation for key in DETAILS):
-            continue
-        name, count = page.results[number].name.replace("$", r"\$"), 1  # $ starts matplotlib's math mode
-        while (title := name if count == 1 else f"{name} {count}") in found:
-            count += 1
-        found[title] = page.results[number], evaluation
-    return found
-
-
 def _file_name(*parts: str) -> str:
     return re.sub(r"[^\w.]+", "-", " ".join(filter(None, parts)).lower()).strip("-")
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _figure(height: float, x: Axis, y: Axis) -> tuple[Any, Any]:
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a network may be named $a$
     figure = Figure(figsize=(7.2, height), dpi=200, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e8ed", linewidth=0.8)
     axes.set_axisbelow(True)
+    for own, line in ((x, axes.xaxis), (y, axes.yaxis)):
+        line.set_label_text(own.title)
+        if own.tickformat:
+            line.set_major_formatter(_formatter(own.tickformat))
     return figure, axes
 
 
-def _accuracy(results: Sequence[Result], metric: Metric, path: Path, device: str) -> bool:
+def _formatter(tickformat: str) -> Any:
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    if tickformat == "~s":
+        return EngFormatter(sep=" ")
+    return FuncFormatter(lambda value, _: format(value, tickformat))
+
+
+def _limit(axes: Any, x: Axis, y: Axis, ups: Sequence[float]) -> None:
+    """Set the limits of the axes after everything is drawn."""
+    axes.set_xlim(x.low, x.high)
+    if y.share and ups:
+        axes.set_ylim(*share_limits(ups))
+
+
+def _accuracy(results: Sequence[Result], cost: Metric, styles: Mapping[str, Style], path: Path, device: str) -> bool:
     """Plot accuracy against a cost. Return False if there is nothing to plot."""
-    found = points(results, metric.key)
+    keys, by_index = (cost.key, _ACCURACY.key), dict(enumerate(results))
+
+    def drawable(found: Sequence[Point]) -> list[Point]:
+        return [point for point in found if all(key in point.values for key in keys)]
+
+    found, dense = drawable(points(by_index, keys)), drawable(dense_points(by_index, keys))
     if not found:
         return False
-    figure, axes = _figure(4.4)
-    methods = list(dict.fromkeys(point.method for point in found))
-    for number, method in enumerate(methods):
-        colour, marker = _STYLES[number % len(_STYLES)]
-        own = [point for point in found if point.method == method]
-        columns = [[getattr(p, key) for p in own] for key in ("x", "y", "dx", "dy")]
-        style = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 6, "elinewidth": 1, "capsize": 2}
-        axes.errorbar(columns[0], columns[1], xerr=columns[2], yerr=columns[3], label=method, **style)
-    front = pareto_front(found)
-    line = {"color": "#8a8a8a", "linestyle": ":", "linewidth": 1.2, "zorder": 1}
-    axes.plot([point.x for point in front], [point.y for point in front], label="Pareto front", **line)
-    own_dense = (metric.key.replace("pruned_", "dense_"), "dense_top1")
-    dense: dict[tuple[float, float], list[float]] = {}
-    for r in results:
-        if all(key in r.metrics for key in (*own_dense, "dense_params")):
-            identity = (r.metrics["dense_params"], r.metrics["dense_top1"])
-            dense.setdefault(identity, []).append(r.metrics[own_dense[0]])
-    if dense:  # median, because latencies of one dense network vary between results
-        coordinates = zip(*((median(across), top1) for (_, top1), across in dense.items()), strict=True)
-        axes.scatter(*coordinates, marker="D", facecolors="none", edgecolors="#566270", label="dense")
-    axes.set_xlim(left=0)
-    axes.set_xlabel(
-        metric.title + (", ms" if metric.kind == "milliseconds" else "") + (f", {device}" if device else "")
-    )
-    axes.set_ylabel("top-1 on the test split")
-    axes.yaxis.set_major_formatter(_percent())
-    axes.xaxis.set_major_formatter(_prefixed())
+    x, y = axis_of(cost, is_cost=True), axis_of(_ACCURACY)
+    figure, axes = _figure(4.4, x, y)
+    if device:
+        axes.set_xlabel(f"{x.title}, {device}")
+    for method, style in styles.items():
+        if own := [point for point in found if point.method == method]:
+            (xs, dx), (ys, dy) = ([[p.values[key][part] for p in own] for part in (0, 1)] for key in keys)
+            look = {"color": style.colour, "marker": style.marker, "linestyle": "none", "markersize": 6}
+            axes.errorbar(xs, ys, xerr=dx, yerr=dy, label=method, elinewidth=1, capsize=2, **look)
+    front = [[point.values[key][0] for point in pareto_front(found, cost, _ACCURACY)] for key in keys]
+    axes.plot(*front, label="Pareto front", color=FRONT_COLOUR, linestyle=":", linewidth=1.2, zorder=1)
+    if dense:
+        centres = [[point.values[key][0] for point in dense] for key in keys]
+        axes.scatter(*centres, marker=DENSE.marker, facecolors="none", edgecolors=DENSE.colour, label="dense")
+    ends = [(point.values[_ACCURACY.key][0], point.values[_ACCURACY.key][1]) for point in (*found, *dense)]
+    _limit(axes, x, y, [mean + sign * deviation for mean, deviation in ends for sign in (-1, 1)])
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata=_sources(results))
     return True
 
 
-def _percent() -> Any:
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1.0)
-
-
-def _prefixed() -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep=" ")
-
-
-def _kept_channels(evaluations: Mapping[str, Mapping[str, Any]], path: Path, metadata: Mapping[str, str]) -> None:
-    channels: dict[str, int] = {}
-    for evaluation in evaluations.values():
-        channels |= evaluation["channels"]
-    figure, axes = _figure(1.2 + 0.22 * len(channels))
-    height = 0.8 / len(evaluations)
-    for number, (name, evaluation) in enumerate(evaluations.items()):
-        shares = [evaluation["kept"].get(layer, count) / count for layer, count in channels.items()]
-        centres = [row + (number - (len(evaluations) - 1) / 2) * height for row in range(len(channels))]
-        unsure = [evaluation["unsure"].get(layer, {"kept": [], "removed": []}) for layer in channels]
-        reach = [
-            [len(own[part]) / count for own, count in zip(unsure, channels.values(), strict=True)]
-            for part in ("kept", "removed")
-        ]
-        whiskers = {"xerr": reach, "error_kw": {"elinewidth": 1.0}} if any(map(any, reach)) else {}
-        axes.barh(centres, shares, height, label=name, color=_STYLES[number % len(_STYLES)][0], alpha=0.75, **whiskers)
-    axes.set_yticks(range(len(channels)), list(channels), fontsize=7)
+def _kept_channels(together: Sequence[Network], path: Path, metadata: Mapping[str, str]) -> None:
+    layers = list(dict.fromkeys(layer for network in together for layer in network.kept.layers))
+    x, y = AXES["kept"]
+    figure, axes = _figure(1.2 + 0.22 * len(layers), x, y)
+    height = 0.8 / len(together)
+    for number, network in enumerate(together):
+        kept, shift = network.kept, (number - (len(together) - 1) / 2) * height
+        centres = [layers.index(layer) + shift for layer in kept.layers]
+        reach = [list(kept.below), list(kept.above)]
+        bars = {"xerr": reach, "error_kw": {"elinewidth": 1.0}} if any(map(any, reach)) else {}
+        axes.barh(centres, kept.shares, height, label=network.name, color=network.colour, alpha=0.75, **bars)
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(_percent())
-    axes.set_xlabel("share of channels kept")
+    _limit(axes, x, y, [])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, metadata=metadata)
 
 
-def _learning_curves(evaluations: Mapping[str, Mapping[str, Any]], path: Path, metadata: Mapping[str, str]) -> None:
+def _learning_curves(together: Sequence[Network], path: Path, metadata: Mapping[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(4.0)
-    first = next(iter(evaluations.values()))
-    curves = [("dense", first.get("dense_history") or [], "#7a8594")]
-    for number, (name, evaluation) in enumerate(evaluations.items()):
-        curves.append((name, evaluation["history"], _STYLES[number % len(_STYLES)][0]))
-    for name, history, colour in curves:
-        validated = all(record.get("validation_top1") is not None for record in history)
-        key, kind = ("validation_top1", "") if validated else ("top1", " (training)")
-        if history:
-            epochs = [record["epoch"] for record in history]
-            axes.plot(epochs, [record[key] for record in history], marker=".", color=colour, label=name + kind)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("top-1 on the validation split")
+    x, y = AXES["curves"]
+    figure, axes = _figure(4.0, x, y)
+    curves = [("dense", DENSE.colour, together[0].dense_curve)]
+    curves += [(network.name, network.colour, network.curve) for network in together]
+    drawn = [(name, colour, curve) for name, colour, curve in curves if curve]
+    for name, colour, curve in drawn:
+        axes.plot(curve.epochs, curve.top1, marker=".", color=colour, label=curve.label(name))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(_percent())
-    if axes.get_legend_handles_labels()[0]:
+    _limit(axes, x, y, [top1 for _, _, curve in drawn for top1 in curve.top1])
+    if drawn:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata=metadata)
