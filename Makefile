@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 ARGS ?=
 # Number of processes that run test files in parallel. WORKERS=0 uses one process, for debugging.
 WORKERS ?= 2
+# Script and style sheet of the results page, without their endings. The files in vendor/ are not ours to format.
+PAGE := scop/report/page/page
+DENO_FORMAT := --no-config --line-width 120
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants bench-recovery docs docs-site results lock clean
 
@@ -51,15 +54,19 @@ stack: $(READY)  ## start a local S3 and MLflow server and print the variables t
 stack-down:  ## stop the servers of `make stack`
 	@docker/stack.sh down
 
-lint: $(READY)  ## run ruff, mypy and the check of import layers
+lint: $(READY)  ## run ruff, deno (the page's script and style sheet), mypy and the check of import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deno lint --quiet --no-config $(PAGE).js
+	$(BIN)/deno fmt --quiet --check $(DENO_FORMAT) $(PAGE).js $(PAGE).css
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: $(READY)  ## fix and format the code with ruff
+format: $(READY)  ## fix and format the code with ruff and deno
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/deno lint --quiet --no-config --fix $(PAGE).js
+	$(BIN)/deno fmt --quiet $(DENO_FORMAT) $(PAGE).js $(PAGE).css
 
 bench: $(READY)  ## run the speed benchmarks; writes JSON to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks $(ARGS)
