@@ -8,55 +8,40 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from scop.report.correctness import packed
+from tests.benchmarks.measure import take_turns
 from tests.fakes import services
 from tests.fakes.results import METHODS, result
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 AT_MOST = {1_000: 5.0, 10_000: 30.0}
 """Number of results -> maximum seconds of the command."""
 IMAGES = 10_000
 """Size of CIFAR-10's test split."""
 
-_MEASURED = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
-
 
 def compare(turns: int) -> dict[str, Any]:
     """Time `scop compare NAME --group-by ...`, including its start, on rows as wide as those of step evaluate."""
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for count in AT_MOST:
             fill(folder / "server.db", f"of-{count}", count)
         with services.mlflow_server(folder, str(folder / "artifacts"), os.environ, workers=4) as address:
-            for count, bound in AT_MOST.items():
+            environment = os.environ | {"MLFLOW_TRACKING_URI": address}
+
+            def table(count: int) -> None:
                 command = [sys.executable, "-m", "pipelines.cli", "compare", f"of-{count}"]
                 command += ["--group-by", "method,prune_rate"]
-                environment = os.environ | {"MLFLOW_TRACKING_URI": address}
-                runs = [timed(command, environment) for _ in range(turns)]
-                seconds, mib = (median(values) for values in zip(*runs, strict=True))
-                figures[f"{count} runs"] = {"seconds": round(seconds, 2), "at_most": bound, "peak_mib": round(mib)}
-    return figures
+                subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
-
-def timed(command: list[str], environment: Mapping[str, str]) -> tuple[float, float]:
-    """Return the wall time of a command in seconds and its peak memory in MiB."""
-    started = time.perf_counter()
-    # An intermediate process starts the command: the peak that Linux reports includes the parent's memory at the fork.
-    whole = [sys.executable, "-c", _MEASURED, *command]
-    result = subprocess.run(whole, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return time.perf_counter() - started, int(result.stdout) / 2**10
+            times = take_turns({str(count): partial(table, count) for count in AT_MOST}, turns, warmup=0)
+    return {f"{count} runs": {"seconds": round(times[str(count)], 2), "at_most": AT_MOST[count]} for count in AT_MOST}
 
 
 def fill(database: Path, experiment: str, count: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +19,29 @@ import torch
 from scop.compute.device import describe_device, pick_device
 from scop.system.revision import git_revision
 
+RESULTS = Path(__file__).parent / "results"
 _REVISION = git_revision()
 """Revision of the running code, read at import: the checkout may change during hours of work."""
 
 
-def take_turns(work: Mapping[str, Callable[[], object]], turns: int, warmup: int = 2) -> dict[str, float]:
+def take_turns(
+    work: Mapping[str, Callable[[], object]],
+    turns: int,
+    warmup: int = 2,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """Return the median seconds of each function, by name.
 
     Args:
         work: functions by name.
         turns: number of timed rounds; each runs every function once.
         warmup: number of rounds before them that are not timed.
+        before: called before each function; not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(warmup + turns):
         for name, run in work.items():
+            before()
             started = time.perf_counter()
             run()
             if torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,13 +42,14 @@ from scop.storage.folders import fetch_folder, upload_folder
 from scop.storage.manifest import write_manifest
 from scop.storage.s3 import client, forget_client
 from scop.tracking.pipeline_run import start_parent
+from scop.training.loop import Step
 from scop.training.supervised import Supervised, make_optimizer
 from tests.benchmarks.experiments import compare
 from tests.benchmarks.measure import take_turns
 from tests.fakes import services
+from tests.helpers import ROOT, SHARED
 
 SHAPE = (3, 32, 32)
-ROOT = Path(__file__).parents[2]
 
 
 def synthetic(count: int = 20_000) -> Dataset:
@@ -58,26 +61,24 @@ def synthetic(count: int = 20_000) -> Dataset:
     return make_dataset("noise", [str(i) for i in range(10)], Split(images, labels), small)
 
 
-def training_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
+def training_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:
     """Return a plain training step: forward, backward, optimizer."""
     device = pick_device()
     section = DenseSection(lr=1e-4)
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    objective, optimizer = Supervised(model, device, section), make_optimizer(model, section)
-
-    def step() -> None:
-        loss, _ = objective.loss(images, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    return step
+    return partial(Step(Supervised(model, device, section), make_optimizer(model, section)), images, labels)
 
 
 def random_batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     device = pick_device()
     images = torch.randn(count, *SHAPE).to(device, memory_format=torch.channels_last)
     return images, torch.randint(0, 10, (count,)).to(device)
+
+
+def scop(*arguments: str) -> None:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
 
 
 def batches(turns: int) -> dict[str, Any]:
@@ -103,18 +104,9 @@ def knockoff_step(turns: int) -> dict[str, Any]:
     model, device = make_model("resnet20"), pick_device()
     images, labels = random_batch(256)
 
-    def knockoffs(score: ScoreKind) -> Callable[[], None]:
+    def knockoffs(score: ScoreKind) -> Callable[[], object]:
         competition = Competition(model, ChannelGraph(model, SHAPE), shuffle, device, score=score)
-        optimizer = competition.optimizer()
-
-        def step() -> None:
-            loss, _ = competition.loss(images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            competition.after_step()
-
-        return step
+        return partial(Step(competition, competition.optimizer()), images, labels)
 
     work = {"fisher": knockoffs("fisher"), "published": knockoffs("published")}
     times = take_turns(work | {"plain": training_step(model, images, labels)}, turns)
@@ -167,9 +159,7 @@ def latency_budget(turns: int) -> dict[str, Any]:
 
 def help_seconds(turns: int) -> dict[str, Any]:
     """Measure `scop --help`."""
-    command = [sys.executable, "-m", "pipelines.cli", "--help"]
-    times = take_turns({"help": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns)
-    return {"seconds": times["help"], "at_most": 0.5}
+    return {"seconds": take_turns({"help": lambda: scop("--help")}, turns)["help"], "at_most": 0.5}
 
 
 def step_overhead(turns: int) -> dict[str, Any]:
@@ -228,15 +218,14 @@ def _ms(times: dict[str, float]) -> dict[str, float]:
 
 def archive(turns: int) -> dict[str, Any]:
     """Measure decoding and packing the 60,000 JPEG files of the shared CIFAR-10 archive by `prepare_data`."""
-    path = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
+    path = SHARED / "data" / "cifar10-jpeg.tar.gz"
     if not path.exists():
         return {"skipped": f"{path.name} does not exist"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pipelines.cli", "step", "prepare_data", "--output", f"dataset={folder}/data"]
-        command += ["--set", "data.source=imagefolder", "--set", f"data.path={path}"]
+        settings = ["--set", "data.source=imagefolder", "--set", f"data.path={path}"]
 
         def pack() -> None:
-            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            scop("step", "prepare_data", "--output", f"dataset={folder}/data", *settings)
             shutil.rmtree(f"{folder}/data")
 
         times = take_turns({"pack": pack}, turns, 0)
@@ -250,46 +239,31 @@ def s3(turns: int) -> dict[str, Any]:
         (folder / "files").mkdir()
         for number in range(4):
             (folder / "files" / f"{number}.bin").write_bytes(generator.bytes(256 * 2**20))
-        with (
-            services.s3_server(folder) as address,
-            patch.dict(os.environ, services.environment(address)),
-        ):
+        with services.s3_server(folder) as address, patch.dict(os.environ, services.environment(address)):
             forget_client()
             client().create_bucket(Bucket="bench")
             theirs = f":s3,provider=Other,env_auth=true,endpoint='{address}':bench"
             copy = [services.rclone(), "copy", "--config", "/dev/null"]
 
-            def ours_up(turn: int) -> None:
-                upload_folder(folder / "files", f"s3://bench/ours{turn}")
-
-            def theirs_up(turn: int) -> None:
-                subprocess.run([*copy, f"{folder}/files", f"{theirs}/theirs{turn}"], check=True)
-
+            ours, others = itertools.count(), itertools.count()
+            uploads = {
+                "up": lambda: upload_folder(folder / "files", f"s3://bench/ours{next(ours)}"),
+                "rclone up": lambda: subprocess.run([*copy, f"{folder}/files", f"{theirs}/{next(others)}"], check=True),
+            }
             # Always the same objects: rclone's server computes their MD5 at the first request, which would be timed.
-            def ours_down(turn: int) -> None:
-                fetch_folder("s3://bench/ours0", Cache(folder / "cache"))
+            downloads = {
+                "down": lambda: fetch_folder("s3://bench/ours0", Cache(folder / "cache")),
+                "rclone down": lambda: subprocess.run([*copy, f"{theirs}/0", f"{folder}/copy"], check=True),
+            }
 
-            def theirs_down(turn: int) -> None:
-                subprocess.run([*copy, f"{theirs}/theirs0", f"{folder}/copy"], check=True)
+            def clean() -> None:
+                for copied in ("cache", "copy"):
+                    shutil.rmtree(folder / copied, ignore_errors=True)
+                os.sync()  # so that a run does not wait for the last one's writes
 
             write_manifest(folder / "files", "dataset")
-            times: dict[str, list[float]] = {"up": [], "rclone up": [], "down": [], "rclone down": []}
             # First all uploads, then all downloads, so that only the timed work writes within each group.
-            for pieces in (
-                {"up": ours_up, "rclone up": theirs_up},
-                {"down": ours_down, "rclone down": theirs_down},
-            ):
-                for turn in range(turns + 1):
-                    for label, run in pieces.items():
-                        for copy_of in ("cache", "copy"):
-                            shutil.rmtree(folder / copy_of, ignore_errors=True)
-                        os.sync()  # so that this run does not wait for the last one's writes
-                        started = time.perf_counter()
-                        run(turn)
-                        times[label].append(time.perf_counter() - started)
-            for values in times.values():
-                del values[0]  # warmup
-    seconds = {label: statistics.median(values) for label, values in times.items()}
+            seconds = take_turns(uploads, turns, 1, clean) | take_turns(downloads, turns, 1, clean)
     return {
         "mb_per_second": {label: round(2**30 / 1e6 / value, 1) for label, value in seconds.items()},
         "up": {"ratio": seconds["rclone up"] / seconds["up"], "at_least": 0.8},
@@ -303,8 +277,7 @@ def run_overhead(turns: int) -> dict[str, Any]:
     for _ in range(turns):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            command = [sys.executable, "-m", "pipelines.cli", "run", "--out", folder]
-            subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            scop("run", "--out", folder)
             seconds = time.perf_counter() - started
             histories = [load_history(path.parent) for path in Path(folder).rglob("history.json")]
             ratios.append(seconds / sum(epoch.seconds for history in histories for epoch in history))
@@ -320,10 +293,7 @@ def run_overhead(turns: int) -> dict[str, Any]:
 def default_run(turns: int) -> dict[str, Any]:
     """Measure `scop run` with its default configuration, from its start to the table."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pipelines.cli", "run", "--out", folder]
-        times = take_turns(
-            {"run": lambda: subprocess.run(command, check=True, capture_output=True, cwd=ROOT)}, turns, 0
-        )
+        times = take_turns({"run": lambda: scop("run", "--out", folder)}, turns, 0)
     return {"seconds": times["run"], "at_most": 240}
 
 
