@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 
-from scop import make_model, train_knockoffs
+from scop import train_knockoffs
 from scop.compute.device import pick_device
 from scop.config import KnockoffSection
-from scop.data.batches import Augmentation, Batches
+from scop.data.batches import Batches
 from scop.knockoffs.quality import measure_quality
 from scop.knockoffs.sources import make_source
-from scop.models.artifacts import load_weights
 from scop.selection.strategy import knockoff_threshold
-from tests.benchmarks.accuracy import ARCHIVE, RESULTS, ROOT, WEIGHTS
-from tests.benchmarks.measure import machine, settings_hash
+from tests.benchmarks.inputs import AUGMENTATION, AUGMENTED, given_resnet20, images
+from tests.benchmarks.measure import RESULTS, machine, settings_hash
 from tests.benchmarks.scores import BATCHES, First
-from tests.benchmarks.sittings import images
 
 SOURCES: dict[str, dict[str, Any]] = {
     "shuffle": {},
@@ -40,15 +38,13 @@ SURE = 2.0
 def main(names: list[str]) -> int:
     """Measure sources by name, all by default."""
     path, device = RESULTS / "quality-resnet20.json", pick_device()
-    dataset = images(ARCHIVE, ROOT / "runs" / "benchmarks" / "cifar10")
-    model = make_model("resnet20")
-    load_weights(model, str(WEIGHTS))
-    batches = Batches(dataset["train"], dataset.info, 256, device, Augmentation(crop_padding=4, flip=True))
+    dataset, model = images(validation=0), given_resnet20()
+    batches = Batches(dataset["train"], dataset.info, 256, device, AUGMENTATION)
     results: dict[str, Any] = {"network": "resnet20", "sources": {}, "command": "make bench-quality"}
     if path.exists():
         results["sources"] = json.loads(path.read_text())["sources"]
     for name in names or SOURCES:
-        section = KnockoffSection.model_validate({"crop_padding": 4, "flip": True} | SOURCES[name])
+        section = KnockoffSection.model_validate(AUGMENTED | SOURCES[name])
         torch.manual_seed(section.seed)
         batches.set_epoch(0)
         fewer = section.source == "generator"
