@@ -10,7 +10,7 @@ WORKERS ?= 2
 PAGE := scop/report/page/page
 DENO_FORMAT := --no-config --line-width 120
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-variants bench-recovery docs docs-site results lock clean
+.PHONY: help setup run test test-slow test-docker image base-image stack stack-down lint format bench bench-scores bench-quality bench-accuracy bench-gpu bench-short bench-recipes bench-variants bench-recovery docs docs-site results lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -71,25 +71,38 @@ format: $(READY)  ## fix and format the code with ruff and deno
 bench: $(READY)  ## run the speed benchmarks; writes JSON to tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench-scores: $(READY)  ## compare scores on ResNet-20, a VGG and ResNet-56 without fine-tuning; hours on two cores
+bench-scores: $(READY)  ## compare scores on ResNet-20 and a VGG without fine-tuning; hours on two cores
 	$(BIN)/python -m tests.benchmarks.scores $(ARGS)
 
 bench-quality: $(READY)  ## measure the quality of each knockoff source
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
 
-bench-accuracy: $(READY)  ## measure ResNet-20's accuracy after pruning, three seeds; a night on two cores; repeat to resume
-	$(BIN)/python -m tests.benchmarks.accuracy resnet20 --seeds 3 --minutes 60 $(ARGS)
+# $(call benchmark,CONFIG,NAME) runs a configuration in runs/benchmarks/NAME, or resumes the run that is there, and stores
+# its figures as tests/benchmarks/results/NAME.json. To measure again, delete the folder.
+define benchmark
+test -e runs/benchmarks/$(2)/*/summary.json || $(BIN)/scop run -f $(1) --out runs/benchmarks/$(2) \
+  $(patsubst %/config.yaml,--resume %,$(lastword $(wildcard runs/benchmarks/$(2)/*/config.yaml))) $(ARGS)
+$(BIN)/python -m tests.benchmarks.tables add $(2) "$$(dirname runs/benchmarks/$(2)/*/summary.json)" "make $@"
+endef
 
-bench-gpu: $(READY)  ## the same for ResNet-56 and ResNet-50 on a GPU; repeat until it reports completion
-	$(BIN)/python -m tests.benchmarks.accuracy resnet56 resnet50 --train $(ARGS)
+bench-accuracy: $(READY)  ## measure ResNet-20's accuracy after pruning, three seeds; half a day on two cores; repeat to resume
+	$(call benchmark,cifar10-resnet20,accuracy-resnet20)
 
-bench-variants: $(READY)  ## compare residual rules, and SCOP with its controls, after short fine-tuning; over an hour
-	$(BIN)/python -m tests.benchmarks.variants $(ARGS)
+bench-gpu: $(READY)  ## the same for ResNet-56 and ResNet-50 on a GPU; repeat to resume
+	$(call benchmark,cifar10-resnet56,accuracy-resnet56)
+	$(call benchmark,cifar10-resnet50,accuracy-resnet50)
+
+bench-short: $(READY)  ## the same for ResNet-56 on two cores, with too few epochs; hours; repeat to resume
+	$(call benchmark,tests/benchmarks/short.yaml,accuracy-resnet56-short)
+
+bench-recipes: $(READY)  ## measure ResNet-20 with other fine-tuning recipes; a day on two cores; repeat to resume
+	$(call benchmark,tests/benchmarks/recipes.yaml,accuracy-resnet20-recipes)
+
+bench-variants: $(READY)  ## compare residual rules, and SCOP with its controls, after short fine-tuning; hours
+	$(call benchmark,tests/benchmarks/variants.yaml,variants-resnet20)
 
 bench-recovery: $(READY)  ## measure the effect of distillation, weight averaging, rounds and selection; two hours
-	$(BIN)/scop run -f tests/benchmarks/recovery.yaml --out runs/benchmarks $(ARGS)
-	$(BIN)/python -m tests.benchmarks.tables add recovery-resnet20 "$$(ls -td runs/benchmarks/recovery-*/ | head -1)" \
-	  "make bench-recovery" "CIFAR-10 (JPEG q75)"
+	$(call benchmark,tests/benchmarks/recovery.yaml,recovery-resnet20)
 
 docs: $(READY)  ## generate docs/configuration.md from the docstrings
 	$(BIN)/python -m pipelines.reference

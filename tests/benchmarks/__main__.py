@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import machine
+from tests.benchmarks.bounds import figures
+from tests.benchmarks.measure import RESULTS, machine
 from tests.benchmarks.speed import BENCHMARKS
-
-RESULTS = Path(__file__).parent / "results" / "speed.json"
 
 
 def main(names: list[str]) -> int:
@@ -22,28 +20,18 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"unknown benchmark {unknown[0]!r} (known: {', '.join(BENCHMARKS)})", file=sys.stderr)
         return 2
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    path = RESULTS / "speed.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     missed = 0
     for name in names or BENCHMARKS:
         run, turns = BENCHMARKS[name]
         results[name] = {**run(turns), "machine": machine(), "command": f"make bench ARGS={name}"}
-        for label, value, bound, met in _figures(name, results[name]):
-            missed += not met
-            print(f"{label:24} {value:8.3f}   {bound:14} {'' if met else 'MISSED'}", flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        for label, figure in figures({name: results[name]}).items():
+            missed += not figure.met
+            mark = "" if figure.met else "MISSED"
+            print(f"{label:24} {figure.value:8.3f}   {figure.limit} {figure.bound:<6} {mark}", flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if missed else 0
-
-
-def _figures(name: str, result: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """Return (label, figure, bound, whether it is met) for each figure of a benchmark."""
-    if "at_most" in result or "at_least" in result:
-        value = float(result["ratio"] if "ratio" in result else result["seconds"])
-        if "at_most" in result:
-            return [(name, value, f"at most {result['at_most']}", value <= float(result["at_most"]))]
-        return [(name, value, f"at least {result['at_least']}", value >= float(result["at_least"]))]
-    parts = ((key, part) for key, part in result.items() if isinstance(part, dict))
-    return [figure for key, part in parts for figure in _figures(f"{name} {key}", part)]
 
 
 if __name__ == "__main__":

@@ -1,28 +1,15 @@
-"""Tables of accuracy after fine-tuning."""
+"""Tables of accuracy after fine-tuning, from finished runs of the pipeline."""
 
 from __future__ import annotations
 
-import json
-import statistics
-from pathlib import Path
 from typing import Any
 
-from scop.report.formatting import human
-from tests.benchmarks.cells import (
-    Table,
-    differences,
-    group_by_seed,
-    group_by_variant,
-    lead,
-    lead_interval,
-    percents,
-    speed_of,
-)
+from scop.config.parsing import merged
+from tests.benchmarks.cells import Figures, Lead, Table, by_variant, describe
 
 _TARGETS = {"resnet20": 0.8, "resnet56": 0.0, "resnet50": 0.0}
 """Maximum drop of top-1, in points, by network."""
-
-WAYS = {
+_RECOVERY = {
     "usual": "reference",
     "none": "nothing removed",
     "uniform": "uniform selection",
@@ -33,116 +20,125 @@ WAYS = {
     "twice-as-long": "6 epochs",
 }
 """Label of each variant of `make bench-recovery`."""
+_SIZES = ("parameters", "MACs")
+Content = dict[str, Any]
+"""A JSON file of results."""
 
 
-def targets(folder: Path) -> Table:
-    """The target for each network, and the drop measured by `make bench-accuracy` or `make bench-gpu`."""
-    rows = []
-    for network, most in _TARGETS.items():
-        row = [network, f"at most {most:g}", "not measured", "", "", "open"]
-        for name in (network, f"{network}-short"):
-            if (path := folder / f"accuracy-{name}.json").exists():
-                content = json.loads(path.read_text())
-                groups = group_by_variant(content["variants"])
-                none, scop = groups.get("none", {}), groups.get("scop", {})
-                if drops := differences(none, scop):
-                    epochs = content["settings"]["finetune"]["epochs"]
-                    row[2:5] = [lead(none, scop), str(len(drops)), str(epochs)]
-                    row[5] = _status(statistics.fmean(drops), *lead_interval(none, scop), most)
-                    if name != network:
-                        row[5] = "open"
-                    break
-        rows.append(row)
-    return Table(["network", "target", "drop", "seeds", "epochs", "status"], rows)
+def accuracy(contents: list[Content]) -> Table:
+    """Full fine-tuning: each method against `none` with the same recipe.
 
-
-def _status(mean: float, low: float | None, high: float | None, most: float) -> str:
-    """Return whether the target is reached, claiming no more than the interval supports."""
-    word = "missed" if mean > most else "reached"
-    if low is None or high is None:
-        return f"{word} once"
-    return f"{word} on average" if low <= most < high else word
-
-
-def accuracy(contents: list[dict[str, Any]]) -> Table:
-    """The runs of `make bench-accuracy` and `make bench-gpu`: each measured method against `none`."""
+    A variant is named METHOD or METHOD-RECIPE, and the table's runs NETWORK or NETWORK-RECIPE.
+    """
     rows = []
     for content in contents:
-        dense, groups = content["dense"], group_by_variant(content["variants"])
-        finetune, none = content["settings"]["finetune"], groups.get("none", {})
-        lesson = finetune["distillation"]
-        settings = [
-            str(finetune["epochs"]),
-            f"{lesson.get('attention_until', 1):.0%}",
-            "yes" if lesson.get("mirror") else "no",
-        ]
-        for name in (name for name in content["settings"]["variants"] if name != "none" and name in groups):
-            found = groups[name]
-            sizes = [_shared(next(iter(found.values()))[key], dense[key]) for key in ("params", "macs")]
-            top1 = [
-                f"{100 * dense['top1']:.2f}",
-                percents(none, "top1") if none else "not measured",
-                percents(found, "recalibrated_top1"),
-                percents(found, "top1"),
-            ]
-            rows.append([content["network"], name, *settings, str(len(found)), *top1, lead(none, found), *sizes])
-    headings = ["run", "method", "epochs", "attention", "mirror", "seeds", "dense", "`none`", "before", "after", "drop"]
-    return Table([*headings, "parameters", "MACs"], rows)
+        groups = by_variant(content["variants"])
+        for name, found in groups.items():
+            method, _, recipe = name.partition("-")
+            if method != "none":
+                none = groups.get(name.replace(method, "none", 1), {})
+                finetune = _finetuning(content, name)
+                row = {"run": "-".join(filter(None, [_network(content), recipe])), "method": method}
+                row |= {"epochs": str(finetune["epochs"]), **_distillation(finetune)}
+                row |= describe(found, "seeds", "dense") | {"`none`": _top1(none) or "not measured"}
+                row |= describe(found, "before", "after") | {"drop": str(Lead.of(none, found))}
+                rows.append(row | describe(found, *_SIZES, shares=True))
+    return sorted(rows, key=lambda row: row["run"])
 
 
-def _shared(value: float, whole: float) -> str:
-    return f"{human(value)} ({value / whole:.0%})"
+def _network(content: Content) -> str:
+    return str(content["config"]["dense"]["model"]).rpartition(":")[2]
 
 
-def rules(content: dict[str, Any]) -> Table:
-    """Residual rules at equal MACs and at equal latency."""
-    groups, rows = group_by_variant(content["variants"]), []
-    for name, variant in content["settings"]["variants"].items():
-        if "residual" in variant and (found := groups.get(name)):
-            rule, _, budget = name.partition("-")
-            against = "" if rule == "scatter" else lead(found, groups.get(f"scatter-{budget}", {}))
-            rows.append([rule, budget, *_sizes(found), speed_of(found), *_top1(found), against])
-    headings = ["rule", "budget", "parameters", "MACs", "speed", "seeds", "before", "after", "after minus `scatter`"]
-    return Table(headings, rows)
+def _finetuning(content: Content, name: str) -> Content:
+    """Return the fine-tuning settings of a variant."""
+    config = content["config"]
+    variant = next(v for v in config["variants"] if str(v["name"]).partition("-seed")[0] == name)
+    return merged(config["finetune"], variant["finetune"])
 
 
-def methods(content: dict[str, Any]) -> Table:
-    """SCOP and its controls at equal MACs, under rule `scatter`."""
-    groups, rows = group_by_variant(content["variants"]), []
-    for name, variant in content["settings"]["variants"].items():
-        if (found := groups.get(name)) and (name == "scatter-macs" or "residual" not in variant):
-            selection, method = variant.get("selection", "uniform"), variant.get("method", "scop")
-            ours = groups.get("scatter-macs" if selection == "global" else "scop-uniform", {})
-            against = "" if method in ("scop", "none") else lead(ours, found)
-            rows.append([method, "" if method == "none" else selection, *_sizes(found), *_top1(found), against])
-    return Table(["method", "selection", "parameters", "MACs", "seeds", "before", "after", "SCOP minus method"], rows)
+def _distillation(finetune: Content) -> dict[str, str]:
+    distillation = finetune["distillation"]
+    mirror = "yes" if distillation.get("mirror") else "no"
+    return {"attention": f"{distillation.get('attention_until', 1):.0%}", "mirror": mirror}
 
 
-def _sizes(found: dict[str, dict[str, Any]]) -> list[str]:
-    return [human(next(iter(found.values()))[key]) for key in ("params", "macs")]
+def targets(contents: list[Content]) -> Table:
+    """The target for each network, and the drop measured by `make bench-accuracy` or `make bench-gpu`."""
+    return [_target(contents, network, most) for network, most in _TARGETS.items()]
 
 
-def _top1(found: dict[str, dict[str, Any]]) -> list[str]:
-    return [str(len(found)), *(percents(found, key) for key in ("recalibrated_top1", "top1"))]
+def _target(contents: list[Content], network: str, most: float) -> dict[str, str]:
+    row = {"network": network, "target": f"at most {most:g}", "drop": "not measured"}
+    row |= {"seeds": "", "epochs": "", "status": "open"}
+    # A shortened run is shown until there is a full one; it does not decide whether the target is met.
+    for recipe in ("", "-short"):
+        for content in contents:
+            groups = by_variant(content["variants"])
+            drop = Lead.of(groups.get(f"none{recipe}", {}), groups.get(f"scop{recipe}", {}))
+            if _network(content) == network and drop.points:
+                epochs = str(_finetuning(content, f"scop{recipe}")["epochs"])
+                row |= {"drop": str(drop), "seeds": str(len(drop.points)), "epochs": epochs}
+                return row if recipe else row | {"status": _status(drop, most)}
+    return row
 
 
-def recovery(content: dict[str, Any]) -> Table:
+def _status(drop: Lead, most: float) -> str:
+    """Return whether the target is reached, claiming no more than the interval supports."""
+    word = "missed" if drop.mean > most else "reached"
+    if drop.low is None or drop.high is None:
+        return f"{word} once"
+    return f"{word} on average" if drop.low <= most < drop.high else word
+
+
+def rules(content: Content) -> Table:
+    """Residual rules at equal MACs and at equal latency. A variant is named RULE-BUDGET."""
+    groups, rows = by_variant(content["variants"]), []
+    for name, found in groups.items():
+        rule, _, budget = name.partition("-")
+        if budget in ("macs", "latency"):
+            lead = "" if rule == "scatter" else str(Lead.of(found, groups[f"scatter-{budget}"]))
+            row = {"rule": rule, "budget": budget}
+            row |= describe(found, *_SIZES, "speed", "seeds", "before", "after")
+            rows.append(row | {"after minus `scatter`": lead})
+    return rows
+
+
+def methods(content: Content) -> Table:
+    """SCOP and its controls at equal MACs, under rule `scatter`. A variant is named METHOD-SELECTION."""
+    groups, rows = by_variant(content["variants"]), []
+    groups = {"scop-global" if name == "scatter-macs" else name: found for name, found in groups.items()}
+    for name, found in groups.items():
+        method, _, selection = name.partition("-")
+        if selection in ("uniform", "global", ""):
+            lead = "" if method in ("scop", "none") else str(Lead.of(groups[f"scop-{selection}"], found))
+            row = {"method": method, "selection": selection}
+            row |= describe(found, *_SIZES, "seeds", "before", "after")
+            rows.append(row | {"SCOP minus method": lead})
+    return rows
+
+
+def recovery(content: Content) -> Table:
     """The effect of each part of fine-tuning, one changed at a time."""
-    by_way, rows = group_by_seed(content["variants"]), []
-    for way, label in WAYS.items():
-        found = by_way[way]
-        against = "" if way == "usual" else lead(found, by_way["usual"])
-        rows.append([label, str(len(found)), percents(found, "top1"), against, *_sizes(found)])
-    return Table(["change", "seeds", "top-1", "minus reference", "parameters", "MACs"], rows)
+    groups, rows = by_variant(content["variants"]), []
+    for name, label in _RECOVERY.items():
+        found = groups[name]
+        lead = "" if name == "usual" else str(Lead.of(found, groups["usual"]))
+        row = {"change": label, **describe(found, "seeds"), "top-1": _top1(found)}
+        rows.append(row | {"minus reference": lead} | describe(found, *_SIZES))
+    return rows
 
 
-def run(content: dict[str, Any]) -> Table:
-    """A finished run of the pipeline."""
-    groups = group_by_seed(content["variants"])
-    none = next((v["name"].partition("-seed")[0] for v in content["variants"] if v["method"] == "none"), "")
-    named = {"dense": {"": content["variants"][0]["dense"]}} | groups
-    rows = [
-        [name, percents(found, "top1"), *_sizes(found), "" if name in ("dense", none) else lead(groups[none], found)]
-        for name, found in named.items()
-    ]
-    return Table(["network", "top-1", "parameters", "MACs", "drop"], rows)
+def run(content: Content) -> Table:
+    """A finished run of a preset."""
+    groups = by_variant(content["variants"])
+    none = next(found for found in groups.values() if found[""]["method"] == "none")
+    rows = []
+    for name, found in {"dense": {"": {**none[""], "pruned": none[""]["dense"]}}, **groups}.items():
+        drop = "" if name == "dense" or found is none else str(Lead.of(none, found))
+        rows.append({"network": name, "top-1": _top1(found), **describe(found, *_SIZES), "drop": drop})
+    return rows
+
+
+def _top1(found: Figures) -> str:
+    return describe(found, "after")["after"] if found else ""

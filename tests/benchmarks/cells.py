@@ -2,97 +2,97 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
+from scop.report.formatting import human
 from scop.report.paired_comparison import interval, share_right
+
+Table = list[dict[str, str]]
+"""Rows of cells by heading; the first cell of a row, or the first two together, identify it."""
+Figures = dict[str, dict[str, Any]]
+"""A variant's figures by seed, each as in a run's summary."""
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, without a final newline."""
+    lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
+    return "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
+
+
+def cell_of(table: Table, row: str, heading: str) -> str:
+    """Return a cell. Raises KeyError if the row or the heading does not exist, or if the row is not unique."""
+    found = [cells for cells in table if row in ((names := list(cells.values()))[0], " ".join(names[:2]))]
+    if len(found) != 1 or heading not in found[0]:
+        raise KeyError(f"{row} / {heading}: {len(found)} rows; columns: {', '.join(table[0])}")
+    return found[0][heading]
+
+
+def by_variant(variants: Iterable[dict[str, Any]]) -> dict[str, Figures]:
+    """Group the variants of a run by their names without the seeds."""
+    groups: dict[str, Figures] = {}
+    for variant in variants:
+        name, _, seed = variant["name"].partition("-seed")
+        groups.setdefault(name, {})[seed] = variant
+    return groups
+
+
+def describe(found: Figures, *headings: str, shares: bool = False) -> dict[str, str]:
+    """Return a variant's cells under these headings; sizes with their shares of the dense network's if `shares`."""
+    rows = list(found.values())
+    pruned, dense = rows[0]["pruned"], rows[0]["dense"]
+    speedups = [row["speedup"] for row in rows if row.get("speedup")]
+    cells = {
+        "seeds": str(len(rows)),
+        "dense": f"{100 * dense['top1']:.2f}",
+        "before": percent([row["before"] for row in rows if "before" in row], 2),
+        "after": percent([row["pruned"]["top1"] for row in rows], 2),
+        "speed": f"{fmean(speedups):.2f}x" if speedups else "",
+    }
+    for heading, key in (("parameters", "params"), ("MACs", "macs")):
+        cells[heading] = human(pruned[key]) + (f" ({pruned[key] / dense[key]:.0%})" if shares else "")
+    return {heading: cells[heading] for heading in headings}
+
+
+def percent(values: Sequence[float], digits: int = 1) -> str:
+    """Format the mean and standard deviation of shares, in percent; empty if there are none."""
+    deviation = f" ± {100 * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.{digits}f}{deviation}" if values else ""
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table for a Markdown document.
+class Lead:
+    """Top-1 of one variant minus that of another, in points.
 
     Attributes:
-        headings: one per column.
-        rows: cells by row; the first cell of a row, or the first two together, identify it.
+        points: differences, for the seeds that both have.
+        low, high: 95 % interval of their mean, or None. It covers other seeds and, if the correctness of each answer
+            was stored, other test images.
     """
 
-    headings: list[str]
-    rows: list[list[str]]
+    points: list[float]
+    low: float | None
+    high: float | None
 
-    def markdown(self) -> str:
-        """Return the table as Markdown, without a final newline."""
-        lines = [self.headings, ["---"] * len(self.headings), *self.rows]
-        return "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
+    @classmethod
+    def of(cls, theirs: Figures, ours: Figures) -> Lead:
+        """Return the lead of the first variant over the second."""
+        pairs = [(theirs[seed]["pruned"], figures["pruned"]) for seed, figures in ours.items() if seed in theirs]
+        points = [100 * (first["top1"] - second["top1"]) for first, second in pairs]
+        right = [[one["right"] for one in pair] for pair in pairs if all("right" in one for one in pair)]
+        shares = [share_right(answers) for answers in zip(*right, strict=True)]
+        low, high = interval(points, 100 * (shares[0] - shares[1]) if shares else None)
+        # Equal differences for all seeds are no certainty: they are rounded to the same image.
+        certain = low is None or high is None or low >= high
+        return cls(points, None, None) if certain else cls(points, low, high)
 
-    def cell(self, row: str, heading: str) -> str:
-        """Return a cell. Raises KeyError if the row or the heading does not exist or is not unique."""
-        found = [cells for cells in self.rows if row in (cells[0], " ".join(cells[:2]))]
-        if len(found) != 1 or self.headings.count(heading) != 1:
-            raise KeyError(f"{row} / {heading}: {len(found)} rows and {self.headings.count(heading)} columns")
-        return found[0][self.headings.index(heading)]
+    @property
+    def mean(self) -> float:
+        return fmean(self.points)
 
-
-def group_by_variant(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Group figures by VARIANT-SEED as variant -> seed -> figures."""
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, figures in rows.items():
-        variant, _, seed = key.rpartition("-")
-        groups.setdefault(variant, {})[seed] = figures
-    return groups
-
-
-def group_by_seed(variants: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Group the variants of a run's summary as variant -> seed -> figures."""
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for variant in variants:
-        name, _, seed = variant["name"].partition("-seed")
-        groups.setdefault(name, {})[seed] = variant["pruned"]
-    return groups
-
-
-def differences(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> list[float]:
-    """Return the top-1 of one network minus that of the other, in points, for each seed that both have."""
-    return [100 * (theirs[seed]["top1"] - own["top1"]) for seed, own in ours.items() if seed in theirs]
-
-
-def lead_interval(
-    theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]
-) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of the mean difference, or None twice.
-
-    It covers other seeds and, if the correctness of each answer was stored, other test images.
-    """
-    known = [seed for seed, row in ours.items() if "right" in row and "right" in theirs.get(seed, {})]
-    shares = [share_right([rows[seed]["right"] for seed in known]) for rows in (theirs, ours) if known]
-    low, high = interval(differences(theirs, ours), 100 * (shares[0] - shares[1]) if shares else None)
-    # Equal differences for all seeds are no certainty: they are rounded to the same image.
-    return (low, high) if low is not None and high is not None and low < high else (None, None)
-
-
-def lead(theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> str:
-    """Format the mean difference, in points, with its interval."""
-    points = differences(theirs, ours)
-    if not points:
-        return ""
-    low, high = lead_interval(theirs, ours)
-    return f"{statistics.fmean(points):+.2f}" + ("" if low is None else f" ({low:+.2f} to {high:+.2f})")
-
-
-def speed_of(found: dict[str, dict[str, Any]]) -> str:
-    """Format the mean speedup over the seeds for which it was measured."""
-    known = [figures["speedup"] for figures in found.values() if figures["speedup"] is not None]
-    return f"{statistics.fmean(known):.2f}x" if known else ""
-
-
-def percents(by_seed: dict[str, dict[str, Any]], key: str) -> str:
-    """Format the mean and standard deviation of a share over seeds, in percent."""
-    return percent([figures[key] for figures in by_seed.values()], 2)
-
-
-def percent(values: list[float], digits: int = 1) -> str:
-    """Format the mean and standard deviation of shares, in percent."""
-    deviation = f" ± {100 * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.{digits}f}{deviation}"
+    def __str__(self) -> str:
+        if not self.points:
+            return ""
+        return f"{self.mean:+.2f}" + ("" if self.low is None else f" ({self.low:+.2f} to {self.high:+.2f})")

@@ -7,9 +7,9 @@ cell, which is the cell up to its deviation or interval:
     <!-- cell: NAME / ROW / COLUMN -->...<!-- end -->
     <!-- mean: NAME / ROW / COLUMN -->...<!-- end -->
 
-    python -m tests.benchmarks.tables add NAME runs/RUN "COMMAND" "DATA"
+    python -m tests.benchmarks.tables add NAME runs/RUN "COMMAND"
 
-first stores a finished run as NAME.json: its summary, its configuration, the machine, the command and the data set.
+first stores a finished run as NAME.json: its figures, its configuration, the machine and the command.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from typing import Any
 
 import yaml
 
+from pipelines.runs import records_of
 from tests.benchmarks import accuracy_tables
-from tests.benchmarks.cells import Table, percent
-from tests.benchmarks.measure import machine, settings_hash
+from tests.benchmarks.bounds import figures
+from tests.benchmarks.cells import Table, cell_of, markdown, percent
+from tests.benchmarks.measure import RESULTS, machine
+from tests.helpers import ROOT
 
-FOLDER = Path(__file__).parent / "results"
-DOCUMENTS = [Path(__file__).parents[2] / "docs" / name for name in ("results.md", "experiments.md")]
+DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "experiments.md")]
 MARKER = re.compile(r"<!-- (table|cell|mean): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -42,10 +44,10 @@ def render(text: str, tables: dict[str, Table]) -> str:
     def replace(match: re.Match[str]) -> str:
         kind, name, _ = match.groups()
         if kind == "table":
-            content = f"\n\n{tables[name].markdown()}\n\n"
+            content = f"\n\n{markdown(tables[name])}\n\n"
         else:
             table, row, heading = name.split(" / ")
-            content = tables[table].cell(row, heading)
+            content = cell_of(tables[table], row, heading)
             if kind == "mean":
                 content = re.split(r" [±(]", content)[0]
         return f"<!-- {kind}: {name} -->{content}<!-- end -->"
@@ -53,15 +55,13 @@ def render(text: str, tables: dict[str, Table]) -> str:
     return MARKER.sub(replace, text)
 
 
-def make_tables(folder: Path = FOLDER) -> dict[str, Table]:
+def make_tables(folder: Path = RESULTS) -> dict[str, Table]:
     """Return all tables by name."""
-    # Contents without variants hold the dense network only.
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    contents = {stem: content for stem, content in contents.items() if content.get("variants") != {}}
     accuracy = [content for stem, content in contents.items() if stem.startswith("accuracy-")]
     tables = {
-        "targets": accuracy_tables.targets(folder),
-        "accuracy": accuracy_tables.accuracy(sorted(accuracy, key=lambda content: str(content["network"]))),
+        "targets": accuracy_tables.targets(accuracy),
+        "accuracy": accuracy_tables.accuracy(accuracy),
         "commands": _commands(contents),
     }
     for stem, content in contents.items():
@@ -86,42 +86,48 @@ def make_tables(folder: Path = FOLDER) -> dict[str, Table]:
 
 
 def _quality(content: dict[str, Any]) -> Table:
-    rows, rates = [], list[str]()
+    rows = []
     for name, found in content["sources"].items():
-        quality, rates = found["quality"], list(found["kept_at_fdr"])
-        row = [name, *(f"{quality[swap]['p']:.3f}" for swap in ("swap_all", "swap_half", "swap_pixels"))]
-        row.append(f"{quality['correlation']:.3f} ({quality['correlation_expected']:.3f})")
+        quality, row = found["quality"], {"source": name}
+        for what, swap in (("all", "swap_all"), ("components", "swap_half"), ("pixels", "swap_pixels")):
+            row[f"p, {what}"] = f"{quality[swap]['p']:.3f}"
+        row["correlation"] = f"{quality['correlation']:.3f} ({quality['correlation_expected']:.3f})"
         agreement = f"{quality['label_agreement']:.1%} ({quality['label_agreement_expected']:.1%}"
-        row.append(f"{agreement}, p = {quality['label_p']:.3f})")
-        row += [f"{found[key]:.0%}" for key in ("beat_their_knockoffs", "are_beaten")]
-        rows.append(row + [f"{kept:.0%}" if kept else "none" for kept in found["kept_at_fdr"].values()])
-    headings = ["source", "p, all", "p, components", "p, pixels", "correlation", "label", "beat", "beaten"]
-    return Table([*headings, *(f"fdr {rate}" for rate in rates)], rows)
+        row["label"] = f"{agreement}, p = {quality['label_p']:.3f})"
+        row |= {"beat": f"{found['beat_their_knockoffs']:.0%}", "beaten": f"{found['are_beaten']:.0%}"}
+        for rate, kept in found["kept_at_fdr"].items():
+            row[f"fdr {rate}"] = f"{kept:.0%}" if kept else "none"
+        rows.append(row)
+    return rows
 
 
 def _scores(content: dict[str, Any]) -> Table:
-    rates = list(next(iter(content["ways"].values()))["top1"])
-    rows = [["none", "1", *[percent([content["dense_top1"]])] * len(rates), "", ""]]
-    for way, figures in content["ways"].items():
-        known = [figures.get(key) for key in ("rank_correlation_with_removal", "agreement_of_seeds")]
-        numbers = ["" if number is None else f"{number:.2f}" for number in known]
-        rows.append([way, str(figures["seeds"]), *(percent(figures["top1"][rate]) for rate in rates), *numbers])
-    headings = ["score", "seeds", *(f"rate {rate}" for rate in rates), "correlation with removal", "between seeds"]
-    return Table(headings, rows)
+    rates = next(iter(content["ways"].values()))["top1"]
+    none = {"seeds": 1, "top1": {rate: [content["dense_top1"]] for rate in rates}}
+    rows = []
+    for way, found in {"none": none, **content["ways"]}.items():
+        row = {"score": way, "seeds": str(found["seeds"])}
+        row |= {f"rate {rate}": percent(values) for rate, values in found["top1"].items()}
+        for heading, key in _CORRELATIONS.items():
+            row[heading] = "" if found.get(key) is None else f"{found[key]:.2f}"
+        rows.append(row)
+    return rows
+
+
+_CORRELATIONS = {"correlation with removal": "rank_correlation_with_removal", "between seeds": "agreement_of_seeds"}
 
 
 def _saturation(content: dict[str, Any]) -> Table:
-    rows = [
-        [
-            str(content["steps"] * number),
-            f"{step['mean_gate']:.2f}",
-            f"{step['open']:.0%}",
-            f"{step['closed']:.0%}",
-            f"{step['correlation_with_gamma']:.2f}",
-        ]
+    return [
+        {
+            "steps": str(content["steps"] * number),
+            "mean gate": f"{step['mean_gate']:.2f}",
+            "open": f"{step['open']:.0%}",
+            "closed": f"{step['closed']:.0%}",
+            "correlation with gamma": f"{step['correlation_with_gamma']:.2f}",
+        }
         for number, step in enumerate(content["passes"], 1)
     ]
-    return Table(["steps", "mean gate", "open", "closed", "correlation with gamma"], rows)
 
 
 _SPEED = {
@@ -148,64 +154,75 @@ _SPEED = {
 
 
 def _speed(content: dict[str, Any]) -> Table:
-    found, rows = dict(_nested(content)), []
+    found, rows = figures(content), []
     for name, (label, digits, unit) in _SPEED.items():
-        entry, scale = found[name], 100 if unit == "%" else 1
-        value = entry["ratio"] if "ratio" in entry else entry["seconds"]
-        bound = "at_most" if "at_most" in entry else "at_least"
-        measured = f"{scale * value:.{digits}f}{unit}"
-        worst = entry.get("worst", value)
-        if "worst" in entry:
-            measured += f" (worst: {scale * worst:.{digits}f}{unit})"
-        met = worst <= entry[bound] if bound == "at_most" else worst >= entry[bound]
-        limit = f"{bound.replace('_', ' ')} {scale * entry[bound]:g}{unit}"
-        rows.append([label, measured, limit, "yes" if met else "no"])
-    return Table(["figure", "measured", "bound", "met"], rows)
-
-
-def _nested(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield all dicts inside a dict, by their keys joined by spaces."""
-    for key, entry in content.items():
-        if isinstance(entry, dict):
-            yield prefix + key, entry
-            yield from _nested(entry, f"{prefix}{key} ")
+        figure, scale = found[name], 100 if unit == "%" else 1
+        measured = f"{scale * figure.value:.{digits}f}{unit}"
+        if figure.worst is not None:
+            measured += f" (worst: {scale * figure.worst:.{digits}f}{unit})"
+        bound = f"{figure.limit} {scale * figure.bound:g}{unit}"
+        rows.append({"figure": label, "measured": measured, "bound": bound, "met": "yes" if figure.met else "no"})
+    return rows
 
 
 def _commands(contents: dict[str, dict[str, Any]]) -> Table:
-    """For each file of results: the command, and where and when it ran."""
+    """For each file of results: the command, with its commit if it was replaced, and where and when it ran."""
     rows = []
     for stem, content in contents.items():
-        machines = [entry["machine"] for _, entry in [("", content), *_nested(content)] if "machine" in entry]
-        cells = [
-            ", ".join(dict.fromkeys(str(machine[key]) for machine in machines))
-            for key in ("device", "python", "torch", "revision", "date")
-        ]
-        file = f"[{stem}](../tests/benchmarks/results/{stem}.json)"
-        rows.append([file, f"`{content.get('command', 'make bench')}`", *cells])
-    return Table(["file", "command", "machine", "Python", "PyTorch", "revision", "date"], rows)
+        command = f"`{content.get('command', 'make bench')}`"
+        row = {"file": f"[{stem}](../tests/benchmarks/results/{stem}.json)"}
+        row["command"] = f"{command} at {content['commit']}" if "commit" in content else command
+        machines = list(_machines(content))
+        for key, heading in _MACHINE.items():
+            row[heading] = ", ".join(dict.fromkeys(str(machine[key]) for machine in machines))
+        rows.append(row)
+    return rows
 
 
-def add(name: str, folder: Path, command: str, data: str) -> None:
+_MACHINE = {"device": "machine", "python": "Python", "torch": "PyTorch", "revision": "revision", "date": "date"}
+
+
+def _machines(content: Any) -> Iterator[dict[str, Any]]:
+    """Yield all entries `machine` of nested results."""
+    if isinstance(content, dict) and "machine" in content:
+        yield content["machine"]
+    if isinstance(content, dict | list):
+        for entry in content.values() if isinstance(content, dict) else content:
+            yield from _machines(entry)
+
+
+def add(name: str, folder: Path, command: str) -> None:
     """Store a finished run with the results."""
-    summary = json.loads((folder / "summary.json").read_text())
-    for variant in summary["variants"]:
-        del variant["model"], variant["onnx"]  # paths on the machine where it ran
-    record = next(json.loads(path.read_text()) for path in sorted(folder.rglob("step.json")))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    summary, first = json.loads((folder / "summary.json").read_text()), records_of(str(folder))[0]
+    # A run stores absolute paths; they are relative to the project again, as in its configuration.
+    config = (folder / "config.yaml").read_text().replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
     content = {
         "command": command,
-        "data": data,
-        "machine": machine() | {"torch": record["torch"], "revision": record["revision"]},
-        "settings_hash": settings_hash(config),
-        "config": config,
+        "machine": machine() | {"revision": first.software.revision, "date": str(first.started)[:10]},
+        "config": yaml.safe_load(config),
         "seconds": summary["seconds"],
-        "variants": summary["variants"],
+        "variants": list(_figures(summary["variants"], folder)),
     }
-    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _figures(variants: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield each variant's figures, with the correctness of each answer and the speedup at the largest batch size.
+
+    A variant NAME-before is NAME without fine-tuning: its top-1 becomes the entry `before` of NAME.
+    """
+    before = {v["name"].replace("-before", ""): v["pruned"]["top1"] for v in variants if "-before" in v["name"]}
+    for variant in (variant for variant in variants if "-before" not in variant["name"]):
+        evaluation = json.loads((folder / variant["name"] / "evaluate/evaluation/evaluation.json").read_text())
+        networks = {key: variant[key] | {"right": evaluation[key]["right"]} for key in ("dense", "pruned")}
+        dense, pruned = (list(network["latency_ms"].values())[-1]["p50"] for network in networks.values())
+        row = {key: variant[key] for key in ("name", "method", "prune_rate")} | networks
+        row |= {"exactness": variant["exactness"], "speedup": dense / pruned}
+        yield row | ({"before": before[variant["name"]]} if variant["name"] in before else {})
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
-        add(sys.argv[2], Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+        add(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
     for document in DOCUMENTS:
         document.write_text(render(document.read_text(), make_tables()))
