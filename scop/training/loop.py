@@ -91,7 +91,6 @@ def fit(
     validate: Callable[[], tuple[float, float]] | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     checkpointing: Checkpointing | None = None,
-    step: type[Step] = Step,
 ) -> list[EpochRecord]:
     """Train, in place.
 
@@ -106,7 +105,6 @@ def fit(
         validate: returns (loss, top-1) on the validation split; called after every epoch.
         on_epoch: called after every epoch that was trained here.
         checkpointing: how the run is interrupted and resumed; by default it is not.
-        step: how a step is taken.
 
     Returns:
         The records of all epochs, those before a resumption included.
@@ -121,7 +119,7 @@ def fit(
     rate = LearningRate(optimizer, schedule, len(batches))  # before a checkpoint replaces the peak rates
     run = _Run(objective, optimizer, schedule, label, checkpointing)
     stop_requested = distributed.any_process(checkpointing.stop_requested)
-    take = step(objective, optimizer)
+    take = Step(objective, optimizer)
     reported = -math.inf
     with _private_random_state():
         for epoch in range(len(run.history), schedule.epochs):
