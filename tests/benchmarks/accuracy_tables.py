@@ -132,9 +132,10 @@ def recovery(content: Content) -> Table:
 def run(content: Content) -> Table:
     """A finished run of a preset."""
     groups = by_variant(content["variants"])
-    none = next(found for found in groups.values() if found[""]["method"] == "none")
+    none = next(found for found in groups.values() if next(iter(found.values()))["method"] == "none")
+    dense = {seed: {**figures, "pruned": figures["dense"]} for seed, figures in none.items()}
     rows = []
-    for name, found in {"dense": {"": {**none[""], "pruned": none[""]["dense"]}}, **groups}.items():
+    for name, found in {"dense": dense, **groups}.items():
         drop = "" if name == "dense" or found is none else str(Lead.of(none, found))
         rows.append({"network": name, "top-1": _top1(found), **describe(found, *_SIZES), "drop": drop})
     return rows
