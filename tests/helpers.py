@@ -1,10 +1,12 @@
-"""Test helpers: paths, running a step, small images and random batch norms."""
+"""Test helpers: paths, small settings, running a step, small images and random batch norms."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,11 +21,33 @@ from scop.storage.manifest import MANIFEST, TIMINGS, read_folder
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+TINY = {"model": "tests.networks:Plain", "epochs": 1, "batch_size": 64}
+"""Section `dense` of a training that takes less than a second."""
+
+# Momentum would amplify rounding errors; without it, the weights of two runs can be compared directly.
+STEADY = {"epochs": 2, "batch_size": 64, "lr": 0.02, "momentum": 0.0, "precision": "fp32", "crop_padding": 1}
+STEADY_DENSE = STEADY | {"model": "tests.networks:Plain"}
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+"""Tolerances of `torch.testing.assert_close` for weights trained with `STEADY`."""
 
 
 def run_step(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping[str, str]) -> StepResult:
     """Run a step in this process, with settings from the environment variables."""
     return execution.run_step(name, config, inputs, outputs, StepEnvironment.read())
+
+
+def run_in_processes(
+    name: str, config: Mapping[str, Any], inputs: Mapping[str, Path], outputs: Mapping[str, Path], processes: int
+) -> StepResult:
+    """Run a step on local folders in this number of processes."""
+    paths: Uris = {key: str(path) for key, path in inputs.items()}
+    with patch.dict(os.environ, {"SCOP_PROCESSES": str(processes), "PYTHONPATH": str(ROOT)}):
+        return run_step(name, config, paths, {key: str(path) for key, path in outputs.items()})
+
+
+def train_tiny(dataset: Path, output: Path, **settings: object) -> None:
+    """Run step train_dense with `TINY` and changed settings."""
+    run_step("train_dense", {"dense": TINY | settings}, {"dataset": str(dataset)}, {"model": str(output)})
 
 
 def reproducible_files(run: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Data sets, batches, and sources: folders, archives and CIFAR."""
+"""Sources of images: folders, archives and CIFAR."""
 
 import io
 import pickle
@@ -8,17 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from scop import UserError
 from scop.config import DataSection
-from scop.data.batches import Augmentation, Batches
-from scop.data.dataset import Dataset, Split, load_dataset, make_dataset, save_dataset
 from scop.data.sources import load_source, peek
-from scop.storage.manifest import MANIFEST
 from tests.helpers import SHARED, write_images
 
-CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cat"]
 
 
@@ -31,135 +26,6 @@ def folder(tmp_path: Path) -> Path:
 
 def section(path: Path, **settings: object) -> DataSection:
     return DataSection.model_validate({"source": "imagefolder", "path": str(path), "validation": 0.2} | settings)
-
-
-# -- datasets ----------------------------------------------------------------------------------------------------------
-
-
-def test_digits_splits_are_stratified(digits: Dataset) -> None:
-    assert digits.info.counts == {"train": 1295, "validation": 142, "test": 360}
-    assert digits.info.shape == (1, 8, 8)
-    for split in ("train", "validation", "test"):
-        shares = np.bincount(digits[split].labels) / len(digits[split])
-        assert shares.min() > 0.08
-        assert shares.max() < 0.12
-
-
-def test_validation_split_depends_on_the_seed_and_is_disjoint() -> None:
-    first, again, other = (load_source(DataSection(seed=seed)) for seed in (0, 0, 1))
-    assert first.info.content == again.info.content != other.info.content
-    count = sum(len(first[split]) for split in ("train", "validation"))
-    rows = np.concatenate([first["train"].images, first["validation"].images]).reshape(count, -1)
-    whole = load_source(DataSection(validation=0))["train"].images.reshape(count, -1)
-    assert sorted(map(bytes, rows)) == sorted(map(bytes, whole))
-
-
-def test_statistics_come_from_the_training_split(digits: Dataset) -> None:
-    pixels = digits["train"].images / 255
-    assert digits.info.mean == pytest.approx([pixels.mean()], abs=1e-5)
-    assert digits.info.std == pytest.approx([pixels.std()], abs=1e-5)
-
-
-def test_dataset_survives_saving_and_loading(digits: Dataset, tmp_path: Path) -> None:
-    save_dataset(digits, tmp_path / "copy")
-    copy = load_dataset(tmp_path / "copy")
-    assert copy.info == digits.info
-    assert np.array_equal(copy["test"].images, digits["test"].images)
-
-
-def test_rejects_an_unfinished_or_damaged_dataset(digits: Dataset, tmp_path: Path) -> None:
-    save_dataset(digits, tmp_path)
-    labels = tmp_path / "test.labels.npy"
-    content = bytearray(labels.read_bytes())
-    content[-1] ^= 1
-    labels.write_bytes(content)
-    with pytest.raises(UserError, match="test.labels.npy does not match manifest.json"):
-        load_dataset(tmp_path)
-    labels.unlink()
-    with pytest.raises(UserError, match="test.labels.npy is missing"):
-        load_dataset(tmp_path)
-    (tmp_path / MANIFEST).unlink()
-    with pytest.raises(UserError, match="has no manifest.json, so it is unfinished"):
-        load_dataset(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        load_dataset(tmp_path / "nowhere")
-
-
-# -- batches -----------------------------------------------------------------------------------------------------------
-
-
-def ramp(count: int = 12, channels: int = 2, size: int = 6) -> tuple[Dataset, np.ndarray]:
-    images = np.arange(count * channels * size * size, dtype=np.int64).reshape(count, channels, size, size)
-    images = (images % 251).astype(np.uint8)
-    labels = np.arange(count, dtype=np.int64) % 3
-    dataset = make_dataset("ramp", CLASSES, Split(images, labels), Split(images, labels))
-    return dataset, images
-
-
-def pixels(batch: torch.Tensor, dataset: Dataset) -> np.ndarray:
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (dataset.info.mean, dataset.info.std))
-    return ((batch * std + mean) * 255).round().to(torch.uint8).numpy()
-
-
-def test_evaluation_yields_all_normalised_images_in_order() -> None:
-    dataset, images = ramp()
-    loaded = list(Batches(dataset["test"], dataset.info, 5, CPU))
-    assert [len(labels) for _, labels in loaded] == [5, 5, 2]
-    assert np.array_equal(np.concatenate([pixels(batch, dataset) for batch, _ in loaded]), images)
-
-
-def test_augmentation_flips_and_crops_with_reflected_padding() -> None:
-    dataset, images = ramp()
-    pad = 2
-    batches = Batches(dataset["train"], dataset.info, 12, CPU, Augmentation(crop_padding=pad, flip=True), seed=3)
-    padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
-    views = {}
-    for number in range(len(images)):
-        for top in range(2 * pad + 1):
-            for left in range(2 * pad + 1):
-                view = padded[number, :, top : top + 6, left : left + 6]
-                views[view.tobytes()] = (number, top, left, False)
-                views[np.ascontiguousarray(view[:, :, ::-1]).tobytes()] = (number, top, left, True)
-    seen = []
-    for _ in range(5):
-        for batch, labels in batches:
-            assert batch.is_contiguous(memory_format=torch.channels_last)
-            for view, label in zip(pixels(batch, dataset), labels, strict=True):
-                number, *change = views[np.ascontiguousarray(view).tobytes()]
-                assert dataset["train"].labels[number] == label
-                seen.append((number, *change))
-    assert {number for number, *_ in seen} == set(range(12))
-    assert {mirrored for *_, mirrored in seen} == {False, True}
-    assert {top for _, top, _, _ in seen} == set(range(5))
-
-
-def test_order_depends_only_on_seed_and_epoch() -> None:
-    dataset, _ = ramp()
-
-    def order(seed: int, epoch: int) -> list[int]:
-        batches = Batches(dataset["train"], dataset.info, 4, CPU, Augmentation(), seed=seed)
-        batches.set_epoch(epoch)
-        return [int(image.sum() * 1e4) for batch, _ in batches for image in batch]
-
-    assert order(0, 1) == order(0, 1)
-    assert order(0, 1) != order(0, 2)
-    assert order(0, 1) != order(1, 1)
-    assert sorted(order(0, 1)) == sorted(order(5, 7))
-
-
-def test_rejects_fewer_images_than_a_batch() -> None:
-    dataset, _ = ramp()
-    with pytest.raises(UserError, match="12 training images are fewer than a batch: batch_size is 13"):
-        Batches(dataset["train"], dataset.info, 13, CPU, Augmentation())
-
-
-def test_rejects_padding_wider_than_the_image() -> None:
-    dataset, _ = ramp()
-    with pytest.raises(UserError, match="crop_padding 6 must be below the image's 6 pixels"):
-        Batches(dataset["train"], dataset.info, 4, CPU, Augmentation(crop_padding=6))
-
-
-# -- folders and archives ----------------------------------------------------------------------------------------------
 
 
 def packed(folder: Path, kind: str) -> Path:

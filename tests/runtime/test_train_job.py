@@ -23,10 +23,9 @@ from scop.runtime.record import read_record
 from scop.runtime.train_job import TrainJobPlan
 from scop.storage.cache import Cache
 from scop.storage.folders import fetch_folder, upload_folder
-from tests.compute.test_distributed import CLOSE, DENSE
 from tests.fakes.kubernetes_server import KubernetesServer, kubernetes_server
 from tests.fakes.services import KEY, SECRET
-from tests.helpers import ROOT, run_step
+from tests.helpers import CLOSE, ROOT, STEADY_DENSE, run_step
 from tests.pipelines.cluster.test_compilation import EXAMPLE, container, executor
 
 
@@ -66,7 +65,7 @@ def test_two_nodes_train_the_network_that_one_process_would(
     cluster: KubernetesServer, places, digits_folder: Path, tmp_path: Path, monkeypatch, capfd, cache: Cache
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "a-run")
-    result = run_step("train_dense", {"dense": DENSE}, *places)
+    result = run_step("train_dense", {"dense": STEADY_DENSE}, *places)
     (name,) = cluster.jobs
     assert name.startswith("scop-train-dense-")
     assert "dense: epoch 2/2" in capfd.readouterr().out  # the first node's log
@@ -75,14 +74,16 @@ def test_two_nodes_train_the_network_that_one_process_would(
     assert (record.status, record.machine.processes) == ("done", 2)
     assert record.result == result
     # A pod that was lost when its job was done: the next try takes what is there.
-    assert run_step("train_dense", {"dense": DENSE}, *places) == result
+    assert run_step("train_dense", {"dense": STEADY_DENSE}, *places) == result
     assert "has finished already" in capfd.readouterr().out
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST"]
     assert "KFP_RUN_ID" in {entry["name"] for entry in cluster.jobs[name]["spec"]["trainer"]["env"]}
     assert SECRET not in json.dumps(cluster.jobs)
 
     monkeypatch.delenv("SCOP_TRAIN_JOB")
-    run_step("train_dense", {"dense": DENSE}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "alone")})
+    run_step(
+        "train_dense", {"dense": STEADY_DENSE}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "alone")}
+    )
     alone = load_file(tmp_path / "alone" / "model.safetensors")
     together = load_file(fetch_folder(places[1]["model"], cache, "model") / "model.safetensors")
     for key, tensor in alone.items():
@@ -93,7 +94,7 @@ def test_two_nodes_train_the_network_that_one_process_would(
 def test_a_failed_job_says_why_and_the_next_try_replaces_it(cluster: KubernetesServer, places) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match="^batch_size 63 cannot be divided among 2 processes"):
-            run_step("train_dense", {"dense": DENSE | {"batch_size": 63}}, *places)
+            run_step("train_dense", {"dense": STEADY_DENSE | {"batch_size": 63}}, *places)
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST", "POST"]
 
 
@@ -101,7 +102,7 @@ def test_a_failed_job_says_why_and_the_next_try_replaces_it(cluster: KubernetesS
 def test_a_job_that_runs_is_gone_on_with_and_removed_when_its_step_is_told_to_end(
     cluster: KubernetesServer, places, tmp_path: Path
 ) -> None:
-    settings = f"--set=dense={json.dumps(DENSE | {'epochs': 500})}"
+    settings = f"--set=dense={json.dumps(STEADY_DENSE | {'epochs': 500})}"
     command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", settings]
     command += ["--input", f"dataset={places[0]['dataset']}", "--output", f"model={places[1]['model']}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -123,21 +124,21 @@ def test_a_job_that_runs_is_gone_on_with_and_removed_when_its_step_is_told_to_en
 
 def test_places_of_one_pod_are_refused(cluster: KubernetesServer, places, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="with several nodes, inputs and outputs must be in S3"):
-        run_step("train_dense", {"dense": DENSE}, places[0], {"model": str(tmp_path / "model")})
+        run_step("train_dense", {"dense": STEADY_DENSE}, places[0], {"model": str(tmp_path / "model")})
     assert cluster.jobs == {}
 
 
 def test_a_refusal_says_what_may_be_missing(cluster: KubernetesServer, places) -> None:
     cluster.refuse = lambda method, path: 403 if method == "POST" else None
     with pytest.raises(UserError, match=r"cannot be created \(.*403.*\); check that Kubeflow Trainer is"):
-        run_step("train_dense", {"dense": DENSE}, *places)
+        run_step("train_dense", {"dense": STEADY_DENSE}, *places)
 
 
 def test_without_a_cluster_it_says_so(places, tmp_path: Path, monkeypatch) -> None:
     point_to(tmp_path / "none", monkeypatch)
     monkeypatch.setenv("SCOP_TRAIN_JOB", plan().model_dump_json())
     with pytest.raises(UserError, match="Kubernetes cannot be reached from here"):
-        run_step("train_dense", {"dense": DENSE}, *places)
+        run_step("train_dense", {"dense": STEADY_DENSE}, *places)
 
 
 @pytest.fixture(scope="module")

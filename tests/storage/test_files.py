@@ -20,9 +20,7 @@ from scop.storage.files import list_files, read_bytes, read_if_exists, write_byt
 from scop.storage.folders import fetch_folder, upload_folder
 from scop.storage.manifest import MANIFEST
 from tests.fakes import services
-from tests.helpers import ROOT, run_step, write_images
-
-TINY = {"model": "tests.networks:Plain", "epochs": 1, "batch_size": 64}
+from tests.helpers import ROOT, TINY, run_step, write_images
 
 
 def test_rejects_a_tree_that_changes_while_it_is_fetched(

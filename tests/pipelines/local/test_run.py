@@ -1,30 +1,23 @@
-"""The compiled pipeline, and the whole of it through kfp.local."""
+"""`scop run` on this machine: its outputs, its MLflow runs and its errors."""
 
 import ast
-import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.cli.main import main
-from pipelines.compare.experiments import Mlflow, Source
-from pipelines.local.console import KfpView, View
 from pipelines.local.run import run_locally
 from pipelines.local.workspace import workspace
-from pipelines.pipeline import compile_pipeline
 from scop import UserError, load_model, make_model
 from scop.config import Config
 from scop.data.dataset import load_dataset
@@ -34,51 +27,6 @@ from scop.runtime.registry import STEPS
 from tests.fakes import services
 from tests.fakes.browser import opened
 from tests.helpers import ROOT, reproducible_files
-
-GOLDEN = ROOT / "tests" / "golden" / "pipeline.yaml"
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    compile_pipeline(str(path))
-    return re.sub(r"sdkVersion: kfp-[\d.]+", "sdkVersion: kfp-X", path.read_text())
-
-
-def test_the_compiled_pipeline_is_the_golden_file(compiled: str) -> None:
-    if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(compiled)
-    assert compiled == GOLDEN.read_text(), (
-        "if the change is meant: UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/local/test_run.py"
-    )
-
-
-def test_every_step_is_a_component_and_every_section_a_parameter(compiled: str) -> None:
-    spec = yaml.safe_load(compiled)
-    names = {name.removeprefix("exec-").replace("-", "_") for name in spec["deploymentSpec"]["executors"]}
-    assert names == set(STEPS)
-    assert set(spec["root"]["inputDefinitions"]["parameters"]) == set(Config.model_fields) - {"run"}
-
-
-def test_a_section_reaches_only_the_steps_that_depend_on_it(compiled: str) -> None:
-    components = yaml.safe_load(compiled)["components"]
-    parameters = {
-        name.removeprefix("comp-"): set(component.get("inputDefinitions", {}).get("parameters", {}))
-        for name, component in components.items()
-    }
-    assert parameters["prepare-data"] == {"data"}
-    assert parameters["train-dense"] == {"dense"}
-    assert parameters["train-knockoff"] == {"knockoff"}
-    assert parameters["select-channels"] == {"variant"}
-    assert parameters["finetune"] == {"finetune", "variant"}
-    assert parameters["compare"] == set()
-
-
-def test_the_docker_sdk_is_not_shadowed_by_our_folder() -> None:
-    import docker
-
-    assert docker.DockerClient
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -371,101 +319,3 @@ def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
         run_locally(Config(), str(tmp_path), "run", resume=str(folder))
     with workspace(str(folder), exists=True):
         pass
-
-
-@pytest.mark.slow
-def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path, monkeypatch, capsys) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        while not list(tmp_path.glob("checkpoints/train_dense-*/*.json")):
-            assert run.poll() is None
-        for step in psutil.Process(run.pid).children(recursive=True):
-            step.kill()
-        said = run.communicate(timeout=120)[1].decode()
-    assert run.returncode == 1
-    assert "step train_dense failed" in said
-    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = MlflowClient(database)
-    runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
-    status = {run.info.run_name: run.info.status for run in runs}
-    assert (status.pop("train_dense"), status.pop("prepare_data")) == ("KILLED", "FINISHED")
-    assert list(status.values()) == ["FAILED"]
-    (failure,) = Mlflow(Source("none", database)).read(["digits-resnet20"]).failures
-    assert failure.name == "train_dense"
-    assert failure.error.startswith("step train_dense failed: its process was ended by SIGKILL")
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        while not list(tmp_path.glob("checkpoints/train_dense-*/*.json")):
-            assert run.poll() is None
-        steps = psutil.Process(run.pid).children(recursive=True)
-        run.send_signal(signal.SIGTERM)
-        said = run.communicate(timeout=120)[1].decode()
-    assert run.returncode == 143
-    assert re.search(rf"scop: stopped; continue with: scop run --resume {tmp_path}/digits-resnet20-\S+$", said.strip())
-    alive = [step for step in steps if step.is_running() and step.status() != psutil.STATUS_ZOMBIE]
-    assert steps and not alive
-    (record,) = tmp_path.glob("*/train_dense/model/step.json")
-    assert json.loads(record.read_text())["status"] == "stopped"
-    assert list(tmp_path.glob("checkpoints/train_dense-*/*.json"))
-
-
-def test_a_view_shows_steps_and_logs_everything() -> None:
-    log, terminal = io.StringIO(), io.StringIO()
-    view = View(log, terminal)
-    view.start("train_dense")
-    view.write("train: epoch 1/2")
-    view.write(", loss 1\n\n")
-    view.finish(succeeded=False)
-    shown = terminal.getvalue().splitlines()
-    assert shown[:2] == ["train_dense", "  train: epoch 1/2, loss 1"]
-    assert shown[2].startswith("  FAILED in ")
-    assert log.getvalue().splitlines()[:2] == ["train_dense", "train: epoch 1/2, loss 1"]
-
-
-def test_a_view_of_kfp_shows_steps_and_logs_everything() -> None:
-    log, terminal = io.StringIO(), io.StringIO()
-    view = KfpView(log, terminal)
-    view.write("12:00:00.000 - INFO - Executing task \x1b[96m'train-dense'\x1b[0m\n")
-    view.write("    [KFP Executor 2026-01-01 12:00:00,000 INFO]: Got executor_input:\n    {\n")
-    view.write('        "inputs": {}\n    }\n    dense: epoch 1/2')
-    view.write(", loss 1\n    scop: error: train_dense: no such thing\n")
-    view.write("12:00:01.000 - INFO - Task \x1b[96m'train-dense'\x1b[0m finished with status \x1b[91mFAILURE\x1b[0m\n")
-    shown = terminal.getvalue().splitlines()
-    assert shown[:2] == ["train_dense", "  dense: epoch 1/2, loss 1"]
-    assert shown[2].startswith("  FAILED in ")
-    assert view.task == "train_dense"
-    assert '"inputs": {}' in log.getvalue()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_sweep_that_is_told_to_stop_begins_no_further_variant(
-    tmp_path: Path, sign: signal.Signals, code: int
-) -> None:
-    """The signal reaches the command alone, as from a scheduler; KFP by itself would go on with the next variant."""
-    small = {"dense.epochs": 1, "knockoff.epochs": 1, "finetune.epochs": 500}
-    variants = "variants=[{name: a}, {name: b, method: l1}, {name: c, method: none}]"
-    command = [sys.executable, "-m", "pipelines.cli", "run", "--set", variants]
-    command += [f"--set={key}={value}" for key, value in small.items()]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_"))}
-    environment |= {"PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as run:
-        while not list(tmp_path.glob("runs/checkpoints/finetune-*/*.json")):
-            assert run.poll() is None
-        run.send_signal(sign)
-        _, said = run.communicate(timeout=120)
-    assert run.returncode == code
-    (folder,) = (path.parent for path in tmp_path.glob("runs/*/config.yaml"))
-    assert said.splitlines()[-1] == f"scop: stopped; continue with: scop run --resume {folder}"
-    records = [json.loads(path.read_text()) for path in folder.glob("*/*/*/step.json")]
-    assert {(r["config"]["variant"]["name"], r["step"], r["status"]) for r in records} == {
-        ("a", "select_channels", "done"),
-        ("a", "finetune", "stopped"),
-    }
