@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scop.errors import UserError
+from scop.errors import UserError, first_line
 from scop.models.factories import find_factory, make_model
 from scop.models.history import HISTORY, EpochRecord, save_history
 from scop.pruning.cuts import apply_cuts
@@ -162,8 +162,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"weights {path} are damaged or not a safetensors file: {error}") from error
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"weights {path} cannot be loaded with torch.load(weights_only=True): {reason}") from error
+        raise UserError(
+            f"weights {path} cannot be loaded with torch.load(weights_only=True): {first_line(error)}"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -188,13 +189,17 @@ def _assign(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             )
             + (f"; closest name: {near[0]!r}" if near else "")
         )
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            ours, theirs = "x".join(map(str, own[key].shape)), "x".join(map(str, value.shape))
-            raise UserError(
-                f"weights {path} do not match the model: {key!r} has shape {theirs} in the file and {ours} in the "
-                "model (to start from weights for another number of classes, use dense.pretrained)"
-            )
+    if differing := [key for key, value in state.items() if value.shape != own[key].shape]:
+        key = differing[0]
+        ours, theirs = "x".join(map(str, own[key].shape)), "x".join(map(str, state[key].shape))
+        # Another number of classes changes only the outputs of one layer, the head.
+        only_outputs = all(state[name].shape[1:] == own[name].shape[1:] for name in differing)
+        one_layer = len({name.rpartition(".")[0] for name in differing}) == 1
+        hint = " (to start from weights for another number of classes, use dense.pretrained)"
+        raise UserError(
+            f"weights {path} do not match the model: {key!r} has shape {theirs} in the file and {ours} in the model"
+            + (hint if only_outputs and one_layer else "")
+        )
     model.load_state_dict(state, strict=False)
 
 

@@ -13,7 +13,7 @@ import torch
 from scop.config import DenseSection
 from scop.config.parsing import Section
 from scop.data.dataset import Dataset, load_dataset
-from scop.errors import UserError
+from scop.errors import UserError, first_line
 from scop.knockoffs.phase import gated_layers
 from scop.models.artifacts import SETTINGS, load_pretrained, load_weights, save_model, save_settings
 from scop.models.evaluation import count_macs, count_parameters
@@ -104,7 +104,7 @@ def check(model: torch.nn.Module, dataset: Dataset) -> None:
         except RuntimeError as error:
             raise UserError(
                 "the model does not run in channels-last memory format, which training uses: in its forward, replace "
-                f".view by .reshape or .flatten ({str(error).splitlines()[0]})"
+                f".view by .reshape or .flatten ({first_line(error)})"
             ) from error
     if isinstance(logits, torch.Tensor) and logits.shape == (2, len(info.classes)):
         return

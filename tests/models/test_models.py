@@ -131,6 +131,37 @@ def test_pretrained_weights_skip_a_head_with_other_classes(tmp_path: Path) -> No
         load_pretrained(grey, path, classes=2)
 
 
+def test_shape_mismatch_suggests_pretrained_only_for_another_number_of_classes(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+
+    def message(**arguments: int) -> str:
+        torch.save(make_model("tests.networks:Plain", **arguments).state_dict(), path)
+        with pytest.raises(UserError) as error:
+            load_weights(make_model("tests.networks:Plain"), path)
+        return str(error.value)
+
+    assert "use dense.pretrained" in message(num_classes=7)
+    assert message(in_channels=3).endswith("has shape 16x3x3x3 in the file and 16x1x3x3 in the model")
+    assert "dense.pretrained" not in message(in_channels=3, num_classes=7)
+
+    wider = make_model("tests.networks:Plain").state_dict()
+    for key in ("first.weight", "first.bias", "first_norm.weight"):
+        wider[key] = torch.cat([wider[key], wider[key]])
+    torch.save(wider, path)
+    with pytest.raises(UserError, match="'first.weight' has shape 32x1x3x3 in the file and 16x1x3x3 in the model$"):
+        load_weights(make_model("tests.networks:Plain"), path)
+
+
+def test_names_the_type_of_a_loading_error_without_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EOFError
+
+    (tmp_path / "weights.pt").touch()
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match=r"cannot be loaded with torch.load\(weights_only=True\): EOFError$"):
+        load_weights(make_model("resnet20"), tmp_path / "weights.pt")
+
+
 def test_loads_the_shared_resnet20_weights() -> None:
     path = SHARED / "weights" / "resnet20-cifar10.safetensors"
     if not path.exists():

@@ -147,15 +147,20 @@ def test_refuses_invalid_outputs_and_settings(
     bucket: str, digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload_folder(digits_folder, f"{bucket}/digits")
+    before = list_files(bucket)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="overlaps with"):
         run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": f"{bucket}/digits"})
-    assert "step.json" not in list_files(f"{bucket}/digits")
+    assert list_files(bucket) == before  # no record either
     monkeypatch.setenv("SCOP_KEEP_CHECKPOINTS", "0")
     with pytest.raises(UserError, match="SCOP_KEEP_CHECKPOINTS"):
         run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": f"{bucket}/model"})
+    assert list_files(bucket) == before
     monkeypatch.delenv("SCOP_KEEP_CHECKPOINTS")
     with pytest.raises(UserError, match="gs://bucket/model is neither a path nor an s3:// URI"):
         run_step("train_dense", {"dense": TINY}, {"dataset": f"{bucket}/digits"}, {"model": "gs://bucket/model"})
+    assert list_files(bucket) == before
+    assert not list(tmp_path.rglob("step.json"))
 
 
 def test_content_version_accepts_dangling_links(tmp_path: Path) -> None:
