@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-# Before torch starts its threads: two cores are what the tests are planned for, one for each of two test processes.
-# These inherit what the process that starts them has set here, and more threads than cores mostly wait for each other.
+# Set before torch starts its threads. The tests are planned for two cores: one thread in each of two test processes,
+# or two threads in one. More threads than cores mostly wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -44,9 +44,10 @@ collect_garbage_rarely()
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_stacks() -> None:
-    """KFP's tasks look at the whole stack, source lines too, at each call to learn their caller's name.
+    """Make compilation of pipelines fast.
 
-    A process that has loaded as much as the tests have takes 15 seconds for that where a pipeline is compiled.
+    At each call, KFP's tasks read the whole stack with source lines to find their caller's name. In a test process,
+    with its many modules, this takes 15 seconds for one pipeline.
     """
     from kfp.dsl import pipeline_task
 
@@ -55,19 +56,19 @@ def _short_stacks() -> None:
 
 @pytest.fixture(autouse=True)
 def _log() -> None:
-    """Steps log as in their own process; pytest captures it."""
+    """Log as a step does in its own process; pytest captures it."""
     log_to_standard_output()
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    """A cache of the test's own."""
+    """A cache for one test."""
     return Cache(tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")
 def mlflow_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server; each test has experiments of its own."""
+    """URL of a real MLflow server; each test creates its own experiments."""
     folder = tmp_path_factory.mktemp("mlflow")
     with services.mlflow_server(folder, str(folder / "artifacts"), os.environ) as address:
         yield address
@@ -92,7 +93,7 @@ def batches(digits: Dataset) -> Batches:
 
 @pytest.fixture(scope="session")
 def trained(digits: Dataset) -> nn.Module:
-    """A small network that knows the digits; copied for every test that changes it."""
+    """A small network trained on the digits; tests that change it use the copy `model`."""
     torch.manual_seed(0)
     model = make_model("tests.networks:Plain", num_classes=10, in_channels=1)
     spec = spec_of(model)
@@ -130,14 +131,14 @@ def model_folder(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def s3_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real S3 server."""
+    """URL of a real S3 server."""
     with services.s3_server(tmp_path_factory.mktemp("s3")) as address:
         yield address
 
 
 @pytest.fixture
 def bucket(s3_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of an empty bucket, with the environment by which it is reached and a cache of the test's own."""
+    """URI of an empty bucket; sets the environment variables to access it, and a cache for this test."""
     for key, value in services.environment(s3_address).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("SCOP_CACHE", str(tmp_path / "cache"))

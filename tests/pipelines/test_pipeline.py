@@ -21,23 +21,23 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     return re.sub(r"sdkVersion: kfp-[\d.]+", "sdkVersion: kfp-X", path.read_text())
 
 
-def test_the_compiled_pipeline_is_the_golden_file(compiled: str) -> None:
+def test_compiled_pipeline_equals_the_golden_file(compiled: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(compiled)
     assert compiled == GOLDEN.read_text(), (
-        "if the change is meant: UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/test_pipeline.py"
+        "if the change is intended: UPDATE_GOLDEN=1 make test ARGS=tests/pipelines/test_pipeline.py"
     )
 
 
-def test_every_step_is_a_component_and_every_section_a_parameter(compiled: str) -> None:
+def test_has_a_component_per_step_and_a_parameter_per_section(compiled: str) -> None:
     spec = yaml.safe_load(compiled)
     names = {name.removeprefix("exec-").replace("-", "_") for name in spec["deploymentSpec"]["executors"]}
     assert names == set(STEPS)
     assert set(spec["root"]["inputDefinitions"]["parameters"]) == set(Config.model_fields) - {"run"}
 
 
-def test_a_section_reaches_only_the_steps_that_depend_on_it(compiled: str) -> None:
+def test_passes_a_section_only_to_steps_that_use_it(compiled: str) -> None:
     components = yaml.safe_load(compiled)["components"]
     parameters = {
         name.removeprefix("comp-"): set(component.get("inputDefinitions", {}).get("parameters", {}))
@@ -51,7 +51,7 @@ def test_a_section_reaches_only_the_steps_that_depend_on_it(compiled: str) -> No
     assert parameters["compare"] == set()
 
 
-def test_the_docker_sdk_is_not_shadowed_by_our_folder() -> None:
+def test_folder_docker_does_not_shadow_the_docker_sdk() -> None:
     import docker
 
     assert docker.DockerClient

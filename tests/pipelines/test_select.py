@@ -1,4 +1,4 @@
-"""`scop select`: the table before anything is trained, and a run's plan under other settings."""
+"""`scop select`: the table before training, and a plan from a run's scores under other settings."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.helpers import run_step
 
 @pytest.fixture(scope="module")
 def scored(digits_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose knockoff phase has ended."""
+    """A run with a finished knockoff phase."""
     run = tmp_path_factory.mktemp("runs") / "scored"
     dense = {"epochs": 1, "batch_size": 64, "model": "tests.networks:Plain"}
     knockoff = {"epochs": 1, "batch_size": 64}
@@ -30,7 +30,7 @@ def select(*arguments: str) -> int:
     return main(["select", *arguments])
 
 
-def test_a_configuration_is_shown_before_anything_is_trained(capsys) -> None:
+def test_shows_a_configuration_before_training(capsys) -> None:
     assert select("--dry-run", "-f", "digits-resnet20", "--set", "variants.0.prune_rate=0.5") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "scop-0.45: residual rule scatter, selection uniform, rate 0.5"
@@ -43,13 +43,13 @@ def test_a_configuration_is_shown_before_anything_is_trained(capsys) -> None:
     assert lines[-1].startswith("MACs: 2.5")
 
 
-def test_a_runs_scores_are_selected_from_under_other_settings(scored: Path, tmp_path: Path, capsys) -> None:
+def test_selects_from_a_runs_scores_under_other_settings(scored: Path, tmp_path: Path, capsys) -> None:
     changes = ["--set", "variants.0.selection=global", "--set", "variants.0.budget={macs: 0.5}"]
     assert select(str(scored), "--dry-run", *changes) == 0
-    said = capsys.readouterr().out
-    assert "scop-global-macs-0.5: residual rule scatter, selection global" in said
-    assert "unsure" in said
-    removed = float(said.splitlines()[-1].rpartition(", ")[2].partition("%")[0])
+    printed = capsys.readouterr().out
+    assert "scop-global-macs-0.5: residual rule scatter, selection global" in printed
+    assert "unsure" in printed
+    removed = float(printed.splitlines()[-1].rpartition(", ")[2].partition("%")[0])
     assert 50 <= removed < 56
     assert select(str(scored), "--output", str(tmp_path / "plan.json"), *changes) == 0
     assert "plan: " in capsys.readouterr().out
@@ -77,12 +77,12 @@ def test_a_runs_scores_are_selected_from_under_other_settings(scored: Path, tmp_
         (["--dry-run", "--set", "data={source: imagefolder, path: /nowhere}"], "data.path /nowhere does not exist"),
     ],
 )
-def test_mistakes_are_named(arguments: list[str], message: str, capsys) -> None:
+def test_reports_mistakes(arguments: list[str], message: str, capsys) -> None:
     assert select(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_run_without_scores_is_named(tmp_path: Path, capsys) -> None:
+def test_rejects_a_run_without_scores(tmp_path: Path, capsys) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     assert select(str(tmp_path), "--dry-run") == 2
     assert "has no finished step train_dense" in capsys.readouterr().err

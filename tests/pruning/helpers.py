@@ -21,7 +21,7 @@ def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Own(nn.Module):
-    """A user's own network, make_random_model by nothing of ours."""
+    """A user's own network."""
 
     def __init__(self, width: int = 8, kind: str = "plain") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Execution of a step: checks before the work, the record of a failure, and paths."""
+"""Execution of a step: checks before the work, failures and paths."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from scop.storage.manifest import MANIFEST
 from tests.helpers import TINY, run_step, train_tiny
 
 
-def test_a_step_that_fails_leaves_a_record_and_no_whole_output(digits_folder: Path, tmp_path: Path) -> None:
+def test_a_failed_step_leaves_a_record_and_an_incomplete_output(digits_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "dense"
     train_tiny(digits_folder, output)
     assert (output / MANIFEST).exists()
@@ -27,7 +27,7 @@ def test_a_step_that_fails_leaves_a_record_and_no_whole_output(digits_folder: Pa
         load_model(output)
 
 
-def test_inputs_and_outputs_are_checked_before_any_work(
+def test_rejects_invalid_settings_and_folders_before_the_work(
     digits_folder: Path, tmp_path: Path, model_folder: Path
 ) -> None:
     dataset = {"dataset": str(digits_folder)}
@@ -58,7 +58,7 @@ def test_inputs_and_outputs_are_checked_before_any_work(
         run_step("train", {}, {}, {})
 
 
-def test_a_tilde_means_the_same_for_all_that_a_step_writes(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_expands_a_tilde_in_paths(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     train_tiny(digits_folder, Path("~/dense"))
@@ -67,13 +67,13 @@ def test_a_tilde_means_the_same_for_all_that_a_step_writes(digits_folder: Path, 
     assert load_model(tmp_path / "home" / "dense") is not None
 
 
-def test_how_many_checkpoints_are_kept_must_be_a_number(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_number_of_kept_checkpoints_must_be_an_integer(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SCOP_KEEP_CHECKPOINTS", "all")
     with pytest.raises(UserError, match="SCOP_KEEP_CHECKPOINTS is 'all': Input should be a valid integer"):
         train_tiny(digits_folder, tmp_path / "dense")
 
 
-def test_help_knows_the_inputs_and_outputs_of_every_step() -> None:
+def test_registry_lists_the_inputs_and_outputs_of_every_step() -> None:
     for name, (inputs, output) in STEPS.items():
         step = find_step(name)
         assert [name.removesuffix("...") for name in inputs] == [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 
-def test_a_second_signal_does_not_cut_off_what_the_first_one_ends(tmp_path: Path) -> None:
-    """Ctrl-C reaches a step twice: from the terminal, and handed on by `scop run`."""
+def test_a_second_signal_does_not_interrupt_the_handling_of_the_first(tmp_path: Path) -> None:
+    """After Ctrl-C, a step receives the signal twice: from the terminal and from `scop run`."""
     code = """
 import os, signal
 from scop.runtime.exit_codes import Terminated, stop_signals_raise
@@ -22,17 +22,17 @@ with stop_signals_raise():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "recorded\n"
 
 
-@pytest.mark.parametrize(("by_nohup", "said"), [(False, "terminated"), (True, "went on")])
-def test_a_closed_terminal_ends_a_step_unless_nohup_ran_it(by_nohup: bool, said: str) -> None:
+@pytest.mark.parametrize(("nohup", "printed"), [(False, "terminated"), (True, "continued")])
+def test_a_closed_terminal_stops_a_step_unless_it_runs_under_nohup(nohup: bool, printed: str) -> None:
     code = f"""
 import os, signal
 from scop.runtime.exit_codes import Terminated, stop_signals_raise
-signal.signal(signal.SIGHUP, signal.{"SIG_IGN" if by_nohup else "SIG_DFL"})
+signal.signal(signal.SIGHUP, signal.{"SIG_IGN" if nohup else "SIG_DFL"})
 try:
     with stop_signals_raise():
         os.kill(os.getpid(), signal.SIGHUP)
-        print("went on")
+        print("continued")
 except Terminated as end:
     print(end)
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == f"{said}\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == f"{printed}\n"

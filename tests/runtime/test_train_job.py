@@ -1,4 +1,4 @@
-"""Training on two nodes: the step's pod makes a TrainJob, whose nodes find each other, S3 and the record."""
+"""Training on two nodes: the step's pod creates a TrainJob and waits for it."""
 
 import json
 import os
@@ -33,8 +33,8 @@ from tests.pipelines.cluster.test_compilation import EXAMPLE, container, executo
 def cluster(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
     with kubernetes_server(tmp_path) as server:
         server.objects = {"scop-s3": {"access_key": KEY, "secret_key": SECRET}}
-        handed = ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-        server.surroundings = {key: os.environ[key] for key in handed} | {"PYTHONPATH": str(ROOT)}
+        copied = ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+        server.surroundings = {key: os.environ[key] for key in copied} | {"PYTHONPATH": str(ROOT)}
         server.surroundings |= {"SCOP_CACHE": str(tmp_path / "cache-of-nodes"), "OMP_NUM_THREADS": "1"}
         point_to(server.kubeconfig, monkeypatch)
         monkeypatch.setenv("SCOP_TRAIN_JOB", plan().model_dump_json())
@@ -55,26 +55,26 @@ def plan(**changes: Any) -> TrainJobPlan:
 
 
 @pytest.fixture
-def places(digits_folder: Path, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
+def uris(digits_folder: Path, bucket: str) -> tuple[dict[str, str], dict[str, str]]:
     upload_folder(digits_folder, f"{bucket}/dataset")
     return {"dataset": f"{bucket}/dataset"}, {"model": f"{bucket}/runs/model"}
 
 
 @pytest.mark.slow
-def test_two_nodes_train_the_network_that_one_process_would(
-    cluster: KubernetesServer, places, digits_folder: Path, tmp_path: Path, monkeypatch, capfd, cache: Cache
+def test_two_nodes_train_the_same_network_as_one_process(
+    cluster: KubernetesServer, uris, digits_folder: Path, tmp_path: Path, monkeypatch, capfd, cache: Cache
 ) -> None:
     monkeypatch.setenv("KFP_RUN_ID", "a-run")
-    result = run_step("train_dense", {"dense": STEADY_DENSE}, *places)
+    result = run_step("train_dense", {"dense": STEADY_DENSE}, *uris)
     (name,) = cluster.jobs
     assert name.startswith("scop-train-dense-")
     assert "dense: epoch 2/2" in capfd.readouterr().out  # the first node's log
-    record = read_record(places[1]["model"])
+    record = read_record(uris[1]["model"])
     assert record is not None
     assert (record.status, record.machine.processes) == ("done", 2)
     assert record.result == result
-    # A pod that was lost when its job was done: the next try takes what is there.
-    assert run_step("train_dense", {"dense": STEADY_DENSE}, *places) == result
+    # If the pod is lost after its job has finished, the retry uses the result.
+    assert run_step("train_dense", {"dense": STEADY_DENSE}, *uris) == result
     assert "has finished already" in capfd.readouterr().out
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST"]
     assert "KFP_RUN_ID" in {entry["name"] for entry in cluster.jobs[name]["spec"]["trainer"]["env"]}
@@ -85,32 +85,30 @@ def test_two_nodes_train_the_network_that_one_process_would(
         "train_dense", {"dense": STEADY_DENSE}, {"dataset": str(digits_folder)}, {"model": str(tmp_path / "alone")}
     )
     alone = load_file(tmp_path / "alone" / "model.safetensors")
-    together = load_file(fetch_folder(places[1]["model"], cache, "model") / "model.safetensors")
+    together = load_file(fetch_folder(uris[1]["model"], cache, "model") / "model.safetensors")
     for key, tensor in alone.items():
         torch.testing.assert_close(together[key], tensor, **CLOSE)
 
 
 @pytest.mark.slow
-def test_a_failed_job_says_why_and_the_next_try_replaces_it(cluster: KubernetesServer, places) -> None:
+def test_reports_why_a_job_failed_and_replaces_it_on_retry(cluster: KubernetesServer, uris) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match="^batch_size 63 cannot be divided among 2 processes"):
-            run_step("train_dense", {"dense": STEADY_DENSE | {"batch_size": 63}}, *places)
+            run_step("train_dense", {"dense": STEADY_DENSE | {"batch_size": 63}}, *uris)
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST", "POST"]
 
 
 @pytest.mark.slow
-def test_a_job_that_runs_is_gone_on_with_and_removed_when_its_step_is_told_to_end(
-    cluster: KubernetesServer, places, tmp_path: Path
-) -> None:
+def test_a_retry_follows_the_running_job_and_a_stop_deletes_it(cluster: KubernetesServer, uris, tmp_path: Path) -> None:
     settings = f"--set=dense={json.dumps(STEADY_DENSE | {'epochs': 500})}"
     command = [sys.executable, "-m", "pipelines.cli", "step", "train_dense", settings]
-    command += ["--input", f"dataset={places[0]['dataset']}", "--output", f"model={places[1]['model']}"]
+    command += ["--input", f"dataset={uris[0]['dataset']}", "--output", f"model={uris[1]['model']}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     first = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     assert first.stdout is not None
     assert "2 nodes" in first.stdout.readline()
-    first.kill()  # nothing could be done about it: the job goes on
+    first.kill()  # SIGKILL cannot be handled, so the job continues
     first.communicate()
     second = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     assert second.stdout is not None
@@ -122,23 +120,23 @@ def test_a_job_that_runs_is_gone_on_with_and_removed_when_its_step_is_told_to_en
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST"]
 
 
-def test_places_of_one_pod_are_refused(cluster: KubernetesServer, places, tmp_path: Path) -> None:
+def test_rejects_local_folders(cluster: KubernetesServer, uris, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="with several nodes, inputs and outputs must be in S3"):
-        run_step("train_dense", {"dense": STEADY_DENSE}, places[0], {"model": str(tmp_path / "model")})
+        run_step("train_dense", {"dense": STEADY_DENSE}, uris[0], {"model": str(tmp_path / "model")})
     assert cluster.jobs == {}
 
 
-def test_a_refusal_says_what_may_be_missing(cluster: KubernetesServer, places) -> None:
+def test_an_api_error_names_the_likely_cause(cluster: KubernetesServer, uris) -> None:
     cluster.refuse = lambda method, path: 403 if method == "POST" else None
     with pytest.raises(UserError, match=r"cannot be created \(.*403.*\); check that Kubeflow Trainer is"):
-        run_step("train_dense", {"dense": STEADY_DENSE}, *places)
+        run_step("train_dense", {"dense": STEADY_DENSE}, *uris)
 
 
-def test_without_a_cluster_it_says_so(places, tmp_path: Path, monkeypatch) -> None:
+def test_reports_an_unreachable_cluster(uris, tmp_path: Path, monkeypatch) -> None:
     point_to(tmp_path / "none", monkeypatch)
     monkeypatch.setenv("SCOP_TRAIN_JOB", plan().model_dump_json())
     with pytest.raises(UserError, match="Kubernetes cannot be reached from here"):
-        run_step("train_dense", {"dense": STEADY_DENSE}, *places)
+        run_step("train_dense", {"dense": STEADY_DENSE}, *uris)
 
 
 @pytest.fixture(scope="module")
@@ -152,20 +150,20 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     return pipeline, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
-def test_a_profile_with_nodes_gives_the_training_steps_a_plan(documents) -> None:
+def test_a_profile_with_nodes_sets_the_plan_of_training_steps(documents) -> None:
     values = container(documents, "finetune")
     variables = {entry["name"]: entry["value"] for entry in values["env"]}
-    made = TrainJobPlan.model_validate_json(variables["SCOP_TRAIN_JOB"])
-    assert (made.nodes, made.processes) == (2, 4)
-    assert made.resources == {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "4"}
-    assert made.environment["OMP_NUM_THREADS"] == "2"  # 8 cores, 4 processes
-    assert made.environment["SCOP_REQUIRED_DEVICE"].startswith("class gpu: resource nvidia.com/gpu x4")
-    assert made.pod["node_selector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
-    assert made.pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    assert made.pod["security_context"] == {"runAsUser": 10001, "runAsGroup": 0, "runAsNonRoot": True}
-    assert made.shared_memory == "8Gi"
-    assert made.deadline == 172800
-    # The step's own pod only waits: it must not hold GPUs, nor end before the job.
+    parsed = TrainJobPlan.model_validate_json(variables["SCOP_TRAIN_JOB"])
+    assert (parsed.nodes, parsed.processes) == (2, 4)
+    assert parsed.resources == {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "4"}
+    assert parsed.environment["OMP_NUM_THREADS"] == "2"  # 8 cores, 4 processes
+    assert parsed.environment["SCOP_REQUIRED_DEVICE"].startswith("class gpu: resource nvidia.com/gpu x4")
+    assert parsed.pod["node_selector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    assert parsed.pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert parsed.pod["security_context"] == {"runAsUser": 10001, "runAsGroup": 0, "runAsNonRoot": True}
+    assert parsed.shared_memory == "8Gi"
+    assert parsed.deadline == 172800
+    # The step's own pod only waits: it must neither hold GPUs nor end before the job.
     assert values["resources"] == {
         **dict.fromkeys(("resourceCpuRequest", "resourceCpuLimit"), "1"),
         **dict.fromkeys(("resourceMemoryRequest", "resourceMemoryLimit"), "2Gi"),
@@ -177,15 +175,13 @@ def test_a_profile_with_nodes_gives_the_training_steps_a_plan(documents) -> None
     assert "SCOP_TRAIN_JOB" not in {entry["name"] for entry in container(documents, "evaluate")["env"]}
 
 
-def test_the_job_is_what_kubeflow_trainer_and_kubernetes_take(
-    documents, cluster: KubernetesServer, monkeypatch
-) -> None:
+def test_job_is_valid_for_kubeflow_trainer_and_kubernetes(documents, cluster: KubernetesServer, monkeypatch) -> None:
     import kubernetes_validate
 
     variables = {entry["name"]: entry["value"] for entry in container(documents, "finetune")["env"]}
-    made = TrainJobPlan.model_validate_json(variables["SCOP_TRAIN_JOB"])
-    cluster.objects = {name: dict.fromkeys(keys, "x") for name, keys in (made.secrets | made.config_maps).items()}
-    train_job._create(train_job._client(), made, "a-job", ["scop", "--version"], {})
+    parsed = TrainJobPlan.model_validate_json(variables["SCOP_TRAIN_JOB"])
+    cluster.objects = {name: dict.fromkeys(keys, "x") for name, keys in (parsed.secrets | parsed.config_maps).items()}
+    train_job._create(train_job._client(), parsed, "a-job", ["scop", "--version"], {})
     job = cluster.jobs["a-job"]
     assert job["spec"]["runtimeRef"] == {"kind": "ClusterTrainingRuntime", "name": "torch-distributed"}
     trainer = job["spec"]["trainer"]

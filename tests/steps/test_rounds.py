@@ -1,4 +1,4 @@
-"""Several rounds of prune and fine-tune, and the control that is trained from scratch."""
+"""Several rounds of pruning and fine-tuning, and the control that trains from scratch."""
 
 import copy
 import json
@@ -26,13 +26,13 @@ from tests.networks import GroupsAndBias
 
 @pytest.mark.parametrize("residual", RESIDUAL_RULES)
 @pytest.mark.parametrize("name", ["resnet20", "groups"])
-def test_a_regrown_network_is_the_pruned_one_and_has_zeros_where_channels_went(name: str, residual: str) -> None:
+def test_expanded_network_computes_the_same_function_with_zeros_in_removed_channels(name: str, residual: str) -> None:
     torch.manual_seed(0)
     model: nn.Module = make_model("resnet20") if name == "resnet20" else GroupsAndBias()
     randomise_batch_norms(model.eval())
     plan = select_channels(model, method="random", prune_rate=0.5, residual=residual, input_shape=(3, 16, 16))
     pruned = prune(model, plan)
-    for parameter in pruned.parameters():  # as if it had been trained
+    for parameter in pruned.parameters():  # stands for training
         parameter.data += 0.01 * torch.randn_like(parameter)
     grown = expand(pruned, model)
     images = torch.randn(3, 3, 16, 16)
@@ -45,7 +45,7 @@ def test_a_regrown_network_is_the_pruned_one_and_has_zeros_where_channels_went(n
     assert torch.equal(again(images), pruned(images))
 
 
-def test_a_regrown_network_has_its_masks_and_tables_back() -> None:
+def test_expanding_restores_other_buffers() -> None:
     model = make_model("resnet20")
     model.register_buffer("mask", torch.arange(400) % 3 == 0)
     model.register_buffer("table", (torch.arange(400) % 251).to(torch.uint8))
@@ -64,7 +64,7 @@ def test_a_regrown_network_has_its_masks_and_tables_back() -> None:
         ("l1", {"selection": "global", "budget": {"params": 50_000}}),
     ],
 )
-def test_what_went_in_one_round_is_gone_in_the_next(method: str, selection: dict[str, object]) -> None:
+def test_later_rounds_keep_no_channel_that_an_earlier_one_removed(method: str, selection: dict[str, object]) -> None:
     torch.manual_seed(0)
     model, shape = make_model("resnet20"), (3, 32, 32)
     variant = VariantSection.model_validate({"method": method, "floor": 0.1, **selection})
@@ -89,29 +89,29 @@ def test_what_went_in_one_round_is_gone_in_the_next(method: str, selection: dict
 
 
 def finetune(dataset: Path, dense: Path, folder: Path, variant: dict[str, object], **settings: object) -> Path:
-    """Select and fine-tune; the folder of the pruned model."""
+    """Select and fine-tune; return the folder of the pruned model."""
     knockoff = {"epochs": 1, "batch_size": 64}
-    given = {"dense": str(dense)}
+    inputs = {"dense": str(dense)}
     run_step(
         "train_knockoff",
         {"knockoff": knockoff},
-        given | {"dataset": str(dataset)},
+        inputs | {"dataset": str(dataset)},
         {"scores": f"{folder}/scores"},
     )
     run_step(
-        "select_channels", {"variant": variant}, given | {"scores": f"{folder}/scores"}, {"plan": f"{folder}/plan"}
+        "select_channels", {"variant": variant}, inputs | {"scores": f"{folder}/scores"}, {"plan": f"{folder}/plan"}
     )
     section = {"epochs": 2, "batch_size": 64, "lr": 0.02} | settings
     run_step(
         "finetune",
         {"finetune": section, "variant": variant},
-        given | {"dataset": str(dataset), "plan": f"{folder}/plan"},
+        inputs | {"dataset": str(dataset), "plan": f"{folder}/plan"},
         {"model": f"{folder}/model"},
     )
     return folder / "model"
 
 
-def test_rounds_prune_further_and_train_in_between(
+def test_rounds_alternate_pruning_and_training(
     digits_folder: Path,
     model_folder: Path,
     tmp_path: Path,
@@ -127,9 +127,9 @@ def test_rounds_prune_further_and_train_in_between(
     monkeypatch.setattr("scop.steps.finetune.train_knockoffs", watched)
     variant = {"method": "scop", "prune_rate": 0.875, "rounds": 3, "residual": "coupled"}
     folder = finetune(digits_folder, model_folder, tmp_path, variant, round_epochs=1)
-    said = capsys.readouterr().out
-    assert "scop-0.875, round 1: epoch 1/1" in said
-    assert "scop-0.875, round 3: epoch 2/2" in said
+    printed = capsys.readouterr().out
+    assert "scop-0.875, round 1: epoch 1/1" in printed
+    assert "scop-0.875, round 3: epoch 2/2" in printed
     first = ChannelPlan.load(tmp_path / "plan" / "plan.json")
     assert [len(kept) for kept in first.kept.values()] == [8, 12, 16]
     model = load_model(folder)
@@ -143,13 +143,13 @@ def test_rounds_prune_further_and_train_in_between(
     assert epochs == [1, 2, 3, 4]
     surgery = json.loads((folder / "surgery.json").read_text())
     assert surgery["masked_pruned"] < 1e-4
-    # Knockoffs competed anew before the second and the third round, with what was left and trained further.
+    # The knockoff phase ran again before rounds 2 and 3, on the remaining, trained channels.
     assert [int(weight.flatten(1).any(1).sum()) for weight in competed] == [8, 4]
-    still_there = competed[1].flatten(1).any(1)
-    assert not torch.equal(competed[0][still_there], competed[1][still_there])
+    remaining = competed[1].flatten(1).any(1)
+    assert not torch.equal(competed[0][remaining], competed[1][remaining])
 
 
-def test_a_narrower_network_is_trained_from_random_weights(
+def test_scratch_trains_a_narrow_network_from_random_weights(
     digits_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     variant = {"method": "scratch", "prune_rate": 0.5}
@@ -164,9 +164,7 @@ def test_a_narrower_network_is_trained_from_random_weights(
 
 
 @pytest.mark.slow
-def test_a_killed_round_is_gone_on_with_to_the_same_weights(
-    digits_folder: Path, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_round_resumes_with_identical_weights(digits_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     variant = {"method": "scop", "prune_rate": 0.75, "rounds": 3}
     finetune(digits_folder, model_folder, tmp_path, variant, epochs=0, round_epochs=0)  # for scores and plan
     section = {"epochs": 20, "round_epochs": 10, "batch_size": 64, "lr": 0.02, "precision": "fp32"}

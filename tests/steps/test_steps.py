@@ -1,4 +1,4 @@
-"""Steps on folders, as `scop step` and the components run them."""
+"""All steps on folders, as `scop step` and the components run them."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from scop.storage.manifest import read_folder
 from tests.helpers import ROOT, TINY, run_step, train_tiny
 
 
-def test_all_steps_in_a_row(digits_folder: Path, tmp_path: Path) -> None:
+def test_steps_run_on_the_outputs_of_earlier_steps(digits_folder: Path, tmp_path: Path) -> None:
     def folder(name: str) -> str:
         return str(tmp_path / name)
 
@@ -65,7 +65,10 @@ def test_all_steps_in_a_row(digits_folder: Path, tmp_path: Path) -> None:
     assert max(summary["exactness"].values()) < 1e-4
     assert Path(summary["onnx"]).is_file()
     exported = load_model(summary["model"])
-    assert (exported.first.out_channels, exported.second.out_channels) == (8, 8)  # 12 of 24 is a tie of 8 and 16
+    assert (exported.first.out_channels, exported.second.out_channels) == (
+        8,
+        8,
+    )  # 12 of 24 is equally far from 8 and 16
     assert summary["pruned"]["top1"] > 0.7
     record = json.loads((tmp_path / "pruned" / "step.json").read_text())
     assert record["status"] == "done"
@@ -74,7 +77,7 @@ def test_all_steps_in_a_row(digits_folder: Path, tmp_path: Path) -> None:
     assert len(record["inputs"]["plan"]["content"]) == 64
 
 
-def test_given_weights_are_taken_as_they_are(digits_folder: Path, model_folder: Path, tmp_path: Path, trained) -> None:
+def test_given_weights_are_used_unchanged(digits_folder: Path, model_folder: Path, tmp_path: Path, trained) -> None:
     train_tiny(digits_folder, tmp_path / "dense", weights=str(model_folder / "model.safetensors"))
     loaded = load_model(tmp_path / "dense")
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in loaded.state_dict().items())
@@ -114,7 +117,7 @@ def test_a_killed_step_resumes_to_the_same_weights(
     step: str, digits_folder: Path, model_folder: Path, plan_folder: Path, tmp_path: Path
 ) -> None:
     inputs = {"dataset": str(digits_folder), "dense": str(model_folder), "plan": str(plan_folder)}
-    section, taken, made, weights = {
+    section, taken, output, weights = {
         "train_dense": ({"dense": TINY}, ["dataset"], "model", "model.safetensors"),
         "train_knockoff": ({"knockoff": {}}, ["dataset", "dense"], "scores", "scores.safetensors"),
         "finetune": ({"finetune": {}, "variant": {}}, ["dataset", "dense", "plan"], "model", "model.safetensors"),
@@ -125,7 +128,7 @@ def test_a_killed_step_resumes_to_the_same_weights(
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = (
         f"from scop.runtime.execution import execute; execute({step!r}, {config!r}, {inputs!r}, "
-        f"{{{made!r}: {str(killed)!r}}})"
+        f"{{{output!r}: {str(killed)!r}}})"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while not list(killed.glob("checkpoints/*/*.json")):
@@ -135,39 +138,39 @@ def test_a_killed_step_resumes_to_the_same_weights(
         read_folder(killed)
     other = config | {name: config[name] | {"lr": 0.01}}
     with pytest.raises(UserError, match="another configuration or other inputs"):
-        run_step(step, other, inputs, {made: str(killed)})
+        run_step(step, other, inputs, {output: str(killed)})
 
     for folder in (killed, whole):
-        run_step(step, config, inputs, {made: str(folder)})
+        run_step(step, config, inputs, {output: str(folder)})
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
     assert not list(killed.glob("checkpoints/*/*"))
     assert len(json.loads((killed / "history.json").read_text())) == 30
 
 
-def test_a_class_may_be_called_like_a_formula(tmp_path: Path) -> None:
+def test_plots_class_names_that_look_like_formulas(tmp_path: Path) -> None:
     confusion_matrix([[3, 1], [0, 2]], ["$10_$20", "a^b$"], tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
-def test_a_network_is_known_by_the_weights_that_it_was_made_of_wherever_they_lie(
+def test_settings_identify_weights_by_content_not_by_path(
     digits_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    def made_of(name: str, **settings: object) -> dict[str, object]:
+    def settings_of(name: str, **settings: object) -> dict[str, object]:
         train_tiny(digits_folder, tmp_path / name, **settings)
         return load_settings(tmp_path / name)["dense"]
 
     (tmp_path / "elsewhere").mkdir()
     same = shutil.copy(model_folder / WEIGHTS, tmp_path / "elsewhere" / "copy.safetensors")
-    first, again = (made_of(n, weights=str(w)) for n, w in (("a", model_folder / WEIGHTS), ("b", same)))
-    trained, started = made_of("c"), made_of("d", pretrained=str(same))
-    other = made_of("e", weights=str(tmp_path / "c" / WEIGHTS))
+    first, again = (settings_of(n, weights=str(w)) for n, w in (("a", model_folder / WEIGHTS), ("b", same)))
+    trained, started = settings_of("c"), settings_of("d", pretrained=str(same))
+    other = settings_of("e", weights=str(tmp_path / "c" / WEIGHTS))
     assert first == again
-    assert len({json.dumps(made, sort_keys=True) for made in (first, other, started, trained)}) == 4
+    assert len({json.dumps(found, sort_keys=True) for found in (first, other, started, trained)}) == 4
 
 
 @pytest.mark.parametrize("score", ["fisher", "published"])
 @pytest.mark.parametrize("model", ["Aliased", "OneConvolutionBlocks"])
-def test_unusual_networks_have_scores(model: str, score: str, digits_folder: Path, tmp_path: Path) -> None:
+def test_scores_unusual_networks(model: str, score: str, digits_folder: Path, tmp_path: Path) -> None:
     train_tiny(digits_folder, tmp_path / "dense", model=f"tests.networks:{model}")
     inputs = {"dataset": str(digits_folder), "dense": str(tmp_path / "dense")}
     knockoff = {"score": score, "epochs": 1, "batch_size": 64}
@@ -177,13 +180,13 @@ def test_unusual_networks_have_scores(model: str, score: str, digits_folder: Pat
     assert all(scores.unique().numel() > len(scores) // 2 for scores in found.values())
 
 
-def test_a_dense_model_is_not_taken_for_a_pruned_one(digits_folder: Path, tmp_path: Path, model_folder: Path) -> None:
+def test_rejects_a_dense_model_as_the_pruned_one(digits_folder: Path, tmp_path: Path, model_folder: Path) -> None:
     inputs = {"dataset": str(digits_folder), "dense": str(model_folder), "pruned": str(model_folder)}
     with pytest.raises(UserError, match="holds no pruned model"):
         run_step("evaluate", {"evaluate": {}, "variant": {}}, inputs, {"evaluation": str(tmp_path / "out")})
 
 
-def test_the_exactness_gate_fails_the_step(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_inexact_pruning_fails_the_step(digits_folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     train_tiny(digits_folder, tmp_path / "dense", model="tests.networks:Offset")
     variant = {"method": "l1", "prune_rate": 0.5}

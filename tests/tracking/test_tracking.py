@@ -14,7 +14,6 @@ from mlflow.tracking import MlflowClient
 
 from scop import UserError, load_model
 from scop.environment import StepEnvironment
-from scop.runtime.record import flat
 from scop.tracking import pipeline_run
 from scop.tracking.mlflow import MlflowTracker
 from scop.tracking.pipeline_run import close_parent, end_parent, start_parent
@@ -229,11 +228,6 @@ def test_rejected_parameters_do_not_block_later_ones(server: str, tmp_path: Path
     assert unsent == {"what": "params", "content": {"layer3.*": "0.3"}}
     run = MlflowClient().get_run(tracker.run_id)
     assert (run.data.params, run.info.status) == ({"prune_rate": "0.5"}, "FINISHED")
-
-
-def test_flat_keeps_rates_by_pattern_as_one_parameter() -> None:
-    values = {"variant": {"rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "seed": 0}}
-    assert flat(values) == {"variant.rates": {"layer3.*": 0.3, "layer3.?": 0.2}, "variant.seed": 0}
 
 
 def test_records_system_metrics_during_a_step(server: str, tmp_path: Path, monkeypatch) -> None:

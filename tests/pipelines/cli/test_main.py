@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line errors and its imports."""
+"""The command line: exit codes, one-line errors and imports."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from scop.storage.manifest import MANIFEST
 from tests.helpers import ROOT
 
 
-def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_runs_a_step_and_reports_mistakes_with_exit_code_2(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["step", "prepare_data", "--output", f"dataset={tmp_path / 'data'}"]) == 0
     assert (tmp_path / "data" / MANIFEST).exists()
@@ -32,7 +32,7 @@ def test_the_command_line_runs_a_step_and_tells_mistakes_by_exit_code_2(tmp_path
         assert error.count("\n") == 1
 
 
-def test_help_needs_no_heavy_imports() -> None:
+def test_help_imports_no_large_packages() -> None:
     code = "import sys, pipelines.cli.main; pipelines.cli.main.make_parser().format_help(); print(*sys.modules)"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

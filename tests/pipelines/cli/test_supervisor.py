@@ -1,4 +1,4 @@
-"""Runs that are stopped by a signal, or whose step is killed."""
+"""Runs that a signal stops, and runs whose step is killed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.helpers import ROOT
 
 
 @pytest.mark.slow
-def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_names_a_killed_step_and_marks_it_in_mlflow(tmp_path: Path, monkeypatch, capsys) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
@@ -25,9 +25,9 @@ def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path,
             assert run.poll() is None
         for step in psutil.Process(run.pid).children(recursive=True):
             step.kill()
-        said = run.communicate(timeout=120)[1].decode()
+        error = run.communicate(timeout=120)[1].decode()
     assert run.returncode == 1
-    assert "step train_dense failed" in said
+    assert "step train_dense failed" in error
     database = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = MlflowClient(database)
     runs = client.search_runs([client.get_experiment_by_name("digits-resnet20").experiment_id])
@@ -40,7 +40,7 @@ def test_a_step_that_is_killed_is_named_by_what_mlflow_remembers(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path: Path) -> None:
+def test_stopping_a_run_stops_its_step_after_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.epochs=500"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "SCOP_"))}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
@@ -48,9 +48,9 @@ def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path
             assert run.poll() is None
         steps = psutil.Process(run.pid).children(recursive=True)
         run.send_signal(signal.SIGTERM)
-        said = run.communicate(timeout=120)[1].decode()
+        error = run.communicate(timeout=120)[1].decode()
     assert run.returncode == 143
-    assert re.search(rf"scop: stopped; continue with: scop run --resume {tmp_path}/digits-resnet20-\S+$", said.strip())
+    assert re.search(rf"scop: stopped; continue with: scop run --resume {tmp_path}/digits-resnet20-\S+$", error.strip())
     alive = [step for step in steps if step.is_running() and step.status() != psutil.STATUS_ZOMBIE]
     assert steps and not alive
     (record,) = tmp_path.glob("*/train_dense/model/step.json")
@@ -60,10 +60,8 @@ def test_a_run_that_is_stopped_stops_its_step_which_writes_a_checkpoint(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_sweep_that_is_told_to_stop_begins_no_further_variant(
-    tmp_path: Path, sign: signal.Signals, code: int
-) -> None:
-    """The signal reaches the command alone, as from a scheduler; KFP by itself would go on with the next variant."""
+def test_stopping_a_run_starts_no_further_variant(tmp_path: Path, sign: signal.Signals, code: int) -> None:
+    """Only the command receives the signal, as from a scheduler. KFP alone would continue with the next variant."""
     small = {"dense.epochs": 1, "knockoff.epochs": 1, "finetune.epochs": 500}
     variants = "variants=[{name: a}, {name: b, method: l1}, {name: c, method: none}]"
     command = [sys.executable, "-m", "pipelines.cli", "run", "--set", variants]
@@ -75,10 +73,10 @@ def test_a_sweep_that_is_told_to_stop_begins_no_further_variant(
         while not list(tmp_path.glob("runs/checkpoints/finetune-*/*.json")):
             assert run.poll() is None
         run.send_signal(sign)
-        _, said = run.communicate(timeout=120)
+        _, error = run.communicate(timeout=120)
     assert run.returncode == code
     (folder,) = (path.parent for path in tmp_path.glob("runs/*/config.yaml"))
-    assert said.splitlines()[-1] == f"scop: stopped; continue with: scop run --resume {folder}"
+    assert error.splitlines()[-1] == f"scop: stopped; continue with: scop run --resume {folder}"
     records = [json.loads(path.read_text()) for path in folder.glob("*/*/*/step.json")]
     assert {(r["config"]["variant"]["name"], r["step"], r["status"]) for r in records} == {
         ("a", "select_channels", "done"),

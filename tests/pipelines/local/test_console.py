@@ -1,11 +1,11 @@
-"""The terminal output of a run."""
+"""What a run shows in the terminal and writes to its log."""
 
 import io
 
 from pipelines.local.console import KfpView, View
 
 
-def test_a_view_shows_steps_and_logs_everything() -> None:
+def test_view_shows_steps_and_logs_all_lines() -> None:
     log, terminal = io.StringIO(), io.StringIO()
     view = View(log, terminal)
     view.start("train_dense")
@@ -18,7 +18,7 @@ def test_a_view_shows_steps_and_logs_everything() -> None:
     assert log.getvalue().splitlines()[:2] == ["train_dense", "train: epoch 1/2, loss 1"]
 
 
-def test_a_view_of_kfp_shows_steps_and_logs_everything() -> None:
+def test_kfp_view_shows_steps_and_logs_all_lines() -> None:
     log, terminal = io.StringIO(), io.StringIO()
     view = KfpView(log, terminal)
     view.write("12:00:00.000 - INFO - Executing task \x1b[96m'train-dense'\x1b[0m\n")

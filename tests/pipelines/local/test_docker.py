@@ -1,4 +1,4 @@
-"""The image, and steps in containers of it: `make test-docker`, which needs a docker engine."""
+"""The image and the steps in its containers: `make test-docker`, which needs a Docker engine."""
 
 import json
 import os
@@ -41,19 +41,19 @@ def scop(*arguments: str, cwd: Path, more: Mapping[str, str] = MappingProxyType(
 
 
 def unavailable(reason: str) -> None:
-    # `.ci/run` has an engine: there a test that did not run is no test that passed.
+    # .ci/run requires an engine: there, a skipped test counts as a failure.
     (pytest.fail if os.environ.get("SCOP_DOCKER_REQUIRED") else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The project's image, built from this tree; its base by debootstrap where it is not there."""
+    """The project's image, built from this tree on SCOP_TEST_BASE, or on a base image built by debootstrap."""
     if shutil.which("docker") is None or docker("version").returncode:
-        unavailable("no docker engine answers")
+        unavailable("no Docker engine answers")
     base = os.environ.get("SCOP_TEST_BASE")
     if base is None:
         if shutil.which("debootstrap") is None or os.getuid():
-            unavailable("debootstrap, which makes the base image, needs root; or set SCOP_TEST_BASE")
+            unavailable("building the base image needs debootstrap and root; or set SCOP_TEST_BASE")
         base = subprocess.check_output(["docker/base.sh"], cwd=ROOT, text=True).strip()
     planted = {"AWS_SECRET_ACCESS_KEY": PLANTED, "MLFLOW_TRACKING_PASSWORD": PLANTED}
     subprocess.run(["docker/build.sh", base, IMAGE], cwd=ROOT, check=True, env=os.environ | planted)
@@ -61,7 +61,7 @@ def image() -> str:
 
 
 def inside(image: str, script: str, *options: str) -> str:
-    """What a shell script prints in a container that is closed as tightly as ours are."""
+    """Return what a shell script prints in a container with the restrictions of a step's."""
     command = Sandbox(image).command(["sh", "-c", script])
     position = command.index(image)
     result = subprocess.run([*command[:position], *options, *command[position:]], capture_output=True, text=True)
@@ -69,7 +69,7 @@ def inside(image: str, script: str, *options: str) -> str:
     return result.stdout.strip()
 
 
-def test_the_image_is_tight(image: str) -> None:
+def test_image_has_no_root_user_compilers_or_caches(image: str) -> None:
     user = json.loads(docker("image", "inspect", image).stdout)[0]["Config"]["User"]
     assert user == "10001:0"
     assert inside(image, "id -u; id -g").split() == ([str(os.getuid())] if os.getuid() else ["10001"]) + ["0"]
@@ -86,7 +86,7 @@ def test_the_image_is_tight(image: str) -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
-def test_the_image_says_what_it_is(image: str) -> None:
+def test_image_labels_have_version_and_commit(image: str) -> None:
     labels = json.loads(docker("image", "inspect", image).stdout)[0]["Config"]["Labels"]
     assert labels["org.opencontainers.image.version"] == IMAGE.partition(":")[2]
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -95,22 +95,22 @@ def test_the_image_says_what_it_is(image: str) -> None:
     assert not [word for word in ("SECRET", "TOKEN", "PASSWORD", "index-url") if word in history]
 
 
-def test_no_secret_of_the_builder_is_in_the_image(image: str) -> None:
+def test_image_contains_no_secret_of_its_builder(image: str) -> None:
     assert PLANTED not in docker("image", "inspect", image).stdout
     assert PLANTED not in docker("image", "history", "--no-trunc", image).stdout
-    # With a text that is there, to show that the search finds what it looks for.
+    # The second pattern is in the image: it shows that the search works.
     patterns = f"-e {PLANTED} -e 'a recorded step again'"
     search = f"grep -rlF --exclude-dir=proc --exclude-dir=sys --exclude-dir=torch {patterns} / 2>/dev/null"
     found = docker("run", "--rm", "--user", "0", image, "sh", "-c", search).stdout.split()
     assert found
     assert all("/pipelines/" in path and "rerun" in path for path in found), found
-    # Only what belongs to the project comes from this folder.
+    # Only the packages are copied from this repository.
     content = inside(image, "ls -A /opt/scop/lib/python3*/site-packages/scop /opt/scop/lib/python3*/site-packages")
     assert "tests" not in content.split()
     assert ".git" not in content.split()
 
 
-def test_a_step_runs_in_the_container(image: str, tmp_path: Path) -> None:
+def test_runs_a_step(image: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     sandbox = Sandbox(image, writable=(tmp_path / "out",), network="none")
     sandbox.open_to_user()
@@ -119,14 +119,14 @@ def test_a_step_runs_in_the_container(image: str, tmp_path: Path) -> None:
     assert read_folder(tmp_path / "out" / "data").kind == "dataset"
     owner = (tmp_path / "out" / "data" / "manifest.json").stat().st_uid
     assert owner == (os.getuid() or 10001)
-    # And it refuses as it does elsewhere.
+    # Mistakes are reported as without a container.
     refused = subprocess.run(sandbox.command(["scop", "step", "finetune"]), capture_output=True, text=True)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 @pytest.fixture(scope="session")
 def run(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on digits whose steps ran in containers."""
+    """A run on the digits, with its steps in containers."""
     here = tmp_path_factory.mktemp("run")
     settings = [f"--set={key}={value}" for key, value in SMALL.items()]
     result = scop("run", "--docker", *settings, cwd=here)
@@ -135,7 +135,7 @@ def run(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summary.parent
 
 
-def test_a_run_in_containers_is_whole(run: Path, image: str) -> None:
+def test_a_run_in_containers_is_complete(run: Path, image: str) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["variants"][0]["pruned"]["params"] < 0.5 * summary["variants"][0]["dense"]["params"]
     assert load_model(summary["variants"][0]["model"]) is not None
@@ -144,7 +144,7 @@ def test_a_run_in_containers_is_whole(run: Path, image: str) -> None:
     assert {(record["status"], record["software"]["image"]) for record in records} == {("done", image)}
 
 
-def test_containers_make_the_same_bytes_as_one_process(run: Path, tmp_path: Path) -> None:
+def test_containers_write_the_same_bytes_as_one_process(run: Path, tmp_path: Path) -> None:
     settings = [f"--set={key}={value}" for key, value in SMALL.items()]
     result = scop("run", *settings, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -153,20 +153,20 @@ def test_containers_make_the_same_bytes_as_one_process(run: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("step", list(STEPS))
-def test_each_step_again_is_equal_to_the_byte(step: str, run: Path, tmp_path: Path) -> None:
+def test_reruns_of_each_step_are_byte_equal(step: str, run: Path, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/{step}", "--docker", "--verify", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "files are byte-equal" in result.stdout
 
 
-def test_a_rerun_with_a_change_differs(run: Path, tmp_path: Path) -> None:
+def test_verify_fails_after_a_change_of_settings(run: Path, tmp_path: Path) -> None:
     change = ["--set", "variant.prune_rate=0.2"]
     result = scop("rerun", f"{run}/select_channels", "--docker", *change, "--verify", cwd=tmp_path)
     assert result.returncode == 1
     assert "verify: plan/plan.json differs" in result.stdout
 
 
-def test_a_step_that_was_killed_runs_again(image: str, run: Path, tmp_path: Path) -> None:
+def test_reruns_a_killed_step(image: str, run: Path, tmp_path: Path) -> None:
     (record,) = (p for p in run.rglob("step.json") if json.loads(p.read_text())["step"] == "train_dense")
     dataset = json.loads(record.read_text())["inputs"]["dataset"]["uri"]
     (tmp_path / "out").mkdir()
@@ -183,13 +183,13 @@ def test_a_step_that_was_killed_runs_again(image: str, run: Path, tmp_path: Path
     assert json.loads((output / "step.json").read_text())["status"] == "running"
     result = scop("rerun", str(output), "--docker", image, "--set", "dense.epochs=1", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    (made,) = (tmp_path / "reruns").glob("*/model")
-    assert load_model(made) is not None
+    (model,) = (tmp_path / "reruns").glob("*/model")
+    assert load_model(model) is not None
 
 
 @pytest.fixture(scope="session")
 def remote(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """The URI of a run in containers whose artifacts lie in S3, and the environment that reaches it."""
+    """URI of a run in containers with its artifacts in S3, and the environment variables to access it."""
     folder = tmp_path_factory.mktemp("remote")
     with services.s3_server(folder) as address:
         environment = services.environment(address)
@@ -204,22 +204,22 @@ def remote(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             yield f"s3://docker/runs/{run}", environment
 
 
-def test_a_step_is_reproduced_from_s3_with_the_runs_uri_alone(remote, tmp_path: Path) -> None:
+def test_reruns_a_step_from_its_uri_in_s3(remote, tmp_path: Path) -> None:
     uri, environment = remote
-    more = environment | {"SCOP_CACHE": str(tmp_path / "cache")}  # nothing of the run is here
+    more = environment | {"SCOP_CACHE": str(tmp_path / "cache")}  # an empty cache
     result = scop("rerun", f"{uri}/finetune", "--docker", "--verify", cwd=tmp_path, more=more)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "verify: all 5 files are byte-equal" in result.stdout
     assert len(list((tmp_path / "cache" / "artifacts").iterdir())) == 3  # dataset, dense, plan
 
 
-def test_a_run_in_containers_goes_on_with_a_profiles_credentials(remote, tmp_path: Path) -> None:
+def test_resumes_with_the_credentials_of_an_aws_profile(remote, tmp_path: Path) -> None:
     uri, environment = remote
     (tmp_path / "aws").write_text(
-        f"[profile desk]\nregion = us-east-1\nendpoint_url = {environment['AWS_ENDPOINT_URL_S3']}\n"
+        f"[profile dev]\nregion = us-east-1\nendpoint_url = {environment['AWS_ENDPOINT_URL_S3']}\n"
         f"aws_access_key_id = {services.KEY}\naws_secret_access_key = {services.SECRET}\n"
     )
-    more = {"MLFLOW_TRACKING_URI": environment["MLFLOW_TRACKING_URI"], "AWS_PROFILE": "desk"}
+    more = {"MLFLOW_TRACKING_URI": environment["MLFLOW_TRACKING_URI"], "AWS_PROFILE": "dev"}
     more |= {
         "SCOP_CACHE": environment["SCOP_CACHE"],
         "AWS_CONFIG_FILE": str(tmp_path / "aws"),
@@ -233,9 +233,7 @@ def test_a_run_in_containers_goes_on_with_a_profiles_credentials(remote, tmp_pat
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_in_containers_that_is_stopped_goes_on(
-    sign: signal.Signals, code: int, image: str, tmp_path: Path
-) -> None:
+def test_resumes_a_stopped_run(sign: signal.Signals, code: int, image: str, tmp_path: Path) -> None:
     small = [f"--set={key}={value}" for key, value in (SMALL | {"dense.epochs": 60}).items()]
     command = [sys.executable, "-m", "pipelines.cli", "run", "--docker", image, *small]
     environment = clean() | {"PYTHONPATH": str(ROOT)}
@@ -244,10 +242,10 @@ def test_a_run_in_containers_that_is_stopped_goes_on(
             assert run.poll() is None
         (name,) = (path.parent.name for path in tmp_path.glob("runs/*/config.yaml"))
         (container,) = docker("ps", "--quiet", "--filter", f"label=scop.run={name}").stdout.split()
-        assert_closed(container)
+        assert_restricted(container)
         run.send_signal(sign)
         assert run.wait(timeout=120) == code
-    docker("wait", container)  # it ends by itself
+    docker("wait", container)  # the container ends without further signals
     assert docker("ps", "--quiet", "--filter", f"label=scop.run={name}").stdout == ""
     record = tmp_path / "runs" / name / "train_dense" / "model" / "step.json"
     assert json.loads(record.read_text())["status"] == "stopped"
@@ -259,8 +257,8 @@ def test_a_run_in_containers_that_is_stopped_goes_on(
         assert "resumes after epoch" in again.stdout
 
 
-def assert_closed(container: str) -> None:
-    """What KFP started is as tight as what `docker run` starts."""
+def assert_restricted(container: str) -> None:
+    """Containers that KFP starts have the same restrictions as those of `scop rerun`."""
     (state,) = json.loads(docker("inspect", container).stdout)
     assert state["HostConfig"]["ReadonlyRootfs"]
     assert state["HostConfig"]["CapDrop"] == ["ALL"]
@@ -268,8 +266,8 @@ def assert_closed(container: str) -> None:
     assert state["Config"]["User"] == f"{os.getuid() or 10001}:0"
 
 
-def test_a_shell_has_everything_in_place(image: str, run: Path, tmp_path: Path) -> None:
-    # What is printed can be typed: here the shell takes it from the folder that the first one made.
+def test_shell_has_the_inputs_of_the_step(image: str, run: Path, tmp_path: Path) -> None:
+    # The printed command works in a shell with the folder that the first call created.
     first = scop("rerun", f"{run}/select_channels", "--docker", "--shell", cwd=tmp_path, input="scop --version\n")
     assert first.returncode == 0, first.stderr
     assert first.stdout.rstrip().endswith(f"scop {IMAGE.partition(':')[2]}")

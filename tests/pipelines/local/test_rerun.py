@@ -1,4 +1,4 @@
-"""A pipeline run whose artifacts lie in S3, and its steps run again from there."""
+"""`scop rerun` of the steps of a run whose artifacts are in S3."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def scop(*arguments: str, cwd: Path, env: dict[str, str], stdin: str = "") -> su
 
 @pytest.fixture(scope="module")
 def surroundings(s3_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment with an S3 server and an MLflow server that keeps its artifacts there."""
+    """Environment variables of an S3 server, and of an MLflow server that stores its artifacts there."""
     folder = tmp_path_factory.mktemp("mlflow")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SCOP_", "AWS_"))}
     environment = clean | services.environment(s3_address) | {"SCOP_CACHE": str(folder / "cache")}
@@ -54,7 +54,7 @@ def surroundings(s3_address: str, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def run(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of a run of the default preset, shortened."""
+    """URI of a short run of the default preset."""
     here = tmp_path_factory.mktemp("here")
     settings = [f"--set={key}={value}" for key, value in SMALL.items()]
     result = scop("run", "--out", "s3://pipeline/runs", *settings, cwd=here, env=surroundings)
@@ -64,7 +64,7 @@ def run(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return f"s3://pipeline/runs/{summary.partition('/')[0]}"
 
 
-def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str, cache: Cache) -> None:
+def test_a_run_in_s3_leaves_no_local_files(run: str, cache: Cache) -> None:
     summary = json.loads(read_bytes(f"{run}/summary.json"))
     names = list_files(run)
     assert {"config.yaml", "log.txt", "report.html", "summary.json"} <= set(names)
@@ -86,7 +86,7 @@ def test_a_run_into_s3_leaves_all_there_and_nothing_here(run: str, cache: Cache)
     assert any("report.html" in name for name in list_files("s3://pipeline/mlflow"))
 
 
-def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundings, tmp_path: Path) -> None:
+def test_reruns_a_step_from_its_uri_byte_for_byte(run: str, surroundings, tmp_path: Path) -> None:
     environment = surroundings | {"SCOP_CACHE": str(tmp_path / "cache")}
     before = list_files(run)
     result = scop("rerun", f"{run}/finetune", "--verify", cwd=tmp_path, env=environment)
@@ -94,12 +94,12 @@ def test_a_step_is_run_again_from_its_uri_alone_to_the_byte(run: str, surroundin
     assert "verify: all 5 files are byte-equal" in result.stdout
     (folder,) = (tmp_path / "reruns").iterdir()
     assert load_model(folder / "model").conv1.out_channels == 16
-    assert (folder / "mlflow.db").exists()  # not the server
+    assert (folder / "mlflow.db").exists()  # without --track, the server is not used
     assert list_files(run) == before
 
 
 @pytest.mark.slow
-def test_changes_and_what_differs_are_named(run: str, surroundings, tmp_path: Path) -> None:
+def test_verify_names_the_files_that_differ(run: str, surroundings, tmp_path: Path) -> None:
     change = ["--set", "variant.finetune.lr=0.001"]
     result = scop("rerun", f"{run}/scop-0.45/finetune", *change, "--verify", cwd=tmp_path, env=surroundings)
     assert result.returncode == 1
@@ -108,7 +108,7 @@ def test_changes_and_what_differs_are_named(run: str, surroundings, tmp_path: Pa
     assert "model.json" not in result.stdout.partition("verify:")[2]
 
 
-def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path: Path) -> None:
+def test_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/prepare_data", "--dry-run", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0
     command = result.stdout.strip()
@@ -126,7 +126,7 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
         (["{run}/l1/finetune"], "has no step 'l1/finetune'"),
         (["nowhere/finetune"], "there is no step 'nowhere/finetune', neither at this path nor in runs"),
         (["{run}"], "is a run; add the step: prepare_data, train_dense"),
-        (["{run}-gone/finetune"], "-gone/finetune', at this URI; name a step's record"),
+        (["{run}-missing/finetune"], "-missing/finetune', at this URI; name a step's record"),
         (
             ["{run}/train_dense", "--set", "finetune.lr=1"],
             "step 'train_dense' has no section 'finetune' (it has: dense)",
@@ -135,7 +135,7 @@ def test_a_dry_run_prints_a_command_that_works(run: str, surroundings, tmp_path:
         (["{run}/train_dense", "--shell"], "--shell applies to containers; add --docker"),
     ],
 )
-def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, surroundings, tmp_path: Path) -> None:
+def test_reports_mistakes_in_one_line(arguments, message: str, run: str, surroundings, tmp_path: Path) -> None:
     result = scop("rerun", *(a.format(run=run) for a in arguments), cwd=tmp_path, env=surroundings)
     assert result.returncode == 2
     assert message.format(run=run) in result.stderr
@@ -143,37 +143,37 @@ def test_mistakes_are_answered_by_one_line(arguments, message: str, run: str, su
     assert not (tmp_path / "reruns").exists()
 
 
-@pytest.mark.slow  # a whole run once more; test_docker.py has one too
-def test_a_run_goes_on_with_what_is_whole_and_unchanged(run: str, surroundings, tmp_path: Path, cache: Cache) -> None:
-    delete_files(f"{run}/train_knockoff/scores", ["scores.png"])  # still in the cache, but not there any more
+@pytest.mark.slow  # another run; test_docker.py also resumes one
+def test_resume_keeps_complete_and_unchanged_steps(run: str, surroundings, tmp_path: Path, cache: Cache) -> None:
+    delete_files(f"{run}/train_knockoff/scores", ["scores.png"])  # still in the cache, but no longer in S3
     arguments = ["run", "--out", "s3://pipeline/runs", "--resume", run.rpartition("/")[2]]
     result = scop(*arguments, "--set", "evaluate.repeats=2", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
-    said = dict(re.findall(r"^(\w+)\n  (kept|runs again: .*)", result.stdout, re.MULTILINE))
-    assert [step for step, what in said.items() if what == "kept"] == [
+    shown = dict(re.findall(r"^(\w+)\n  (kept|runs again: .*)", result.stdout, re.MULTILINE))
+    assert [step for step, what in shown.items() if what == "kept"] == [
         "prepare_data", "train_dense", "select_channels", "finetune"
     ]  # fmt: skip
-    assert said["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not complete any more"
-    assert said["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
-    assert said["export"] == "runs again: its input 'evaluation' has changed"
+    assert shown["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not complete any more"
+    assert shown["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
+    assert shown["export"] == "runs again: its input 'evaluation' has changed"
     assert json.loads(read_bytes(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
     fetch_folder(f"{run}/scop-0.45/export/exported", cache, "model")
     assert scop("run", "--resume", "nowhere", cwd=tmp_path, env=surroundings).returncode == 2
 
 
-def test_the_summary_of_a_rerun_names_the_recorded_places(run: str, surroundings, tmp_path: Path) -> None:
+def test_reruns_of_compare_report_the_recorded_uris(run: str, surroundings, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/compare", "--verify", cwd=tmp_path, env=surroundings)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "files are byte-equal" in result.stdout
 
 
-def test_a_reruns_results_are_not_uploaded(run: str, surroundings, tmp_path: Path) -> None:
+def test_rejects_an_output_folder_in_s3(run: str, surroundings, tmp_path: Path) -> None:
     result = scop("rerun", f"{run}/compare", "--out", "s3://pipeline/reruns", cwd=tmp_path, env=surroundings)
     assert result.returncode == 2
     assert "is not a folder; a rerun uploads nothing" in result.stderr
 
 
-def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
+def test_asks_for_the_variant_if_there_are_several(tmp_path: Path) -> None:
     for name in ("a", "b"):
         output = tmp_path / "run" / name
         output.mkdir(parents=True)
@@ -184,19 +184,19 @@ def test_of_several_variants_one_has_to_be_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has several steps 'finetune'; choose one: .*run/a/finetune, .*run/b/finetune"):
         find_record("run/finetune", str(tmp_path))
     assert find_record("run/b/finetune", str(tmp_path)).variant == "b"
-    with pytest.raises(UserError, match="there is no step 'rnu/finetune'"):  # no search through all runs
+    with pytest.raises(UserError, match="there is no step 'rnu/finetune'"):  # other runs are not searched
         find_record("rnu/finetune", str(tmp_path))
 
 
-def test_a_step_that_ran_in_several_processes_is_run_by_one_and_that_is_said(tmp_path: Path, capsys) -> None:
-    for processes, said in ((1, False), (2, True)):
+def test_notes_that_a_rerun_uses_one_process(tmp_path: Path, capsys) -> None:
+    for processes, noted in ((1, False), (2, True)):
         outputs = {"model": str(tmp_path)}
         record = StepRecord.start("train_dense", {}, {}, outputs, StepEnvironment(), processes)
         assert rerun(Rerun(record, tmp_path, {}, ()), image=None, gpus=False, dry_run=True, shell=False) == 0
-        assert ("note: recorded with 2 processes, runs with one" in capsys.readouterr().err) == said
+        assert ("note: recorded with 2 processes, runs with one" in capsys.readouterr().err) == noted
 
 
-def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, monkeypatch) -> None:
+def test_command_lines_contain_no_secret(run: str, surroundings, tmp_path: Path, monkeypatch) -> None:
     for key in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(key, services.SECRET)
     command = " ".join(Sandbox("image", passed_on=passed_on_variables(with_s3=True)).command(["scop"]))
@@ -208,14 +208,14 @@ def test_no_secret_is_in_a_command_line(run: str, surroundings, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digits_folder: Path) -> None:
+def test_rejects_a_changed_input(tmp_path: Path, surroundings, digits_folder: Path) -> None:
     shutil.copytree(digits_folder, tmp_path / "data")
     step = ["step", "train_dense", "--input", "dataset=data", "--output", "model=runs/one/model"]
     step += ["--set", "dense.epochs=1", "--set", "dense.model=tests.networks:Plain"]
     environment = {k: v for k, v in surroundings.items() if k != "MLFLOW_TRACKING_URI"}
     assert scop(*step, cwd=tmp_path, env=environment).returncode == 0
     (tmp_path / "runs" / "one" / "config.yaml").touch()
-    again = scop("rerun", "one/train_dense", "--verify", cwd=tmp_path, env=environment)  # a local run, by its name
+    again = scop("rerun", "one/train_dense", "--verify", cwd=tmp_path, env=environment)  # a local run, by name
     assert "verify: all 4 files are byte-equal" in again.stdout, again.stderr
 
     scop("step", "prepare_data", "--output", "dataset=data2", "--set", "data.seed=1", cwd=tmp_path, env=environment)
@@ -227,13 +227,13 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path, surroundings, digi
 
 
 @pytest.mark.slow
-def test_a_step_that_died_can_be_run_again_but_not_verified(digits_folder: Path, surroundings, tmp_path: Path) -> None:
+def test_reruns_a_failed_step_without_verification(digits_folder: Path, surroundings, tmp_path: Path) -> None:
     environment = {k: v for k, v in surroundings.items() if k != "MLFLOW_TRACKING_URI"}
     step = ["step", "train_dense", "--input", f"dataset={digits_folder}", "--output", "model=model"]
-    died = scop(
+    failed = scop(
         *step, "--set", "dense.model=tests.networks:Plain", "--set", "dense.lr=1e30", cwd=tmp_path, env=environment
     )
-    assert died.returncode == 2
+    assert failed.returncode == 2
     fixes = ["--set", "dense.lr=0.05", "--set", "dense.epochs=1"]
     result = scop("rerun", "model", *fixes, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr

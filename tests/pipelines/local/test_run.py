@@ -45,7 +45,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of the default preset, shortened, with two variants: its output folder and what it printed."""
+    """A short run of the default preset with two variants: its folder and its standard output."""
     out = tmp_path_factory.mktemp("runs")
     result = run([sys.executable, "-m", "pipelines.cli", "run", "--out", str(out), *SETTINGS])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, result.stdout
 
 
-def test_the_summary_tells_dense_against_pruned(finished: tuple[Path, str]) -> None:
+def test_summary_compares_each_pruned_network_with_the_dense_one(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["run_id"] == folder.name
@@ -73,20 +73,20 @@ def test_the_summary_tells_dense_against_pruned(finished: tuple[Path, str]) -> N
         assert Path(variant["onnx"]).stat().st_size > 0
 
 
-def test_the_exported_network_is_used_as_the_readme_says(finished: tuple[Path, str], capsys) -> None:
+def test_readme_example_classifies_with_the_exported_network(finished: tuple[Path, str], capsys) -> None:
     folder, _ = finished
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (code,) = (block for block in blocks if "onnxruntime" in block)
     dataset = load_dataset(folder / "prepare_data" / "dataset")
     pixels, labels = dataset["test"].images, dataset["test"].labels
     exec(code.replace("runs/RUN/VARIANT", str(folder / "scop")), {"pixels": pixels})
-    answers = ast.literal_eval(capsys.readouterr().out)
-    right = [answer == dataset.info.classes[label] for answer, label in zip(answers, labels, strict=True)]
+    predictions = ast.literal_eval(capsys.readouterr().out)
+    right = [name == dataset.info.classes[label] for name, label in zip(predictions, labels, strict=True)]
     summary = json.loads((folder / "summary.json").read_text())
     assert sum(right) / len(right) == pytest.approx(summary["variants"][0]["pruned"]["top1"], abs=0.003)
 
 
-def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple[Path, str]) -> None:
+def test_prints_steps_results_and_the_mlflow_command(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     log = (folder / "log.txt").read_text()
     for name in STEPS:
@@ -100,14 +100,14 @@ def test_the_run_prints_its_steps_a_table_and_how_to_open_mlflow(finished: tuple
 
 
 @pytest.mark.slow
-def test_kfps_local_runner_makes_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_kfps_local_runner_writes_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "run", "--runner", "kfp", "--out", str(tmp_path)]
     result = run([*command, *SETTINGS])
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in tmp_path.glob("*/summary.json"))
-    made = reproducible_files(folder)
-    assert len(made) > 20
-    assert made == reproducible_files(finished[0])
+    files = reproducible_files(folder)
+    assert len(files) > 20
+    assert files == reproducible_files(finished[0])
     assert "KFP Executor" not in result.stdout
     assert "executor_input" in (folder / "log.txt").read_text()
     (metrics, _) = (p for p in folder.rglob("executor_output.json") if "evaluate" in str(p))
@@ -115,7 +115,7 @@ def test_kfps_local_runner_makes_the_same_bytes(finished: tuple[Path, str], tmp_
     assert len(confusion["confusionMatrix"]["rows"]) == 10
 
 
-def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
+def test_every_step_has_a_record(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     records = [json.loads(path.read_text()) for path in folder.rglob("step.json")]
     assert sorted(record["step"] for record in records) == sorted([*STEPS, *list(STEPS)[3:7]])
@@ -123,7 +123,7 @@ def test_outputs_are_whole_and_recorded(finished: tuple[Path, str]) -> None:
     assert {record["launch"]["run"] for record in records} == {folder.name}
 
 
-def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str]) -> None:
+def test_mlflow_has_one_child_run_per_step(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("digits-resnet20")
@@ -133,7 +133,7 @@ def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str
     assert sorted(run.data.tags["scop.step"] for run in children) == sorted([*STEPS, *list(STEPS)[3:7]])
     assert {run.info.status for run in runs} == {"FINISHED"}
     evaluate = next(run for run in children if run.info.run_name == "scop evaluate")
-    # The row that people compare.
+    # Comparisons read this run.
     params, metrics = evaluate.data.params, evaluate.data.metrics
     assert (params["network"], params["method"], params["prune_rate"]) == ("resnet20", "scop", "0.45")
     assert (params["dense_epochs"], params["knockoff_epochs"], params["finetune_epochs"]) == ("8", "2", "4")
@@ -162,7 +162,7 @@ def test_mlflow_has_a_parent_run_with_a_child_per_step(finished: tuple[Path, str
     assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"report.html", "summary.json", "config.yaml"}
 
 
-def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
+def test_registered_model_is_a_candidate_and_computes_the_same_logits(
     finished: tuple[Path, str], digits, monkeypatch
 ) -> None:
     import mlflow
@@ -190,14 +190,14 @@ def test_the_model_is_registered_as_candidate_and_gives_the_same_answers(
 
 
 @pytest.mark.parametrize("width", [360, 1440])
-def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Path, str], width: int) -> None:
+def test_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Path, str], width: int) -> None:
     folder, _ = finished
     with opened(folder / "report.html", width) as page:
         assert page.locator(".plot .main-svg").count() >= 5
         assert sorted(page.locator("#results tbody th").all_inner_texts()) == ["none", "scop"]
         steps = page.locator("section", has_text="Compute time and energy").locator("tbody th").all_inner_texts()
         assert {"train_dense", "scop/finetune", "none/export", "compare", "all steps, last attempts"} <= set(steps)
-        assert page.locator("#pareto .point").count() == 3  # with the dense one
+        assert page.locator("#pareto .point").count() == 3  # two variants and the dense network
         record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
         name = page.locator("th", has_text=re.compile("^scop$"))
         row = page.locator("tbody tr").filter(has=name).inner_text()
@@ -205,20 +205,20 @@ def test_the_report_opens_in_a_browser_without_network_or_errors(finished: tuple
         assert f"scop rerun {folder}/scop/evaluate/evaluation" in row
 
 
-def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
+def test_compares_and_promotes_through_a_server(
     finished: tuple[Path, str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """The database of the run behind a real server."""
+    """A real server serves a copy of the run's database."""
     folder, _ = finished
     shutil.copy(folder.parent / "mlflow.db", tmp_path / "server.db")
     with services.mlflow_server(tmp_path, str(tmp_path / "artifacts"), os.environ) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         page = ["--html", str(tmp_path / "page.html"), "--png", str(tmp_path / "png")]
         assert main(["compare", "digits-resnet20", *page, "--baseline", "dense"]) == 0
-        said = capsys.readouterr().out
-        assert "scikit-learn digits" in said
-        assert re.search(r"cost:    \d+ s on .+, energy n/a, 1 run\n", said)
-        assert said.count("cost:") == 1  # however many threads a step used, it is one device
+        printed = capsys.readouterr().out
+        assert "scikit-learn digits" in printed
+        assert re.search(r"cost:    \d+ s on .+, energy n/a, 1 run\n", printed)
+        assert printed.count("cost:") == 1  # one device, whatever the number of threads of each step
         assert {"accuracy-macs.png", "kept-channels.png", "confusion-scop.png"} <= {
             path.name for path in (tmp_path / "png").iterdir()
         }
@@ -230,10 +230,12 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
         assert "FAILS: exported logits differ by" in refused.out
         assert "models:/digits-resnet20-none@champion stays none" in refused.err
         client = MlflowClient(address)
-        # By default what was allowed when it was exported counts.
+        # By default, the limits of the time of the export apply.
         client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "-1")
         assert main(["promote", "digits-resnet20-scop/1"]) == 1
-        assert main(["promote", "digits-resnet20-scop/1", "--set", "export.tolerance=1"]) == 1  # not a preset's
+        assert (
+            main(["promote", "digits-resnet20-scop/1", "--set", "export.tolerance=1"]) == 1
+        )  # overrides only the tolerance
         client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "0.9")
         assert main(["promote", "digits-resnet20-scop@candidate"]) == 0
         assert "models:/digits-resnet20-scop@champion is now version 1" in capsys.readouterr().out
@@ -246,7 +248,7 @@ def test_the_experiment_is_compared_and_a_model_promoted_through_a_server(
 
 
 @pytest.mark.slow
-def test_a_few_grey_images_of_ones_own_and_a_network_for_other_classes(tmp_path: Path) -> None:
+def test_own_grey_images_and_pretrained_weights_for_other_classes(tmp_path: Path) -> None:
     images = load_digits()
     for label in (3, 8):
         (tmp_path / "photos" / str(label)).mkdir(parents=True)
@@ -269,7 +271,7 @@ def test_a_few_grey_images_of_ones_own_and_a_network_for_other_classes(tmp_path:
     assert variants["pruned"]["pruned"]["macs"] <= 0.5 * variants["pruned"]["dense"]["macs"]
 
 
-def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp_path: Path) -> None:
+def test_a_users_mistake_ends_the_run_with_exit_code_2_and_how_to_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "run", "--out", str(tmp_path), "--set", "dense.batch_size=5000"]
     result = run(command)
     assert result.returncode == 2
@@ -284,20 +286,20 @@ def test_a_step_that_refuses_its_input_ends_the_run_with_one_line_and_code_2(tmp
     assert "fewer than a batch" in parent.data.tags["scop.error"]
 
 
-def test_a_run_that_cannot_go_on_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_resume_keeps_the_files_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{services.free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("summary.json", "report.html", "config.yaml"):
-        (folder / name).write_text("as it was")
+        (folder / name).write_text("unchanged")
     with pytest.raises(UserError, match="MLflow"):
         run_locally(Config(), str(tmp_path), "run", resume=str(folder), user=UserEnvironment.read())
-    assert {path.read_text() for path in folder.iterdir() if path.is_file()} == {"as it was"}
+    assert {path.read_text() for path in folder.iterdir() if path.is_file()} == {"unchanged"}
     assert len([path for path in folder.iterdir() if path.is_file()]) == 3
 
 
-def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Path, monkeypatch) -> None:
+def test_rejects_an_invalid_output_folder_before_creating_files(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "file").write_text("")
     for out, message in (
@@ -310,7 +312,7 @@ def test_places_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
+def test_refuses_a_second_resume_of_a_running_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with (
         workspace(str(folder), exists=False),
