@@ -1,1 +1,1 @@
-"""The pipeline's KFP components, one folder each. A component only declares its artifacts and calls its step."""
+"""The KFP components of the pipeline, one folder each. A component only declares its artifacts and runs its step."""

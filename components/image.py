@@ -1,4 +1,4 @@
-"""The default container image of all components; `pipelines.pipeline.make_pipeline` accepts another one."""
+"""The default container image of all components; `pipelines.pipeline.make_pipeline` can replace it."""
 
 import scop
 

@@ -1,1 +1,1 @@
-"""The pipeline: the DAG, its compilation, and running it on this machine."""
+"""The pipeline: the DAG, local runs, clusters, comparison and the command line."""

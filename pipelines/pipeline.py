@@ -3,8 +3,8 @@
     prepare_data -> train_dense -> train_knockoff -> for each variant: select_channels -> finetune -> evaluate -> export
                                                      then compare
 
-Each section of the configuration is a parameter of its own and goes only to the steps that depend on it, so that KFP
-runs a cached step again exactly when its section or an input has changed.
+Each section of the configuration is a separate parameter and is passed only to the steps that use it, so KFP reruns a
+cached step exactly if its section or an input has changed.
 """
 
 import inspect
@@ -38,10 +38,10 @@ def make_pipeline(
 
     Args:
         image: the container image of all steps.
-        configure: called with each task, to set resources and the like; see `pipelines.cluster.compilation`.
-        parallelism: number of variants that run at once. One by default: variants that share a machine would distort
-            each other's latency.
-        defaults: of the parameters, by name; without a default, a parameter must be given.
+        configure: called with each task, to set its resources; see `pipelines.cluster.compilation`.
+        parallelism: number of variants that run at the same time; by default one, since variants on the same machine
+            would distort each other's latency.
+        defaults: default values of the parameters, by name; parameters without one are required.
     """
 
     def scop_pipeline(
@@ -111,7 +111,7 @@ def compile_pipeline(path: str, pipeline: GraphComponent | None = None) -> None:
     """Write a pipeline as YAML; the same source always gives the same file.
 
     Args:
-        path: of the file.
-        pipeline: the pipeline; that of `make_pipeline` without arguments by default.
+        path: path of the file.
+        pipeline: the pipeline; by default that of `make_pipeline` without arguments.
     """
     compiler.Compiler().compile(pipeline or make_pipeline(), path)

@@ -32,10 +32,10 @@ def find_config(name: str, cache: Cache) -> Path:
 
     Args:
         name: a path, an ``s3://`` URI, or the name of a preset.
-        cache: local cache for files downloaded from S3.
+        cache: local cache of files fetched from S3.
 
     Raises:
-        UserError: `name` is none of these.
+        UserError: there is no such file or preset.
     """
     if name.startswith("s3://"):
         from scop.storage.fetch import fetch_file

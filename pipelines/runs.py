@@ -1,4 +1,4 @@
-"""Finding runs and the records of their steps: on this machine, in S3, and below a cluster's pipeline root."""
+"""Lookup of runs and of their steps' records: on this machine, in S3 and below a cluster's pipeline root."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from scop.storage.manifest import RECORD
 from scop.storage.s3 import Location
 
 CONFIG = "config.yaml"
-"""The configuration at a run's root. For a run on a cluster, `scop submit` puts it there if it can."""
+"""Name of the configuration file of a run. For a run on a cluster, `scop submit` writes it if possible."""
 
 
 def find_run(run: str, root: str) -> str:
-    """Return the folder or URI of a run, given that or its name in `root`; raise UserError if there is none."""
+    """Return the folder or URI of a run, given this or its name in `root`; raise UserError if there is no such run."""
     for uri in (run.rstrip("/"), join_uri(root, run)):
         uri = uri if is_s3(uri) else str(Path(uri).expanduser().absolute())
         if _is_run(uri):
@@ -28,14 +28,14 @@ def find_run(run: str, root: str) -> str:
 def _is_run(uri: str) -> bool:
     if file_exists(uri, CONFIG):
         return True
-    # KFP's own layout is ROOT/PIPELINE/RUN_ID/...; a shorter prefix holds more than one run.
+    # KFP's own layout is ROOT/PIPELINE/RUN_ID/...; a shorter prefix contains several runs.
     if not is_s3(uri) or Location.parse(uri).key.strip("/").count("/") < 1:
         return False
     return any(name.endswith(f"/{RECORD}") for name in list_files(uri))
 
 
 def records_of(run: str) -> list[StepRecord]:
-    """Return the records of all steps of a run that have started, in the order of their start."""
+    """Return the records of all started steps of a run, in the order in which they started."""
     run = run.rstrip("/")
     records = []
     for file in list_files(run):
@@ -54,7 +54,7 @@ def find_record(target: str, root: str) -> StepRecord:
         root: folder or URI of the runs, for a RUN that is neither a path nor a URI.
 
     Raises:
-        UserError: there is none, or there are several.
+        UserError: there is no such record, or there are several.
     """
     direct = target if target.endswith(".json") else join_uri(target, RECORD)
     if (content := read_if_exists(direct)) is not None:

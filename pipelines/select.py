@@ -1,4 +1,4 @@
-"""`scop select`: what a variant removes, layer by layer, without training anything."""
+"""`scop select`: what a variant removes from each layer, without training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Dense:
     Attributes:
         model: the network.
         shape: (C, H, W) of an image.
-        scores: of its channels, if the knockoff phase has run.
+        scores: scores of its channels, if the knockoff phase has run.
     """
 
     model: nn.Module
@@ -50,10 +50,10 @@ class Dense:
 
 
 def dense_of(config: Config, cache: Cache) -> Dense:
-    """Return the network of a configuration before any step has run, with the given weights or random ones.
+    """Return the network of a configuration before any step has run, with the configured weights or random ones.
 
     Raises:
-        UserError: there are no images, whose shape is needed, or there is no such network.
+        UserError: the images, whose shape is needed, or the network cannot be found.
     """
     data = config.data
     if data.path is not None:
@@ -87,7 +87,7 @@ def dense_of_run(uri: str, cache: Cache) -> Dense:
 
 
 def config_of(given: str | None, run: str | None, changes: Sequence[str], cache: Cache) -> Config:
-    """Return the named configuration, or that of the run, or the default one, with changes."""
+    """Return the named configuration, that of the run, or the default one, with overrides applied."""
     if given is None and run is not None and (content := read_if_exists(join_uri(run, CONFIG))):
         values = yaml.safe_load(content)
         for change in changes:
@@ -97,10 +97,10 @@ def config_of(given: str | None, run: str | None, changes: Sequence[str], cache:
 
 
 def plan_of(dense: Dense, variant: VariantSection) -> ChannelPlan:
-    """Return what a variant selects; without scores, only the number of channels of each layer is meaningful.
+    """Return the plan of a variant; without scores, only the number of kept channels of each layer is meaningful.
 
     Raises:
-        UserError: the number of channels depends on scores, and there are none.
+        UserError: the number of channels depends on scores, but there are none.
     """
     if dense.scores is None and variant.method == "scop":
         if variant.selection != "uniform":
@@ -114,7 +114,7 @@ def plan_of(dense: Dense, variant: VariantSection) -> ChannelPlan:
 
 
 def save(plan: ChannelPlan, path: Path) -> None:
-    """Write a plan, for `scop.prune`."""
+    """Write a plan that `scop.prune` accepts."""
     write_atomically(path, plan.model_dump_json(indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""SCOP: prune a convolutional network by scientific control, and get back a smaller, faster, verified one.
+"""SCOP: prune convolutional networks with scientific control. The result is smaller, faster and verified.
 
-scores = scop.train_knockoffs(model, batches)             # dict layer -> W, the model left as it was
+scores = scop.train_knockoffs(model, batches)             # layer -> scores; the model is not changed
 plan   = scop.select_channels(model, scores, prune_rate=0.45)
 pruned = scop.prune(model, plan)                          # a smaller nn.Module
 scop.save_model(pruned, "small/"); net = scop.load_model("small/")

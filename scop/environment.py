@@ -1,8 +1,8 @@
-"""The environment variables that scop reads and sets, each defined once.
+"""The environment variables that scop reads and sets; each is defined once.
 
 A launcher sets variables for the steps that it starts in other processes: a compiled pipeline for its pods, `scop run`
-for KFP's local runner and for docker, `scop rerun` for a container. `scop.runtime.execution.execute` and the command
-line read them, once. All other code takes arguments.
+for KFP's local runner and for Docker, `scop rerun` for a container. `scop.runtime.execution.execute` and the command
+line read them once. All other code takes arguments.
 
 Variables of other programs that scop passes on without reading them (``AWS_*``, certificates) are not listed here.
 """
@@ -35,10 +35,10 @@ class _Variables(BaseModel):
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Self:
-        """Read the variables; raise UserError, which names the variable, if a value is bad.
+        """Read the variables; raise a UserError that names the variable if a value is invalid.
 
         Args:
-            variables: by name; those of this process by default.
+            variables: values by name; by default those of this process.
         """
         variables = os.environ if variables is None else variables
         names = [name_of(cls, field) for field in cls.model_fields]
@@ -67,9 +67,9 @@ class UserEnvironment(_Variables):
     """Set by the user.
 
     Attributes:
-        tracking_uri: address of the MLflow server or database; `scop run` uses a database beside the runs by default.
-        device: the PyTorch device to compute on, such as cpu or cuda:1; a GPU if there is one by default.
-        cache: folder for what is fetched from S3; scop in the user's cache folder by default.
+        tracking_uri: URI of the MLflow server or database; by default `scop run` uses a database beside the runs.
+        device: the PyTorch device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
+        cache: folder for files fetched from S3; by default scop in the user's cache folder.
         processes: number of processes that train together on this machine or in this pod.
     """
 
@@ -80,7 +80,7 @@ class UserEnvironment(_Variables):
 
     @property
     def cache_folder(self) -> Path:
-        """The folder for what is fetched from S3, absolute; it may be deleted at any time."""
+        """The absolute path of the folder for files fetched from S3; it may be deleted at any time."""
         if self.cache is not None:
             return self.cache.expanduser().absolute()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "scop"
@@ -90,26 +90,26 @@ class StepEnvironment(UserEnvironment):
     """Set by a launcher for a step.
 
     Attributes:
-        run_id: id of the pipeline run.
-        attempt: id of this start of the pipeline; a resumed run has a new one.
-        image: name of the image that the step runs in.
-        image_id: docker's id of that image.
+        run_id: ID of the pipeline run.
+        attempt: ID of this start of the pipeline; a resumed run has a new one.
+        image: name of the container image that the step runs in.
+        image_id: Docker's ID of that image.
         revision: commit that the image was built from; set in the image.
-        parent_run: MLflow's id of the run under which the step is tracked.
-        kfp_run: id of the KFP run; on a cluster, the parent run is found by it.
-        mlflow_run: MLflow's id of a run that KFP has opened for the step.
+        parent_run: MLflow ID of the run under which the step is tracked.
+        kfp_run: ID of the KFP run, by which a step on a cluster finds its parent run.
+        mlflow_run: MLflow ID of a run that KFP has opened for the step.
         experiment: name of the MLflow experiment.
-        artifact_root: where a new MLflow experiment keeps its artifacts.
-        checkpoints: folder or s3:// URI for checkpoints; beside the step's output by default.
+        artifact_root: artifact root of a new MLflow experiment.
+        checkpoints: folder or s3:// URI for checkpoints; by default beside the step's output.
         keep_checkpoints: number of checkpoints kept per training until it succeeds.
         resume: whether to keep a finished result whose inputs are unchanged.
-        input_uris: the recorded URIs of the inputs of a step that is run again, JSON.
-        required_device: description of the GPU that the step was promised; without a GPU it must fail.
-        train_job: the TrainJob that runs the step on several nodes, JSON.
+        input_uris: for a rerun, the recorded URIs of the inputs, as JSON.
+        required_device: description of the GPU that the step requires; without a GPU it fails.
+        train_job: specification of the TrainJob that runs the step on several nodes, as JSON.
         terminal: device file of the terminal for progress bars.
-        kfp_root: root of KFP's local runner; paths below it stand for URIs of the run.
-        run_root: folder or s3:// URI of the run that such paths stand for.
-        variants: names of the variants, in the order of the pipeline's loop, JSON.
+        kfp_root: root folder of KFP's local runner; paths below it correspond to URIs in the run.
+        run_root: folder or s3:// URI of that run.
+        variants: names of the variants, in the order of the pipeline's loop, as JSON.
     """
 
     run_id: str | None = Field(None, alias="SCOP_RUN_ID")
@@ -141,9 +141,9 @@ class TorchrunEnvironment(_Variables):
         nodes: number of pods that train together.
         node: index of this pod.
         master_address: host of the first pod.
-        master_port: its port.
-        world_size: number of processes; above 1 only in a process that torchrun has started.
-        rank: index of this process among all.
+        master_port: port of the first pod.
+        world_size: number of processes; above 1 only in a process started by torchrun.
+        rank: index of this process among all processes.
         local_rank: index of this process in its pod; selects its GPU.
     """
 
@@ -160,8 +160,8 @@ class ClusterEnvironment(_Variables):
     """Set by the user for `scop submit`, `watch` and `doctor`.
 
     Attributes:
-        host: address of the KFP API, if the cluster profile has none.
-        token: bearer token for it.
+        host: URL of the KFP API, if the cluster profile has none.
+        token: bearer token for the KFP API.
         namespace: namespace of the runs, if the cluster profile has none.
     """
 

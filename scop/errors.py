@@ -33,11 +33,11 @@ class UserError(Exception):
 
 
 class DamagedError(UserError):
-    """Stored data that does not match its checksum, however often it is read."""
+    """Stored data that does not match its checksum, even when read again."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal stopped the training, which has written a checkpoint if it has somewhere to store it.
+    """A signal stopped the training, after it wrote a checkpoint if checkpoints are enabled.
 
     Attributes:
         code: the process's exit code: 128 plus the signal's number.
@@ -63,7 +63,7 @@ def redact(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without credentials, or the error's type if it has no message.
+    """Return the first line of an error's message, without credentials; or the error's type, if it has no message.
 
     A connection error of the HTTP client is reduced to its cause.
     """

@@ -17,7 +17,7 @@ def prepare_data(
 
     Args:
         data: section `data` of the configuration.
-        dataset: memory-mappable arrays and their description.
+        dataset: arrays that can be memory-mapped, and their description.
     """
     from scop.runtime.execution import execute
 

@@ -1,4 +1,4 @@
-"""The checks of `scop doctor`: everything that a configuration needs, with the remedy if it is missing."""
+"""The checks of `scop doctor`: requirements of a configuration, with the remedy for each missing one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from scop.tracking.server import find_or_create_experiment, make_client
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the result.
+    """The result of one check.
 
     Attributes:
         subject: what was checked.
-        state: ok; missing; or absent, if it is not needed.
-        text: what was found, and the remedy.
+        state: ok, missing, or absent (not needed).
+        text: what was found, with the remedy if it is missing.
     """
 
     subject: str
@@ -59,10 +59,10 @@ def examine(
     Args:
         config: the configuration.
         out: folder or ``s3://`` URI for runs.
-        image: the image, if steps are to run in containers.
+        image: container image, if steps will run in containers.
         access: host and credentials of Kubeflow Pipelines.
-        profile: of the cluster, if runs are to be submitted to one.
-        user: what the user has set.
+        profile: cluster profile, if runs will be submitted to a cluster.
+        user: environment variables set by the user.
     """
     yield _python()
     yield from _files(config)
@@ -123,9 +123,9 @@ def _probe(uri: str) -> str:
     write_bytes(join_uri(uri, name), content)
     try:
         if read_bytes(join_uri(uri, name)) != content:
-            raise UserError(f"{uri} returns other bytes than were written; is there a proxy in between?")
+            raise UserError(f"{uri} returns different bytes than were written; is there a proxy in between?")
         if is_s3(uri) and name not in list_files(uri):
-            raise UserError(f"{uri} does not list what was written; grant these credentials s3:ListBucket")
+            raise UserError(f"{uri} does not list the file that was written; grant these credentials s3:ListBucket")
     finally:
         delete_files(uri, [name])
     return f"{uri}: wrote, read, listed and deleted a test file"
@@ -137,7 +137,7 @@ def _mlflow(config: Config, out: str, uri: str | None) -> str:
         return f"a SQLite file, {where}; set MLFLOW_TRACKING_URI for a server"
     root = config.run.artifact_root
     if root is None and is_s3(out) and uri.startswith("sqlite:"):
-        root = join_uri(out, "mlflow")  # as `scop run` has it
+        root = join_uri(out, "mlflow")  # as `scop run` does
     try:
         client = make_client(uri)
         run = client.create_run(
@@ -165,7 +165,7 @@ def _docker() -> Finding:
     if shutil.which("docker") is None:
         return Finding("docker", "absent", "not installed; only --docker needs it")
     if not (engine := _docker_info("{{.ServerVersion}}")):
-        return Finding("docker", "absent", "no engine answers; only --docker needs it")
+        return Finding("docker", "absent", "the Docker engine does not answer; only --docker needs it")
     return Finding("docker", "ok", f"engine {engine}; check an image with --docker IMAGE")
 
 

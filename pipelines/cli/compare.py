@@ -1,4 +1,4 @@
-"""`scop compare`: results side by side."""
+"""`scop compare`: compare results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "compare",
         help="compare results",
-        description="Compare results: of runs, from the artifacts that their steps wrote, locally, in S3 or on a "
+        description="Compare results: of runs, from their artifacts, which may be local, in S3 or on a "
         "cluster; of experiments, from MLflow. Failed variants and steps are listed with their reason; if a variant of "
         "a run is missing, the exit code is 1.",
         epilog='example: scop compare digits-resnet20 --where "metrics.top1_drop < 0.01" --group-by method,prune_rate',
@@ -49,7 +49,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the comparison and write the files that were asked for."""
+    """Print the comparison and write the requested files."""
     import json
     from dataclasses import asdict
 

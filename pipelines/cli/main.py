@@ -10,7 +10,7 @@ from pipelines.cli import compare, compile, doctor, promote, rerun, run, select,
 from pipelines.cli.options import report_missing_module, report_user_error
 
 COMMANDS = (run, step, rerun, select, compare, promote, doctor, compile, submit, watch)
-"""A module each, with `add_parser`, which sets the function that carries the command out."""
+"""One module per command; its `add_parser` sets the function that runs the command."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what commands do with them."""
+"""Options shared by several commands, and functions that evaluate them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def add_docker(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """Add --docker, which takes an image or stands alone."""
+    """Add --docker, with an optional image."""
     parser.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help=help_text)
 
 
@@ -77,12 +77,12 @@ def report_missing_module(error: ModuleNotFoundError) -> int:
 
 
 def notes_of(error: Exception) -> list[str]:
-    """Return the notes of an error as lines for the user: how to continue."""
+    """Return the notes of an error, which say how to continue, as lines for the user."""
     return [f"scop: {note}" for note in getattr(error, "__notes__", ())]
 
 
 def variant_of(config: Config, label: str | None) -> VariantSection:
-    """Return the variant of that name, or the first; raise UserError if there is none of that name."""
+    """Return the variant with this name, or the first if None; raise UserError if it does not exist."""
     from scop.errors import UserError
 
     variants = {variant.label: variant for variant in config.variants}
@@ -94,14 +94,14 @@ def variant_of(config: Config, label: str | None) -> VariantSection:
 
 
 def image_of(option: str | None) -> str | None:
-    """Return the image that --docker names, the project's own if it names none, or None without --docker."""
+    """Return the image given by --docker, by default the project's own; None without --docker."""
     from components.image import IMAGE
 
     return option if option is None else option or IMAGE
 
 
 def open_cache() -> Cache:
-    """Return the local cache of what is fetched from S3, in the folder that the user has set."""
+    """Return the local cache of files fetched from S3, in the user's folder."""
     from scop.environment import UserEnvironment
     from scop.storage.cache import Cache
 
@@ -109,7 +109,7 @@ def open_cache() -> Cache:
 
 
 def load_configuration(options: argparse.Namespace, kind: type[Config] | None = None) -> Config:
-    """Load the configuration of -f and --set, or the default one."""
+    """Load the configuration given by -f and --set, or the default one."""
     from pipelines.presets import find_config
     from scop.config import Config, load_config
 
@@ -117,7 +117,7 @@ def load_configuration(options: argparse.Namespace, kind: type[Config] | None = 
 
 
 def load_cluster(name: str) -> ClusterProfile:
-    """Load a cluster profile, and note if its image may change under the same name."""
+    """Load a cluster profile; print a note if its image may change under the same name."""
     from pipelines.cluster.profile import load_profile
     from scop.storage.fetch import local_path
 
@@ -132,7 +132,7 @@ def load_cluster(name: str) -> ClusterProfile:
 
 
 def write_output(option: str, path: Path, write: Callable[[Path], object]) -> None:
-    """Write the file or folder that an option names; raise UserError if that fails."""
+    """Write the file or folder given by an option; raise UserError if that fails."""
     from scop.errors import UserError
 
     try:

@@ -25,14 +25,14 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Promote the model, or say why not."""
+    """Promote the model, or print why it is not promoted."""
     from pipelines.compare.experiments import Source
     from pipelines.compare.promote import CHAMPION, LIMITS, promote
     from pipelines.presets import find_config
     from scop.config import load_config
     from scop.environment import UserEnvironment
 
-    # Without a file, limits that --set does not give are those at export, not a preset's.
+    # Without a file, limits not given by --set are those at export, not those of a preset.
     path = find_config(options.config, open_cache()) if options.config else None
     export = load_config(path, options.set).export
     limits = export.model_dump(include=set(LIMITS), exclude_unset=not options.config)

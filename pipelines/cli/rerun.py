@@ -13,7 +13,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "rerun",
         help="run a recorded step again",
-        description="Run a recorded step again, here or in docker, from its recorded inputs and configuration. "
+        description="Run a recorded step again, locally or in Docker, from its recorded inputs and configuration. "
         "Nothing is uploaded, and metrics go to a local file unless --track is given.",
     )
     parser.set_defaults(action=run)
@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     add_set(parser)
     parser.add_argument("--verify", action="store_true", help="compare every output file with the recorded hash")
     parser.add_argument("--shell", action="store_true", help="open a shell in the container, ready to run the step")
-    parser.add_argument("--dry-run", action="store_true", help="prepare everything, and print the command only")
+    parser.add_argument("--dry-run", action="store_true", help="prepare the inputs and only print the command")
     parser.add_argument("--gpus", action="store_true", help="give the GPUs to the container")
     parser.add_argument("--track", action="store_true", help="send metrics to MLFLOW_TRACKING_URI")
     parser.add_argument("--out", default="reruns", metavar="DIR", help="the folder for results (default: reruns)")

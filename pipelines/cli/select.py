@@ -1,4 +1,4 @@
-"""`scop select`: what a variant would remove."""
+"""`scop select`: show what a variant would remove."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_parser(commands: Commands) -> None:
         "select",
         help="show what a variant would remove",
         description="Print, layer by layer, how many channels a variant removes and how many parameters and MACs are "
-        "left: for a run's network by its scores, or for a configuration before anything is trained. Try rates and "
+        "left, for the network and scores of a run, or for a configuration before training. Try rates and "
         "budgets in seconds.",
         epilog="example: scop select RUN --dry-run --set variants.0.selection=global "
         "--set variants.0.budget='{macs: 0.5}'",
@@ -37,7 +37,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the selection, and write the plan if asked to."""
+    """Print the selection, and write the plan if requested."""
     from pipelines import select
     from pipelines.runs import find_run
     from scop.errors import UserError

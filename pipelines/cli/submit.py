@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Submit the run, and follow it if asked to."""
+    """Submit the run, and follow it if requested."""
     from pipelines.cluster.compilation import refuse_uneven_shares
     from pipelines.cluster.submit import Cluster, keep_configuration, pin_files, run_name
     from pipelines.presets import find_config, run_name_of

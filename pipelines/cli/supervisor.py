@@ -1,7 +1,7 @@
-"""Running a command in a child process, so that a crash of it is reported and leaves nothing open.
+"""Supervision of a command in a child process: if it is killed, its run is closed and the user is told how to resume.
 
-`scop run` executes all steps in one process. If that process is killed, for lack of memory say, something must still
-close the run in MLflow and say how to continue: this process, which does nothing else.
+`scop run` executes all steps in one process. If that process is killed, for example because memory ran out, its parent
+closes the run in MLflow and prints how to continue. The parent does nothing else.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def supervise(work: Callable[[Callable[[State], None]], int]) -> int:
     """Run work in a forked child process.
 
-    If PyTorch is loaded already, whose threads do not survive a fork, the work runs in this process.
+    If PyTorch is already imported, the work runs in this process, since PyTorch's threads do not survive a fork.
 
     Args:
-        work: gets a function that takes the run's state, and returns an exit code.
+        work: function that returns an exit code; its argument is a function that receives the run's state.
 
     Returns:
         The exit code of the work, or 1 if its process was killed.
@@ -45,7 +45,7 @@ def supervise(work: Callable[[Callable[[State], None]], int]) -> int:
         _run_child(work, writing)
     os.close(writing)
     with _forwarding_signals(child):
-        # Ends when the child does. A state is far smaller than the pipe's buffer, so the child never waits.
+        # Ends when the child exits. A state is far smaller than the pipe's buffer, so the child never waits.
         with os.fdopen(reading) as states:
             lines = states.read().splitlines()
         _, status = os.waitpid(child, 0)
@@ -55,7 +55,7 @@ def supervise(work: Callable[[Callable[[State], None]], int]) -> int:
 
 
 def _run_child(work: Callable[[Callable[[State], None]], int], writing: int) -> None:
-    """Do the work and leave this process."""
+    """Do the work and exit this process."""
     code = 1
     try:
         _end_with_parent()
@@ -90,14 +90,14 @@ def _report(error: BaseException) -> int:
 
 
 def _end_with_parent() -> None:
-    """Get SIGTERM when the parent dies, even by SIGKILL (Linux)."""
+    """Receive SIGTERM when the parent dies, even by SIGKILL (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _forwarding_signals(child: int) -> Iterator[None]:
-    """Forward stop signals to the child, which gets Ctrl-C twice: from the terminal too."""
+    """Forward stop signals to the child, which receives Ctrl-C twice, also from the terminal."""
 
     def forward(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -115,13 +115,13 @@ def _forwarding_signals(child: int) -> Iterator[None]:
 
 
 def _report_crash(killer: signal.Signals, lines: list[str]) -> int:
-    hint = ", perhaps for lack of memory" if killer is signal.SIGKILL else ""
+    hint = " (possibly out of memory)" if killer is signal.SIGKILL else ""
     if not lines:
-        print(f"scop: the run was ended by {killer.name}{hint}", file=sys.stderr)
+        print(f"scop: the run was killed by {killer.name}{hint}", file=sys.stderr)
         return 1
     state = State(**json.loads(lines[-1]))
     failed = f"step {state.step} failed" if state.step else "the run failed"
-    message = f"{failed}: its process was ended by {killer.name}{hint}; see {state.uri}/log.txt"
+    message = f"{failed}: its process was killed by {killer.name}{hint}; see {state.uri}/log.txt"
     print(f"scop: {message}", f"scop: continue with: scop run --resume {state.uri}", sep="\n", file=sys.stderr)
     from scop.tracking.pipeline_run import end_parent
     from scop.tracking.server import make_client

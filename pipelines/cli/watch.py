@@ -21,13 +21,13 @@ def add_parser(commands: Commands) -> None:
         "killed pod left the MLflow run open, it is closed. The exit code is 1 if the run does not succeed.",
     )
     parser.set_defaults(action=run)
-    parser.add_argument("run", metavar="RUN", help="KFP's run id, the last part of the run's address")
+    parser.add_argument("run", metavar="RUN", help="KFP's run ID, the last part of the run's URL")
     parser.add_argument("--cluster", required=True, metavar="PROFILE", help="the cluster profile of the submission")
     add_interval(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Follow the run; return 1 if it does not succeed."""
+    """Follow the run; return 1 unless it succeeds."""
     from pipelines.cluster.submit import Cluster
     from scop.environment import ClusterEnvironment
 
@@ -45,7 +45,7 @@ def require_interval(seconds: float) -> None:
 
 
 def follow_run(cluster: Cluster, run: Submission, every: float) -> int:
-    """Print a run's progress to its end and close it in MLflow; return 1 if it does not succeed."""
+    """Print a run's progress until it ends, and close it in MLflow; return 1 unless it succeeds."""
     from pipelines.cluster.progress import follow
     from pipelines.cluster.submit import close_tracking, failed_steps
     from scop.environment import UserEnvironment

@@ -23,7 +23,7 @@ from scop.storage.manifest import write_atomically
 _WAITING_POD = Resources(cpu="1", memory="2Gi")
 """Resources of a pod that creates a TrainJob and shows its log."""
 SIZE_LIMIT = 32 * 2**20
-"""Of a pipeline file, in bytes: what KFP's server accepts (apiserver/server/pipeline_upload_server.go)."""
+"""Maximum size of a pipeline file in bytes that KFP's server accepts (apiserver/server/pipeline_upload_server.go)."""
 
 
 def compile_for(
@@ -37,11 +37,11 @@ def compile_for(
     """Write the pipeline for a cluster as two YAML documents: the pipeline, and its Kubernetes settings.
 
     Args:
-        profile: of the cluster.
+        profile: cluster profile.
         run: the configuration's section `run`, which is not a parameter of the pipeline.
-        path: of the file.
-        caching: whether KFP may use a step's earlier result.
-        defaults: of the parameters, by name.
+        path: path of the file.
+        caching: whether KFP may use earlier results of steps.
+        defaults: default values of the parameters, by name.
 
     Raises:
         UserError: the file is larger than KFP accepts.
@@ -54,13 +54,13 @@ def compile_for(
         if (size := file.stat().st_size) > SIZE_LIMIT:
             raise UserError(
                 f"the pipeline has {size / 2**20:.1f} MiB, and KFP accepts up to {SIZE_LIMIT / 2**20:.0f} MiB; compile "
-                "it without -f, and give the configuration when it is run"
+                "it without -f, and pass the configuration as parameters of the run"
             )
         write_atomically(path, file.read_text(encoding="utf-8"))
 
 
 def refuse_paths(config: Config) -> None:
-    """Raise UserError if data or weights are at a path of this machine, which a pod does not have."""
+    """Raise UserError if data or weights are at a local path, which pods cannot read."""
     for section, key in EXTERNAL_FILES:
         uri = getattr(getattr(config, section), key)
         if uri is not None and not is_s3(uri):
@@ -68,7 +68,7 @@ def refuse_paths(config: Config) -> None:
 
 
 def refuse_uneven_shares(config: Config, profile: ClusterProfile) -> None:
-    """Raise UserError if the profile's GPUs cannot share a training as configured, before a pod finds out."""
+    """Raise UserError if a training cannot be divided among the profile's GPUs as configured."""
     kind = profile.classes.gpu
     count = kind.accelerator.count if kind.accelerator else 1
     if (processes := count * kind.nodes) == 1:
@@ -114,14 +114,14 @@ def task_settings(profile: ClusterProfile, run: RunSection, caching: bool = True
                     "retries": kind.retries,
                 }
             )
-        if not caching:  # KFP's client cannot change it for an uploaded version, nor within loops
+        if not caching:  # KFP's client cannot change it for an uploaded version or within loops
             task.set_caching_options(False)
         _set_resources(task, kind)
         _select_nodes(task, kind)
         _set_secrets(task, profile)
         for variable, value in variables.items():
             task.set_env_variable(variable, value)
-        # The run's id by the downward API: as a parameter it would be part of every cache key.
+        # The run ID comes from the downward API: as a parameter, it would be part of every cache key.
         kfp_run = name_of(StepEnvironment, "kfp_run")
         kubernetes.use_field_path_as_env(task, kfp_run, "metadata.labels['pipeline/runid']")
         retries = kind.retries
@@ -134,10 +134,10 @@ def task_settings(profile: ClusterProfile, run: RunSection, caching: bool = True
 
 
 def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepClass) -> dict[str, str]:
-    """Return a step's environment variables. They are in the pipeline's file, so none may be secret.
+    """Return a step's environment variables, none of which may be secret, since they are in the pipeline file.
 
     Raises:
-        UserError: the configuration names a folder, which would be lost with the pod.
+        UserError: the configuration names a local folder, which would be lost with the pod.
     """
     if run.checkpoints is not None and not is_s3(run.checkpoints):
         raise UserError(f"run.checkpoints {run.checkpoints} is lost with the pod; give an s3:// URI")
@@ -165,8 +165,8 @@ def train_job_plan(profile: ClusterProfile, kind: StepClass, variables: Mapping[
     """Return the specification of the TrainJob of a training step on several nodes.
 
     Args:
-        profile: of the cluster.
-        kind: the step's class.
+        profile: cluster profile.
+        kind: class of the step.
         variables: environment variables of the step.
     """
     accelerator = {kind.accelerator.resource: str(kind.accelerator.count)} if kind.accelerator else {}
@@ -242,7 +242,7 @@ def _expression(affinity: Affinity) -> dict[str, Any]:
 
 
 def _set_secrets(task: PipelineTask, profile: ClusterProfile) -> None:
-    """Add Secrets and ConfigMaps by name: their content is never in the pipeline's file."""
+    """Add Secrets and ConfigMaps by name; their content is never in the pipeline file."""
     for name, variables in profile.secrets.items():
         kubernetes.use_secret_as_env(task, name, dict(variables))
     for name, variables in profile.config_maps.items():

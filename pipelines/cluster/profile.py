@@ -153,7 +153,7 @@ class StepClass(Section):
         return self
 
     def __str__(self) -> str:
-        """The requested device, for the error of a step that does not find it."""
+        """Describe the requested device, for the error of a step that does not find it."""
         wanted = f"{self.accelerator.resource} x{self.accelerator.count}" if self.accelerator else "no accelerator"
         labels = ", ".join(f"{key}={value}" for key, value in self.node_selector.items()) or "none"
         return f"resource {wanted}, node selector {labels}"

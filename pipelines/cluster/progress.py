@@ -1,4 +1,4 @@
-"""The progress of a run on a cluster, and how it ended."""
+"""The progress and the outcome of a run on a cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOLERATED_FAILURES = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
         state: KFP's state: SUCCEEDED, FAILED, SKIPPED or CANCELED.
@@ -35,13 +35,13 @@ def follow(server: Server, identity: str, report: Callable[[str], None], every: 
     """Wait until a run ends.
 
     Args:
-        server: that has the run.
-        identity: KFP's run id.
-        report: called with a line for each change of a task's state.
-        every: polling interval, in seconds.
+        server: server of the run.
+        identity: KFP's run ID.
+        report: called with one line for each change of a task's state.
+        every: polling interval in seconds.
 
     Raises:
-        UserError: the server cannot be reached any more, or refuses.
+        UserError: the server can no longer be reached, or refuses.
     """
     reported: dict[str, str] = {}
     failures = 0

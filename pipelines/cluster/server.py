@@ -1,4 +1,4 @@
-"""A KFP server: how it is found, with timeouts and clear errors."""
+"""Connection to a KFP server, with timeouts and clear errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scop.errors import UserError, first_line
 
 HOST_VARIABLE, TOKEN_VARIABLE = (name_of(ClusterEnvironment, field) for field in ("host", "token"))
 _TIMEOUT = (10.0, 30.0)
-"""To connect and to answer, in seconds; a pair, since the generated client ignores a single number."""
+"""Timeouts for connecting and for the response, in seconds. The generated client ignores a single number."""
 
 
 class UnavailableError(UserError):
@@ -30,14 +30,14 @@ class Server:
     """A KFP server.
 
     Args:
-        profile: of the cluster; its host and namespace take precedence.
-        access: the user's host, namespace and token. Without a host, KFP's client finds one inside a cluster or by
-            kubectl's context.
+        profile: cluster profile; its host and namespace take precedence.
+        access: host, namespace and token set by the user. Without a host, KFP's client finds one inside a cluster or
+            from kubectl's context.
 
     Attributes:
         client: KFP's client.
-        host: its address.
-        namespace: of the runs, or None if the server has none.
+        host: URL of the server.
+        namespace: namespace of the runs, or None if the server has none.
 
     Raises:
         UserError: no server can be found.
@@ -68,7 +68,7 @@ class Server:
 
     @contextlib.contextmanager
     def errors(self, doing: str, let_pass: int | None = None) -> Iterator[None]:
-        """Turn whatever the client raises into a UserError of one line, except responses of the status `let_pass`."""
+        """Convert exceptions of the client to a UserError of one line, except responses with the status `let_pass`."""
         try:
             yield
         except kfp_server_api.ApiException as error:
@@ -116,7 +116,7 @@ class _Client(kfp.Client):  # type: ignore[misc]
         rest.request = send_with_timeout
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-        """Ask once: KFP's client asks five times, with a traceback and a pause after each."""
+        """Send one request: KFP's client sends five, with a traceback and a pause after each."""
         return self._healthz_api.healthz_service_get_healthz(_request_timeout=_TIMEOUT)
 
 

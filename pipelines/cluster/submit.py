@@ -1,4 +1,4 @@
-"""Submitting the pipeline to a cluster, by KFP's client."""
+"""Submission of the pipeline to a cluster with KFP's client."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Submission:
     """A run on a cluster, or a recurring one.
 
     Attributes:
-        id: KFP's id.
-        address: of its page.
+        id: KFP's ID.
+        address: URL of its page.
         experiment: name of the MLflow experiment.
-        uri: where KFP stores its artifacts; None for a recurring run.
+        uri: URI below which KFP stores its artifacts; None for a recurring run.
     """
 
     id: str
@@ -53,11 +53,11 @@ class Cluster:
     """A cluster to which pipelines are submitted.
 
     Args:
-        profile: of the cluster.
-        access: the user's host and credentials.
+        profile: cluster profile.
+        access: host and credentials set by the user.
 
     Attributes:
-        server: its KFP server.
+        server: KFP server of the cluster.
 
     Raises:
         UserError: no server can be found.
@@ -71,10 +71,10 @@ class Cluster:
         """Start a run, or a recurring one.
 
         Args:
-            config: its sections become the pipeline's parameters.
-            name: of the run.
+            config: configuration, whose sections become the pipeline's parameters.
+            name: name of the run.
             caching: whether KFP may use earlier results of steps.
-            cron: for a recurring run, six fields, the first is seconds.
+            cron: schedule of a recurring run: six fields, of which the first is seconds.
 
         Raises:
             UserError: the server is unreachable, or refuses.
@@ -105,7 +105,7 @@ class Cluster:
         return Submission(identity, f"{self.server.host}/#/{page}/details/{identity}", config.run.experiment, uri)
 
     def find(self, identity: str) -> Submission:
-        """Return a run that was submitted before, by KFP's id; its configuration names the experiment.
+        """Return an earlier run, by KFP's ID; its configuration names the experiment.
 
         Raises:
             UserError: the server is unreachable or refuses, or there is no such run.
@@ -131,10 +131,10 @@ class Cluster:
             except kfp_server_api.ApiException as error:
                 if error.status != 409:
                     raise
-                return create()  # another client was faster: now it is found
+                return create()  # another client has just created it
 
     def _version(self, config: Config, caching: bool) -> tuple[str, str]:
-        """Return the ids of the pipeline and of its version, which is found by the hash of its file or uploaded."""
+        """Return the IDs of the pipeline and of its version, found by the hash of the file or uploaded."""
         with tempfile.TemporaryDirectory(prefix="scop-") as folder:
             file = Path(folder) / "pipeline.yaml"
             compile_for(self._profile, config.run, file, caching=caching)
@@ -196,7 +196,7 @@ def pin_files(config: Config) -> Config:
     """Append a content hash to the URIs of external files, see `scop.storage.fetch.pin`.
 
     Raises:
-        UserError: a file does not exist, or a cluster cannot reach it.
+        UserError: a file does not exist, or pods cannot read it.
     """
     refuse_paths(config)
     values = config.model_dump()
@@ -207,19 +207,19 @@ def pin_files(config: Config) -> Config:
 
 
 def keep_configuration(run: Submission, config: Config) -> None:
-    """Write the configuration beside the run's artifacts, where `scop compare` reads it."""
+    """Store the configuration with the run's artifacts, where `scop compare` reads it."""
     if run.uri is None:
         return
     try:
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_bytes(join_uri(run.uri, CONFIG), content.encode())
         print(f"artifacts: {run.uri}", flush=True)
-    except UserError as error:  # the run has started and does not need it
+    except UserError as error:  # the run has started and does not need the file
         print(f"artifacts: {run.uri} (the configuration could not be written there: {error})", flush=True)
 
 
 def failed_steps(run: Submission) -> list[str]:
-    """Return a line for each failed step, with the reason from its record, which KFP does not have."""
+    """Return one line for each failed step, with the reason from its record, which KFP does not know."""
     try:
         records = records_of(run.uri) if run.uri else []
     except UserError:
@@ -228,14 +228,14 @@ def failed_steps(run: Submission) -> list[str]:
 
 
 def close_tracking(run: Submission, outcome: Outcome, tracking_uri: str | None) -> None:
-    """Close the run in MLflow, if the user has set a server: a killed pod could not."""
+    """Close the run in MLflow, if a server is configured; a killed pod cannot do it."""
     if tracking_uri:
         try:
             close_parent(tracking_uri, run.experiment, run.id, outcome.succeeded, outcome.error)
-        except Exception as error:  # the outcome is known all the same
+        except Exception as error:  # the outcome is known anyway
             print(f"tracking: the run could not be closed in MLflow ({first_line(error)})", flush=True)
 
 
 def run_name(config: Config, name: str) -> str:
-    """Return a run's name: that of the configuration, or of its file, with the time."""
+    """Return the name of a run: the configured name or that of the configuration file, with the time."""
     return f"{config.run.name or name}-{datetime.now():%Y%m%d-%H%M%S}"

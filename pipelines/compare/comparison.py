@@ -27,7 +27,7 @@ from scop.storage.folders import local_folder
 from scop.system.cost import Spent, total
 
 _WITH_DETAILS = 12
-"""Number of an experiment's results with curves, layers and confusion on the page; each is a file to download."""
+"""Number of results of an experiment that the page shows with curves, layers and confusion; each is a download."""
 _Identity = tuple[str, tuple[int, ...] | None]
 """A variant's name and its seeds; None if the seeds are unknown."""
 
@@ -37,12 +37,12 @@ class Comparison:
     """The results of some runs or experiments.
 
     Attributes:
-        title: their names.
-        page: the page that shows everything.
-        missing: the reason for everything that failed.
-        summary: like a run's `summary.json`, with what is missing; None for experiments.
-        spent: what it cost, by device.
-        unread: why some results have no curves and layers on the page.
+        title: names of the runs or experiments.
+        page: page with all results.
+        missing: reason for each missing result, by name.
+        summary: like a run's `summary.json`, with the missing results; None for experiments.
+        spent: cost by device.
+        unread: reasons why the page lacks curves and layers of some results.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def results(self) -> Sequence[Result]:
-        """All measured networks."""
+        """Results of all measured networks."""
         return self.page.results
 
 
@@ -64,14 +64,14 @@ def compare(
     """Compare runs, or experiments.
 
     Args:
-        targets: runs, by name, folder or URI; or experiments of MLflow; all experiments by default.
-        source: where runs and MLflow are.
-        cache: the local cache, for what is fetched from S3.
-        where: selects results of experiments, in MLflow's filter language.
-        details: whether curves and layers of the best results of experiments are fetched, for a page.
+        targets: runs, by name, folder or URI; or names of MLflow experiments; by default all experiments.
+        source: location of the runs and of MLflow.
+        cache: local cache of files fetched from S3.
+        where: filter for results of experiments, in MLflow's filter language.
+        details: whether to fetch curves and layers of the best results of experiments for the page.
 
     Raises:
-        UserError: a target is neither, or no target has a complete result.
+        UserError: a target is neither a run nor an experiment, or no target has a complete result.
     """
     uris = {target: _run_uri(target, source.runs) for target in targets}
     if runs := {target: uri for target, uri in uris.items() if uri is not None}:
@@ -105,12 +105,12 @@ def _run_uri(target: str, root: str) -> str | None:
 def _experiments(targets: Sequence[str], source: Source, where: str | None) -> Memory:
     for target in targets:
         if is_s3(target):
-            find_run(target, source.runs)  # raises: a URI is never an experiment
+            find_run(target, source.runs)  # raises UserError, since a URI is never an experiment
     return Mlflow(source).read(targets, where)
 
 
 def _details(results: Sequence[Result], source: Source) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Return the evaluations of the best results by their index, and why others could not be read."""
+    """Return the evaluations of the best results by index, and the reasons why others could not be read."""
     client = Mlflow(source)
     best = sorted(range(len(results)), key=lambda n: -results[n].metrics.get("pruned_top1", 0.0))[:_WITH_DETAILS]
     found: dict[int, dict[str, Any]] = {}
@@ -132,7 +132,7 @@ def compare_runs(uris: Sequence[str], cache: Cache) -> Comparison:
 
     Args:
         uris: folders or ``s3://`` URIs of the runs.
-        cache: the local cache, for what is fetched from S3.
+        cache: local cache of files fetched from S3.
 
     Raises:
         UserError: no run has a complete variant.
@@ -174,7 +174,7 @@ def _spent(records: Sequence[StepRecord]) -> list[Spent]:
 
 
 def _identity(name: str, config: Config | None) -> _Identity:
-    """Return a variant's name and its seeds in a run, if they are known."""
+    """Return the name of a variant and its seeds in a run, if known."""
     variant = next((variant for variant in config.variants if variant.label == name), None) if config else None
     if config is None or variant is None:
         return name, None
@@ -182,20 +182,20 @@ def _identity(name: str, config: Config | None) -> _Identity:
 
 
 def _is_replaced(lacking: _Identity, made: _Identity) -> bool:
-    """Whether a variant that one run lacks was completed by another run, with the same seeds."""
+    """Whether another run completed the missing variant of a run, with the same seeds."""
     return lacking[0] == made[0] and (None in (lacking[1], made[1]) or lacking[1] == made[1])
 
 
 def _variants_of(
     records: Sequence[StepRecord], config: Config | None, cache: Cache
 ) -> tuple[dict[str, VariantResult], dict[str, str]]:
-    """Return the results of a run's complete variants, and the reasons for the others.
+    """Return the results of the complete variants of a run, and the reasons why others are missing.
 
-    A step whose result KFP took from its cache has no record in this run, but the inputs of step compare name it.
+    A step whose result came from KFP's cache has no record in this run, but it is among the inputs of step compare.
     """
     evaluations, exports = (_outputs_of(records, step) for step in ("evaluate", "export"))
     owners = {evaluation: name for name, evaluation in evaluations.items()}
-    # First the inputs of the last step of an earlier attempt, then the outputs that steps have written since.
+    # First the inputs of step compare of an earlier attempt, then the outputs written since.
     given = next((record for record in reversed(records) if record.step == "compare"), None)
     pairs = (
         {} if given is None else dict(zip(*(_input_uris(given, n) for n in ("evaluations", "exports")), strict=True))
@@ -243,11 +243,13 @@ def _reason(variant: str, records: Sequence[StepRecord]) -> str:
         if record.status is Status.DONE:
             return f"no step started after {step}"
         return f"{step} {record.status}" + (f": {record.error}" if record.error else "")
-    return "this run has no record of it: it was not started, or KFP took an earlier run's result; then name that too"
+    return (
+        "this run has no record of it: it was not started, or its result came from KFP's cache; then name that run, too"
+    )
 
 
 def _scores(records: Sequence[StepRecord], cache: Cache) -> Scores:
-    """Return the scores of the knockoff phase that the run's steps have used."""
+    """Return the scores that the steps of a run have used."""
     scored = [r for r in records if r.step == "train_knockoff" and r.status is Status.DONE]
     uris = [next(iter(record.outputs.values())).uri for record in scored]
     uris += [str(r.inputs["scores"].uri) for r in records if "scores" in r.inputs]

@@ -12,7 +12,7 @@ from scop.errors import UserError, first_line
 
 CHAMPION = "champion"
 LIMITS = ("max_top1_drop", "tolerance")
-"""Settings of section export that limit a version; each version is tagged with them."""
+"""Settings of section `export` that limit a version; each version has them as tags."""
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w.-]+))")
 
@@ -22,10 +22,10 @@ class Gate:
     """A condition on a model.
 
     Attributes:
-        what: what is limited.
-        value: its value.
-        limit: the largest allowed value.
-        text: all of it in words.
+        what: name of the setting with the limit.
+        value: measured value.
+        limit: maximum value.
+        text: description of value and limit.
     """
 
     what: str
@@ -40,13 +40,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class Promotion:
-    """A decision.
+    """The decision on a version of a model.
 
     Attributes:
-        name, number: of the model's version.
+        name, number: name of the model and number of the version.
         before: number of the previous champion, or None.
         gates: the conditions.
-        tracking_uri: of MLflow, to load the model.
+        tracking_uri: URI of MLflow, to load the model.
     """
 
     name: str
@@ -64,8 +64,8 @@ def promote(version: str, source: Source, limits: Mapping[str, float] | None = N
     """Give a version of a model the alias `champion` if all conditions hold.
 
     Args:
-        version: ``NAME/3``, ``NAME@candidate``, or either behind ``models:/``.
-        source: where MLflow is.
+        version: ``NAME/3`` or ``NAME@candidate``, with or without ``models:/``.
+        source: location of MLflow.
         limits: `max_top1_drop` and `tolerance`; by default those at export.
 
     Raises:
@@ -106,7 +106,7 @@ def _gates(tags: Mapping[str, str], limits: Mapping[str, float], version: str) -
         max_drop, tolerance = (float(limits[key] if key in limits else tags[key]) for key in LIMITS)
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"{version} has no measurements (tag {error}); promote a version that step export has registered"
+            f"{version} has no measurements (tag {error}); promote a version that step export registered"
         ) from error
     return [
         Gate("top-1 drop", drop, max_drop, f"top-1 drop {100 * drop:.2f} points, at most {100 * max_drop:.2f}"),

@@ -1,4 +1,4 @@
-"""What a person sees of a local run: a heading for each step, its lines, and its duration. All goes to a log file."""
+"""Terminal output of a local run: a heading, the log and the duration of each step. A log file gets all lines."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class View(io.TextIOBase):
     """Replaces standard output during a run.
 
     Args:
-        log: the file that gets everything.
-        terminal: what the person sees.
+        log: file for all lines.
+        terminal: stream that the user sees.
     """
 
     def __init__(self, log: TextIO, terminal: TextIO) -> None:
@@ -52,28 +52,28 @@ class View(io.TextIOBase):
         self._say(step)
 
     def finish(self, succeeded: bool) -> None:
-        """Show how a step ended."""
+        """Show the outcome of a step."""
         line = f"  {'done' if succeeded else 'FAILED'} in {time.monotonic() - self._started:.1f} s"
         self._log.write(f"{line}\n")
         self._log.flush()
         self._say(line)
 
     def _show(self, line: str) -> None:
-        """Show a line of a step."""
+        """Show one line of a step."""
         if line.strip():
             self._say(f"  {line}")
 
     def _say(self, line: str) -> None:
-        # Not by print, which kfp.local replaces by one that indents.
+        # Not with print, which kfp.local replaces with a version that indents.
         self._terminal.write(line + "\n")
         self._terminal.flush()
 
 
 class KfpView(View):
-    """Shows the steps' own lines, and none of KFP's.
+    """Shows only the lines of the steps, not those of KFP.
 
     Attributes:
-        task: the task that ran last, or None.
+        task: name of the last task, or None.
     """
 
     def __init__(self, log: TextIO, terminal: TextIO) -> None:
@@ -111,7 +111,7 @@ V = TypeVar("V", bound=View)
 @contextlib.contextmanager
 def console(kind: type[V], log: Path) -> Iterator[V]:
     """Replace standard output by a view that appends to a log file."""
-    with log.open("a", encoding="utf-8") as file:  # an earlier attempt's lines stay
+    with log.open("a", encoding="utf-8") as file:  # keeps the lines of earlier attempts
         view = kind(file, sys.stdout)
         with contextlib.redirect_stdout(view):
             yield view
@@ -127,8 +127,8 @@ def _speed(figures: Mapping[str, Any], dense: Mapping[str, Any] | None, size: st
 def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
     """Print a dense-vs-pruned table.
 
-    Each variant's latency was measured alternately with the dense network's; the dense row shows those of the first
-    variant. Only the speed-up can be compared between variants, so it is shown beside each latency.
+    Each variant's latency was measured alternately with the dense network's; the dense row shows the latencies
+    measured with the first variant. Only speed-ups can be compared between variants, so each latency has one.
 
     Args:
         variants: as in `summary.json`.

@@ -1,4 +1,4 @@
-"""Docker containers for steps: an ordinary user, a read-only root, no capabilities, only mounted folders writable."""
+"""Docker containers for steps: unprivileged user, read-only root, no capabilities, only mounted folders writable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHARED_MEMORY = "1g"
 _SCRATCH = "rw,nosuid,nodev,size=4g,mode=1777"
 _RUN_LABEL = "scop.run"
 _PREFIXES = ("AWS_", "MLFLOW_", "OMP_", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-"""Variables of the user that steps may need; they are passed on if they are set."""
+"""The user's environment variables that are passed on to steps if set."""
 _OF_THIS_MACHINE = {
     "AWS_CONFIG_FILE",
     "AWS_PROFILE",
@@ -33,18 +33,18 @@ CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A container's image, mounts and variables.
+    """Image, mounts and environment variables of a container.
 
     Attributes:
-        image: its name.
-        writable: folders that it may write to, mounted at the same paths as here.
-        readable: files and folders that it may read, mounted at the same paths as here.
-        environment: variables that it gets.
-        passed_on: further variables, perhaps secret: docker takes their values from its own environment, so they are
-            never on a command line.
-        gpus: whether it gets the GPUs.
-        network: docker's network, none or host.
-        run_id: of the pipeline run, by which its containers are found.
+        image: name of the image.
+        writable: writable folders, mounted at the same paths as on this machine.
+        readable: read-only files and folders, mounted at the same paths as on this machine.
+        environment: environment variables.
+        passed_on: names of further variables, which may be secret: Docker reads their values from its own environment,
+            so they are never on a command line.
+        gpus: whether the container can use the GPUs.
+        network: Docker network, none or host.
+        run_id: ID of the pipeline run, used to find its containers.
     """
 
     image: str
@@ -58,12 +58,12 @@ class Sandbox:
 
     @property
     def user(self) -> str:
-        """The caller, so that the files are theirs; for root, the image's own user in root's group."""
+        """User and group: the caller, who then owns the files; for root, the image's user in root's group."""
         return f"{os.getuid() or 10001}:0"
 
     def open_to_user(self, others: Iterable[Path] = ()) -> None:
-        """Let the container's user write to the writable folders, and to other files and folders."""
-        if os.getuid() == 0:  # otherwise the user owns the folders
+        """Give the container's user write access to the writable folders, and to other files and folders."""
+        if os.getuid() == 0:  # any other user owns the folders
             for path in (*self.writable, *others):
                 os.chown(path, -1, 0)
                 path.chmod(path.stat().st_mode | (0o070 if path.is_dir() else 0o060))
@@ -92,7 +92,7 @@ class Sandbox:
 
         Args:
             inside: command to run in the container.
-            interactive: whether it gets standard input and the terminal.
+            interactive: whether to attach standard input and the terminal.
         """
         options = ["--rm", "--init", "--user", self.user, "--network", self.network, "--read-only", "--tmpfs"]
         options += [f"/tmp:{_SCRATCH}", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
@@ -107,7 +107,7 @@ class Sandbox:
         return ["docker", "run", *options, self.image, *inside]
 
     def _mounts(self) -> list[Path]:
-        # Each once, a folder before what is in it, which may be mounted in another way.
+        # Each path once, and folders before their contents, which may be mounted differently.
         return sorted({path for path in (*self.writable, *self.readable) if path.exists()})
 
 
@@ -115,8 +115,8 @@ def passed_on_variables(prefixes: tuple[str, ...] = _PREFIXES, with_s3: bool = F
     """Return the user's variables that steps in containers may need.
 
     Args:
-        prefixes: of their names.
-        with_s3: also return what boto3 finds in files and roles of this machine, which a container does not have.
+        prefixes: prefixes of the variables' names.
+        with_s3: also return settings that boto3 finds in files and roles of this machine, which a container lacks.
     """
     found = {k: v for k, v in os.environ.items() if k.startswith(prefixes) and k not in _OF_THIS_MACHINE}
     return (as_variables() if with_s3 else {}) | found
@@ -128,47 +128,47 @@ def certificates() -> tuple[Path, ...]:
 
 
 def require_image(image: str) -> None:
-    """Raise UserError if there is no docker engine, or it does not have the image."""
+    """Raise UserError if there is no Docker engine, or if it does not have the image."""
     if shutil.which("docker") is None:
-        raise UserError("docker is not installed; install it, or omit --docker")
+        raise UserError("Docker is not installed; install it, or omit --docker")
     engine = _docker("version", "--format", "{{.Server.Version}}")
     if engine.returncode:
         reason = (engine.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise UserError(f"the docker engine does not answer ({reason}); start it, or omit --docker")
+        raise UserError(f"the Docker engine does not answer ({reason}); start it, or omit --docker")
     if _docker("image", "inspect", image).returncode:
         raise UserError(f"image {image!r} is not on this machine; docker pull {image}, or make image to build it")
 
 
 def containers_of(run_id: str) -> list[str]:
-    """Return the ids of the containers that run a step of a run."""
+    """Return the IDs of the containers that run steps of a run."""
     if shutil.which("docker") is None:
         return []
     return _docker("ps", "--quiet", "--filter", f"label={_RUN_LABEL}={run_id}").stdout.split()
 
 
 def stop_containers(run_id: str) -> int:
-    """Ask the steps in a run's containers to write a checkpoint and end; return the number of containers."""
+    """Ask the steps in a run's containers to write a checkpoint and stop; return the number of containers."""
     found = containers_of(run_id)
     for container in found:
-        # Not by `docker stop`: KFP starts a step by a shell, which is process 1 and ignores signals.
+        # Not with `docker stop`: KFP starts a step in a shell, which is process 1 and ignores signals.
         _docker("exec", container, "sh", "-c", "kill -TERM -1")
     return len(found)
 
 
 def image_id(image: str) -> str | None:
-    """Return docker's id of an image, given its name or id, or None if it is not on this machine."""
+    """Return Docker's ID of an image, given its name or ID, or None if it is not on this machine."""
     found = _docker("image", "inspect", "--format", "{{.Id}}", image) if shutil.which("docker") else None
     return found.stdout.strip() or None if found and found.returncode == 0 else None
 
 
 def image_label(image: str, label: str) -> str | None:
-    """Return a label of an image, or None."""
+    """Return the value of an image's label, or None."""
     found = _docker("image", "inspect", "--format", f'{{{{index .Config.Labels "{label}"}}}}', image)
     return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def existing(paths: Iterable[str | None]) -> tuple[Path, ...]:
-    """Return those of the paths that exist, absolute."""
+    """Return the paths that exist, as absolute paths."""
     return tuple(Path(p).expanduser().absolute() for p in paths if p is not None and Path(p).expanduser().exists())
 
 

@@ -1,4 +1,4 @@
-"""Running all steps in this process, one after the other: the default of `scop run`."""
+"""The default runner of `scop run`: all steps in this process, one after the other."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class InProcess:
     """Runs all steps in this process."""
 
     def check(self) -> None:
-        """There is nothing to check."""
+        """Do nothing: there are no requirements."""
 
     def refuse_if_running(self, run_id: str) -> None:
-        """The lock of the run's folder is enough."""
+        """Do nothing: the lock of the run's folder suffices."""
 
     def prepare(self, environment: StepEnvironment) -> StepEnvironment:
-        """There is nothing to add."""
+        """Return the environment unchanged."""
         return environment
 
     def run(self, job: Job) -> str:
@@ -48,7 +48,7 @@ class _Steps:
 
     def __init__(self, job: Job, view: View) -> None:
         self._job, self._view = job, view
-        # As KFP passes them: settings that are None are left out.
+        # As KFP passes them: without settings that are None.
         self._sections = job.config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         self._failure: Exception | None = None
 
@@ -66,14 +66,14 @@ class _Steps:
                 inputs = {"dataset": dataset, "pruned": pruned, "evaluation": evaluation}
                 exports.append(self._step("export", inputs, label, variant))
                 evaluations.append(evaluation)
-            except (UserError, StepError) as error:  # the other variants are run all the same, as on a cluster
+            except (UserError, StepError) as error:  # the other variants still run, as on a cluster
                 self._failure = self._failure or error
         if self._failure is not None:
             raise self._failure
         return self._step("compare", {"scores": scores, "evaluations": evaluations, "exports": exports})
 
     def _step(self, name: str, inputs: Uris, label: str | None = None, variant: Mapping[str, Any] | None = None) -> str:
-        """Run a step; return the URI of its output."""
+        """Run a step and return the URI of its output."""
         job, output = self._job, STEPS[name].output
         title = name if label is None else f"{label}/{name}"
         uri = join_uri(job.uri, *filter(None, (label, name)), output)

@@ -1,4 +1,4 @@
-"""A run on this machine: what it runs, where it is, and what runs it."""
+"""A run on this machine: its configuration, location, state and runner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scop.storage.files import join_uri
 
 LOG = "log.txt"
 KFP_FOLDER = ".kfp"
-"""KFP's own files in a run's folder, with which its launcher and the steps communicate."""
+"""Folder of a run for the files with which KFP's launcher and the steps communicate."""
 
 
 class StepError(Exception):
@@ -23,12 +23,12 @@ class StepError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is, for whoever must close it if this process dies.
+    """State of a run, needed to close it if its process is killed.
 
     Attributes:
         uri: folder or ``s3://`` URI of the run.
-        tracking_uri: of MLflow.
-        parent: MLflow's id of the pipeline run.
+        tracking_uri: URI of MLflow.
+        parent: MLflow ID of the pipeline run.
         step: title of the step that is running.
     """
 
@@ -43,10 +43,10 @@ class Job:
     """A run that is about to start.
 
     Attributes:
-        config: what to run.
+        config: the configuration.
         uri: folder or ``s3://`` URI of the run.
-        folder: its local folder, a temporary one if the run is in S3.
-        environment: of the steps.
+        folder: local folder, temporary if the run is in S3.
+        environment: environment variables for the steps.
         announce: called with the run's state when a step starts.
     """
 
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def cache(self) -> Cache:
-        """The local cache of what is fetched from S3."""
+        """The local cache of files fetched from S3."""
         return Cache(self.environment.cache_folder)
 
     @property
@@ -84,7 +84,7 @@ class Job:
         return State(self.uri, environment.tracking_uri, environment.parent_run, step)
 
     def below(self, parent_run: str) -> Job:
-        """Return the job with its steps tracked below an MLflow run."""
+        """Return the job with its steps tracked as children of an MLflow run."""
         return replace(self, environment=self.environment.model_copy(update={"parent_run": parent_run}))
 
 
@@ -95,10 +95,10 @@ class Runner(Protocol):
         """Raise UserError if this runner cannot run here."""
 
     def refuse_if_running(self, run_id: str) -> None:
-        """Raise UserError if a step of the run is running, as far as this can be known."""
+        """Raise UserError if a step of the run is known to be running."""
 
     def prepare(self, environment: StepEnvironment) -> StepEnvironment:
-        """Add what this runner knows of the steps' environment."""
+        """Return the steps' environment, with the variables of this runner."""
         ...
 
     def run(self, job: Job) -> str:

@@ -1,4 +1,4 @@
-"""Running the steps by KFP's local runner, each in a process or a container of its own."""
+"""KFP's local runner: each step in its own process or container."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from scop.system.signals import handle_stop_signals, restore_handlers
 
 @dataclass(frozen=True)
 class KfpLocal:
-    """Runs the steps by kfp.local.
+    """Runs the steps with kfp.local.
 
     Attributes:
-        image: the steps run in containers of it; None runs them in processes of this machine.
-        gpus: whether the containers get the GPUs.
+        image: image of the steps' containers; None runs the steps in processes on this machine.
+        gpus: whether the containers can use the GPUs.
     """
 
     image: str | None = None
@@ -69,7 +69,7 @@ class KfpLocal:
         kfp_root = job.folder / KFP_FOLDER
         mapping = {"kfp_root": str(kfp_root), "run_root": job.uri, "variants": job.labels}
         environment = job.environment.model_copy(update=mapping)
-        # Settings that are None are left out: KFP's parameters have no null.
+        # Without settings that are None: KFP's parameters have no null.
         sections = job.config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         if is_s3(job.uri) and (before := read_if_exists(job.log)):
             (job.folder / LOG).write_bytes(before)
@@ -98,7 +98,7 @@ class KfpLocal:
 
         if self.image is None:
             return local.SubprocessRunner(use_venv=False)
-        # A folder is mounted if it is writable; the other folders and files are in these, or KFP mounts them.
+        # Only writable folders are mounted here: other files and folders are inside them, or KFP mounts them.
         folder, config = job.folder, job.config
         writable, folders, files = [folder], [folder / KFP_FOLDER, folder / ".workspace"], []
         if (uri := environment.tracking_uri or "").startswith("sqlite:///"):
@@ -116,7 +116,7 @@ class KfpLocal:
             folders += [environment.cache_folder / part for part in cache.PARTS]
         for path in (*writable, *folders):
             path.mkdir(parents=True, exist_ok=True)
-        files += folder.rglob("*")  # of an earlier attempt, perhaps by another runner
+        files += folder.rglob("*")  # of an earlier attempt, perhaps with another runner
         uses_s3 |= is_s3(environment.artifact_root or "")
         sandbox = Sandbox(
             self.image,
@@ -132,9 +132,9 @@ class KfpLocal:
 
     @contextlib.contextmanager
     def _stopping_steps(self, kfp_root: Path, run_id: str) -> Iterator[Callable[[], int]]:
-        """Pass a stop signal on to the running step, and give the number of the signal that arrived.
+        """Forward stop signals to the running step; yield a function that returns the number of the received signal.
 
-        The step writes a checkpoint. No further step starts then: KFP would continue with the next variant.
+        The step writes a checkpoint, and no further step starts. KFP alone would continue with the next variant.
         """
         received = 0
 
@@ -159,7 +159,7 @@ class KfpLocal:
 
 
 def _failure(job: Job, task: str | None) -> Exception:
-    """Return the error of the step that failed, as its record says."""
+    """Return the error of the failed step, from its record."""
     own = [record for record in records_of(job.uri) if record.launch.attempt == job.environment.attempt]
     failed = next((record for record in own if record.status is Status.FAILED), None)
     failure: Exception = StepError(f"step {failed.title if failed else task} failed; see {job.log}")
@@ -174,7 +174,7 @@ def _failure(job: Job, task: str | None) -> Exception:
 def _unfinished(job: Job) -> str | None:
     """Return a step that this attempt neither finished nor kept, or None.
 
-    KFP counts a container that vanishes as a success; an earlier attempt's result would be mistaken for a new one.
+    For KFP, a container that disappears has succeeded; the result of an earlier attempt must not count as a new one.
     """
     done: list[StepRecord] = [
         record
@@ -190,7 +190,7 @@ def _unfinished(job: Job) -> str | None:
 
 @contextlib.contextmanager
 def _environment_variables(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables within the context; kfp.local's processes inherit them."""
+    """Set environment variables within the context; the processes of kfp.local inherit them."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:

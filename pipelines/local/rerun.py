@@ -1,4 +1,4 @@
-"""`scop rerun`: a recorded step again, from its recorded inputs and configuration, on this machine."""
+"""`scop rerun`: run a recorded step on this machine, from its recorded inputs and configuration."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from scop.system.revision import git_revision
 
 @dataclass(frozen=True)
 class Rerun:
-    """A step that is ready to run again.
+    """A step that is ready to rerun.
 
     Attributes:
-        record: of the step.
-        folder: a new one, for the configuration and the outputs.
-        inputs: local folders by name, verified.
-        files: further local files that the configuration names.
-        track: whether metrics go to the user's MLflow server, rather than to a file in the folder.
+        record: record of the step.
+        folder: new folder for the configuration and the outputs.
+        inputs: verified local folders by name.
+        files: local files named in the configuration.
+        track: whether metrics go to the user's MLflow server instead of a file in the folder.
     """
 
     record: StepRecord
@@ -60,7 +60,7 @@ class Rerun:
 
     @property
     def outputs(self) -> dict[str, Path]:
-        """Folders of the outputs by name."""
+        """Output folders by name."""
         return {name: self.folder / name for name in self.record.outputs}
 
     @property
@@ -70,7 +70,7 @@ class Rerun:
 
     @property
     def step_command(self) -> list[str]:
-        """The command line, the same here and in a container."""
+        """The command line, the same on this machine and in a container."""
         command = ["scop", "step", self.record.step, "--config", str(self.folder / "config.yaml")]
         for name, value in self.inputs.items():
             for path in value if isinstance(value, list) else [value]:
@@ -83,7 +83,7 @@ class Rerun:
     def variables(self) -> dict[str, str]:
         """Environment variables for the step."""
         environment = StepEnvironment(run_id=self.record.launch.run)
-        if self.record.step == list(STEPS)[-1]:  # its summary names the URIs
+        if self.record.step == list(STEPS)[-1]:  # its summary contains the URIs
             recorded = {name: value.uri for name, value in self.record.inputs.items()}
             environment = environment.model_copy(update={"input_uris": recorded})
         if not self.track:
@@ -92,7 +92,7 @@ class Rerun:
         return environment.as_variables() | ({THREADS_VARIABLE: str(threads)} if threads else {})
 
     def sandbox(self, image: str, gpus: bool) -> Sandbox:
-        """Return the container's settings; it has a network and credentials only for tracking."""
+        """Return the settings of the container, which has network and credentials only for tracking."""
         inputs = flatten(self.inputs)
         passed_on: dict[str, str] = {}
         if self.track:
@@ -111,12 +111,12 @@ class Rerun:
 
 
 def make_ready(record: StepRecord, out: Path, overrides: Sequence[str], track: bool, cache: Cache) -> Rerun:
-    """Fetch and verify a step's inputs, and write its configuration into a new folder.
+    """Fetch and verify a step's inputs, and write its configuration to a new folder.
 
     Args:
-        record: of the step.
-        out: the new folder is created in it.
-        overrides: changes of the configuration, ``section.key=value``.
+        record: record of the step.
+        out: folder in which the new folder is created.
+        overrides: configuration overrides, ``section.key=value``.
         track: see `Rerun`.
         cache: the local cache.
 
@@ -146,7 +146,7 @@ def make_ready(record: StepRecord, out: Path, overrides: Sequence[str], track: b
 
 
 def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the record's sections in the form of a configuration file, with changes."""
+    """Return the recorded sections as the values of a configuration file, with overrides."""
     values = {name: section for name, section in json.loads(json.dumps(record.config)).items() if name != "variant"}
     if "variant" in record.config:
         values["variants"] = [record.config["variant"]]
@@ -165,7 +165,7 @@ def _configuration(record: StepRecord, overrides: Sequence[str]) -> dict[str, An
 def _external(key: str, uri: str, content: str | None, cache: Cache) -> Path:
     found = content_version(uri)
     if found is None:
-        raise UserError(f"{key} {uri} does not exist; restore it, or give another by --set {key}=PATH")
+        raise UserError(f"{key} {uri} does not exist; restore it, or set another one with --set {key}=PATH")
     if content not in (None, found):
         raise UserError(f"{key} {uri} has changed since the step ran; restore the old version")
     return local_path(uri, cache).absolute()
@@ -189,12 +189,12 @@ def _fetch(name: str, uri: str, content: str | None, cache: Cache) -> Path:
 
 
 def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: bool) -> int:
-    """Run the step, here or in a container.
+    """Run the step, on this machine or in a container.
 
     Args:
         ready: the step.
-        image: of the container; None runs the step here.
-        gpus: whether the container gets the GPUs.
+        image: image of the container; None runs the step on this machine.
+        gpus: whether the container can use the GPUs.
         dry_run: print the command instead of running it.
         shell: open a shell in the container instead.
 
@@ -203,7 +203,7 @@ def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: 
     """
     _note_differences(ready.record, image)
     inside = ready.step_command
-    # Variables that a launcher has set for another step must not reach this one.
+    # Variables set by a launcher for another step must not affect this one.
     own = {name_of(UserEnvironment, field) for field in UserEnvironment.model_fields}
     variables = {k: v for k, v in os.environ.items() if not k.startswith("SCOP_") or k in own}
     if image is None:
@@ -221,12 +221,12 @@ def rerun(ready: Rerun, *, image: str | None, gpus: bool, dry_run: bool, shell: 
         print(shlex.join(shown))
         return 0
     if shell:
-        print(f"everything is ready; to run the step:\n\n  {shlex.join(inside)}\n", flush=True)
+        print(f"the inputs are ready; to run the step:\n\n  {shlex.join(inside)}\n", flush=True)
     return subprocess.run(command, env=variables).returncode
 
 
 def _note_differences(record: StepRecord, image: str | None) -> None:
-    """Print what may change the result."""
+    """Print differences from the recorded environment that may change the result."""
     if image is None:
         from importlib.metadata import version
 
@@ -249,7 +249,7 @@ def _note_differences(record: StepRecord, image: str | None) -> None:
 
 
 def verify(ready: Rerun) -> bool:
-    """Compare each output file except timings with its recorded hash, and print differences; whether all match."""
+    """Compare output files except timings with the recorded hashes; print differences and return whether all match."""
     record = ready.record
     same, count = True, 0
     for name, artifact in record.outputs.items():
@@ -273,11 +273,11 @@ _LOOK = {
     "report": "see {}/report.html",
     "dataset": "see {}/dataset.json",
 }
-"""How to look at each output."""
+"""Command or hint for viewing each output."""
 
 
 def print_result(ready: Rerun) -> None:
-    """Print the paths of the outputs and how to look at them."""
+    """Print the paths of the outputs and how to view them."""
     for name, path in ready.outputs.items():
         print(f"{name}: {path}")
     for name, path in ready.outputs.items():
@@ -287,7 +287,7 @@ def print_result(ready: Rerun) -> None:
 
 
 def default_image(record: StepRecord) -> str:
-    """Return the image that the step ran in, by its id if this machine has it, or the project's own."""
+    """Return the recorded image, by its ID if this machine has it; without a recorded image, the project's own."""
     software = record.software
     if software.image_id and image_id(software.image_id):
         return software.image_id

@@ -44,9 +44,9 @@ class LocalRun:
     """A finished run.
 
     Attributes:
-        uri: its folder or ``s3://`` URI.
-        summary: content of its summary.json.
-        tracking_uri: of MLflow.
+        uri: folder or ``s3://`` URI of the run.
+        summary: content of summary.json.
+        tracking_uri: URI of MLflow.
     """
 
     uri: str
@@ -67,13 +67,13 @@ def run_locally(
     """Run the pipeline.
 
     Args:
-        config: what to run.
-        out: a folder or ``s3://`` URI, in which the run gets a folder of its own. MLflow's database, which all runs
-            share, is there too, unless the user has set a server.
-        name: the run's id starts with it.
-        runner: runs the steps; all in this process by default.
+        config: the configuration.
+        out: folder or ``s3://`` URI in which the folder of the run is created. It also contains MLflow's database,
+            shared by all runs, unless the user has set a server.
+        name: prefix of the run's ID.
+        runner: runs the steps; by default all in this process.
         resume: folder or URI of an earlier run to continue; its finished steps with unchanged inputs are kept.
-        user: what the user has set; nothing by default.
+        user: environment variables set by the user; by default none.
         announce: called with the run's state when it starts and at each step.
 
     Raises:
@@ -102,7 +102,7 @@ def run_locally(
         run_id=run_id,
         attempt=uuid.uuid4().hex,
         revision=git_revision(),
-        # Shared by all runs in `out`: a run that is killed and started again resumes from them.
+        # Shared by all runs in `out`: the same run, started again after a kill, resumes from them.
         checkpoints=config.run.checkpoints or join_uri(out, "checkpoints"),
         keep_checkpoints=config.run.keep_checkpoints,
         resume=resume is not None,
@@ -120,7 +120,7 @@ def _run_tracked(job: Job, runner: Runner, started: float) -> LocalRun:
     config, folder, environment = job.config, job.folder, job.environment
     tracking_uri = environment.tracking_uri
     assert tracking_uri is not None
-    # First: if MLflow cannot be reached, an earlier attempt's results and configuration must stay.
+    # First, because results and configuration of an earlier attempt must be kept if MLflow cannot be reached.
     parent = start_parent(
         tracking_uri,
         config.run.experiment,
@@ -140,7 +140,7 @@ def _run_tracked(job: Job, runner: Runner, started: float) -> LocalRun:
         seconds = round(time.monotonic() - started, 1)
         summary = {"run_id": environment.run_id, "seconds": seconds, **summary, "mlflow_run": parent}
         write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        # The report is written again: only now is the cost of all steps known.
+        # Rewrite the report: only now is the cost of all steps known.
         compare_runs([job.uri], job.cache).page.write(folder / "report.html")
         files = [folder / name for name in ("config.yaml", "summary.json", "report.html")]
         _upload(files, job.uri)
@@ -155,13 +155,13 @@ def _run_tracked(job: Job, runner: Runner, started: float) -> LocalRun:
 
 
 def _new_run_id(name: str, out: str) -> str:
-    # In S3 only the name distinguishes two runs that start in the same second.
+    # In S3, only the name distinguishes two runs that start in the same second.
     suffix = f"-{uuid.uuid4().hex[:4]}" if is_s3(out) else ""
     return f"{name}-{datetime.now():%Y%m%d-%H%M%S}{suffix}"
 
 
 def _terminal() -> str | None:
-    """Return the device file of the terminal that a person watches, for the progress bars of other processes."""
+    """Return the device file of the user's terminal, for the progress bars of other processes."""
     try:
         return os.ttyname(sys.stderr.fileno())
     except (OSError, io.UnsupportedOperation):
@@ -169,23 +169,23 @@ def _terminal() -> str | None:
 
 
 def _delete_results(uri: str) -> None:
-    """Delete the results of an earlier attempt; a run without a summary is known to be unfinished."""
+    """Delete the results of an earlier attempt; a run without a summary counts as unfinished."""
     delete_files(uri, [name for name in ("summary.json", "report.html") if file_exists(uri, name)])
 
 
 def _upload(files: list[Path], uri: str) -> None:
-    """Upload files of the run's folder if the run is in S3."""
+    """Upload files from the run's folder if the run is in S3."""
     if is_s3(uri):
         for file in files:
             write_bytes(join_uri(uri, file.name), file.read_bytes())
 
 
 def _refuse_missing(config: Config) -> None:
-    """Raise UserError if a file or network that the steps need is missing; they would find out minutes later."""
+    """Raise UserError if a required file or network is missing, instead of minutes later in a step."""
     for section, key in EXTERNAL_FILES:
         value = getattr(getattr(config, section), key)
         if value is not None and not is_s3(value) and not Path(value).exists():
-            raise UserError(f"{section}.{key} {value} does not exist; give another: --set {section}.{key}=...")
+            raise UserError(f"{section}.{key} {value} does not exist; correct it with --set {section}.{key}=...")
     if config.dense.model not in CIFAR_RESNETS:
         from scop.models.factories import find_factory
 
@@ -193,7 +193,7 @@ def _refuse_missing(config: Config) -> None:
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Make paths absolute, so that they mean the same in a container and in a resumed run."""
+    """Make paths absolute, so that they are valid in a container and in a resumed run."""
     values = config.model_dump()
     for section, key in (*EXTERNAL_FILES, ("run", "checkpoints"), ("run", "artifact_root")):
         if values[section][key] is not None:
@@ -214,9 +214,9 @@ def print_result(run: LocalRun) -> None:
 
 
 def mlflow_command(uri: str) -> str:
-    """Return the command that opens MLflow's pages, or the address if the command would show a password."""
+    """Return the command that opens MLflow's pages, or the URL if the command would contain a password."""
     if uri.startswith("http") or redact(uri) != uri:
         return redact(uri)
-    # By its path if the virtual environment is not active, as after `make run`.
+    # With its path if the virtual environment is not active, as after `make run`.
     command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
     return f"{shlex.join([command, 'server', '--backend-store-uri', uri, '--port', '5000'])}  # http://127.0.0.1:5000"

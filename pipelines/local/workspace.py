@@ -1,4 +1,4 @@
-"""A run's folder, locked while a process works on the run, and where its metrics go."""
+"""The folder of a run, locked while a process works on the run, and the MLflow location of its metrics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def workspace(uri: str, exists: bool) -> Iterator[Path]:
-    """Give a run's folder, or a temporary one if the run is in S3, and lock it against other processes.
+    """Lock and yield the folder of a run; for a run in S3, yield a temporary folder.
 
-    In S3 nothing can be locked.
+    S3 has no locks.
 
     Args:
         uri: folder or ``s3://`` URI of the run.
-        exists: whether the folder may exist, since the run is resumed.
+        exists: whether the folder may exist already, because the run is resumed.
 
     Raises:
         UserError: the folder cannot be created, or another process works on the run.
@@ -44,7 +44,7 @@ def workspace(uri: str, exists: bool) -> Iterator[Path]:
         raise UserError(f"output folder {folder} cannot be created: {error.strerror}") from error
     with (folder / KFP_FOLDER / LOCK).open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however this process ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel, however this process ends
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
@@ -60,12 +60,12 @@ def tracking_of(config: Config, out: str, tracking_uri: str | None) -> tuple[str
     """Return MLflow's tracking URI and the artifact root of new experiments.
 
     Args:
-        config: may set the artifact root.
-        out: the folder or ``s3://`` URI of all runs; a database is created there, or in ./runs if it is in S3.
-        tracking_uri: what the user has set, or None.
+        config: the configuration, which may set the artifact root.
+        out: folder or ``s3://`` URI of all runs; a database is created there, or in ./runs for S3.
+        tracking_uri: tracking URI set by the user, or None.
 
     Raises:
-        UserError: the folder of the database cannot be created or named in a URI.
+        UserError: the folder of the database cannot be created, or its path cannot be part of a URI.
     """
     if tracking_uri is None:
         base = Path("runs").absolute() if is_s3(out) else Path(out)

@@ -91,7 +91,7 @@ class Config(Section):
 
 
 class ConfigWithoutFinetuning(Config):
-    """A configuration for commands that do not fine-tune: the variants' own `finetune` entries are not validated."""
+    """A configuration for commands that do not fine-tune: the `finetune` entries of variants are not validated."""
 
     @model_validator(mode="after")
     def _variants_fit(self) -> ConfigWithoutFinetuning:
@@ -99,7 +99,7 @@ class ConfigWithoutFinetuning(Config):
 
 
 def finetune_for(section: FinetuneSection, variant: VariantSection) -> FinetuneSection:
-    """Return section `finetune` with a variant's own entries merged in; raise UserError if one of them is invalid."""
+    """Return section `finetune` with the variant's overrides applied; raise UserError if one of them is invalid."""
     return parse(
         FinetuneSection, merged(section.model_dump(), variant.finetune), f"variants ({variant.label}).finetune"
     )

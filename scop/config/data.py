@@ -19,7 +19,7 @@ class DataSection(Section):
         path: path or s3:// URI of the images; digits needs none.
         image_size: scale and centre-crop all images to this height and width in pixels; by default they must all have
             the same size.
-        channels: 1 for grey, 3 for colour; by default 3 for torchvision networks, otherwise as in the images.
+        channels: 1 for grey, 3 for colour; by default 3 for torchvision networks, else as in the images.
         validation: fraction of the training images to split off for validation if the source has no validation split.
         test: fraction of the training images to split off for testing, before `validation`, if the source has no test
             split.

@@ -56,8 +56,8 @@ class KnockoffSection(Section):
     """The knockoff phase, which scores the channels.
 
     Attributes:
-        source: where knockoff images come from: shuffle, which takes other images of the batch; gaussian; generator; or
-            your own package.module:factory, where factory(batches) returns a function of (images, labels) that returns
+        source: source of the knockoff images: shuffle, which takes other images of the batch; gaussian; generator; or
+            package.module:factory, where factory(batches) returns a function of (images, labels) that returns
             knockoff images of the same shape.
         score: fisher, the Fisher information of gates held at `mixing`; or published, from trained gates, as in the
             paper; see `scop.knockoffs.phase`.

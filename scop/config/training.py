@@ -34,7 +34,7 @@ class TrainingSection(Section):
         sync_batch_norm: if several processes train, compute batch norm statistics over the whole batch instead of each
             process's share; the result then does not depend on the number of processes, except for rounding and
             dropout.
-        keep: last, the weights of the last epoch; or best, those of the best epoch on the validation split.
+        keep: last, to keep the weights of the last epoch; or best, those of the best epoch on the validation split.
         ema: decay per step of an exponential moving average of the weights, such as 0.999; the average becomes the
             result. 0 disables it.
         seed: seed of initial weights, data order and augmentation.

@@ -34,7 +34,7 @@ Fraction = Annotated[float, AfterValidator(_below_one)]
 
 
 def whole(value: Any) -> Any:
-    """Return the value with every whole number in it converted to an integer, also in nested mappings and lists."""
+    """Return the value with all whole numbers converted to integers, including those in nested mappings and lists."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Section `variants`: what is pruned, how much, and by which rule."""
+"""Section `variants`: what is pruned, by how much, and by which rule."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class VariantSection(Section):
             filter does not keep at `fdr`.
         prune_rate: fraction of the channels to remove, of each layer or, for global, of all layers together.
         fdr: false-discovery rate among the kept channels, for knockoff_plus.
-        budget: limit on the cost of the network, used instead of `prune_rate` or `fdr`.
+        budget: maximum cost of the pruned network, used instead of `prune_rate` or `fdr`.
         include: patterns of layer names, such as layer3.*; only these layers are pruned.
         exclude: patterns of layer names; these layers are not pruned.
         rates: fixed prune rates for certain layers, such as {layer3.*: 0.3}; they also hold under a budget.
@@ -73,9 +73,10 @@ class VariantSection(Section):
         residual: rule for residual streams: scatter, inner or coupled; see the README.
         round_to: round the number of kept channels to a multiple of this; 8 suits CPUs and GPUs.
         min_channels: minimum number of channels to keep in each layer.
-        rounds: number of rounds of pruning and fine-tuning; each goes an equal step and scores the channels again.
+        rounds: number of rounds of pruning and fine-tuning, in equal steps; each round scores the channels again.
         seed: seed of method random.
-        seeds: train one network per seed, named NAME-seed0 and so on; to tell an effect from chance, use three or more.
+        seeds: train one network per seed, named NAME-seed0 and so on; use at least three to distinguish an effect from
+            chance.
         finetune: entries of section `finetune` to override for this variant.
     """
 
@@ -95,7 +96,7 @@ class VariantSection(Section):
     rounds: PositiveInt = 1
     seed: Seed = 0
     seeds: list[Seed] = []
-    finetune: Annotated[dict[str, Any], AfterValidator(whole)] = {}  # KFP passes whole numbers as floats
+    finetune: Annotated[dict[str, Any], AfterValidator(whole)] = {}  # KFP passes integers as floats
 
     @property
     def label(self) -> str:
@@ -111,7 +112,7 @@ class VariantSection(Section):
 
     @property
     def each_seed(self) -> list[VariantSection]:
-        """One variant per entry of `seeds`, which seeds its random selection and fine-tuning; itself if none is set."""
+        """Return a copy of the variant for each entry of `seeds`; the variant itself if there are none."""
         if not self.seeds:
             return [self]
         return [
@@ -131,7 +132,7 @@ class VariantSection(Section):
         longest = max((one.label for one in self.each_seed), key=len)
         if len(longest) > LONGEST_NAME:
             raise ValueError(
-                f"with its seed the name becomes {longest!r}, longer than {LONGEST_NAME} characters; shorten it"
+                f"with its seed, the name becomes {longest!r}, longer than {LONGEST_NAME} characters; shorten it"
             )
         return self
 

@@ -1,6 +1,6 @@
-"""Batches of small images, resident on the training device, at almost no cost.
+"""Batches of small images, stored on the training device and assembled at almost no cost.
 
-The split is on the device as uint8. A batch is one gather, which crops, flips and reflects by index arithmetic, and a
+The split is stored as uint8. A batch is one gather, which crops, flips and reflects by index arithmetic, and a
 normalisation; there are no worker processes. The design follows airbench (Keller Jordan, 2024).
 """
 
@@ -36,9 +36,9 @@ class Batches:
     """Batches of a split, resident on a device.
 
     Iterating yields (images, labels): images float (B, C, H, W), normalised, in channels-last memory format; labels
-    int64 (B,). With an augmentation each epoch is shuffled and an incomplete last batch is dropped. Order and changes
-    depend on seed and epoch alone: a resumed training sees the same images as an undisturbed one, and several processes
-    together see the same images as one.
+    int64 (B,). With an augmentation each epoch is shuffled and an incomplete last batch is dropped. Order and
+    augmentation depend only on seed and epoch: a resumed training run sees the same images as an uninterrupted one, and
+    several processes together see the same images as one.
 
     Args:
         split: the images.
@@ -46,7 +46,7 @@ class Batches:
         batch_size: images in a batch, over all processes.
         device: where images are stored and batches are computed.
         augmentation: for training; None yields all images in order.
-        seed: of order and augmentation.
+        seed: seed of order and augmentation.
         shard: this process's part of each batch; without augmentation, every n-th image.
 
     Raises:
@@ -73,7 +73,7 @@ class Batches:
         smallest = min(split.images.shape[2:])
         if augmentation is not None and augmentation.crop_padding >= smallest:
             raise UserError(f"crop_padding {augmentation.crop_padding} must be below the image's {smallest} pixels")
-        # Training draws from all images, whatever its shard of the batch; evaluation goes through its shard in order.
+        # Training draws from all images, whatever its shard of the batch; evaluation reads its shard in order.
         images, labels = (
             (split.images, split.labels)
             if augmentation is not None
@@ -146,5 +146,5 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """Combine two numbers to one seed, such that neighbours are unrelated."""
+    """Combine two numbers into one seed, so that neighbouring numbers give unrelated seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "big")

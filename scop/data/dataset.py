@@ -1,6 +1,6 @@
 """The dataset artifact: small images as one uint8 array per split, memory-mapped from disk.
 
-`scop.data.batches` makes batches of it. This module does not import PyTorch, which would slow down data preparation.
+`scop.data.batches` reads it in batches. This module does not import PyTorch, which would slow down data preparation.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     means, deviations = [], []
     for channel in range(images.shape[1]):
         counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, len(images), 4096):  # in parts: bincount makes an int64 copy of its input
+        for start in range(0, len(images), 4096):  # in chunks: bincount makes an int64 copy of its input
             counts += np.bincount(images[start : start + 4096, channel].ravel(), minlength=256)
         mean = float((counts * values).sum() / counts.sum())
         variance = float((counts * (values - mean) ** 2).sum() / counts.sum())

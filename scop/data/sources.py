@@ -282,7 +282,7 @@ def _existing(section: DataSection) -> Path:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of every image, sorted by path in a folder, in the archive's own order otherwise."""
+    """Yield (name, content) of every image, sorted by path in a folder, and in the archive's order in an archive."""
     if path.is_dir():
         return _folder_members(path)
     if zipfile.is_zipfile(path):

@@ -124,7 +124,7 @@ class HeldGates(Gates):
         square, fourth, mean_at_half, square_at_half = (
             self.sums / self.examples.clamp_min(1).repeat_interleave(2)[:, None]
         )
-        # A repeated image is not a new sample, although its knockoff is.
+        # A repeated image is not a new sample, even though its knockoff is new.
         counts = torch.where(self.distinct > 0, self.examples.minimum(self.distinct), self.examples).clamp_min(1)
         root = square.sqrt()
         error_of_square = ((fourth - square**2).clamp_min(0) / counts[0]).sqrt()

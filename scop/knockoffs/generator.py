@@ -38,9 +38,9 @@ def train_generator(
     """Train a generator on images and generate new ones.
 
     Args:
-        batches: (images, labels), images (B, C, H, W) as the network takes them; labels are not used.
+        batches: (images, labels), images (B, C, H, W), normalised for the network; labels are not used.
         section: settings of the knockoff phase, with those of the generator.
-        device: where to compute.
+        device: device to compute on.
         checkpointing: see `scop.training.loop.fit`.
 
     Returns:
@@ -67,7 +67,7 @@ class FlowMatching:
     Args:
         shape: (C, H, W) of an image.
         settings: settings of the generator.
-        device: where to compute.
+        device: device to compute on.
         dtype: dtype of convolutions.
         seed: seed of the initial weights.
     """

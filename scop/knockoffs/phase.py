@@ -57,7 +57,7 @@ from scop.training.learning_rate import Schedule
 from scop.training.loop import TrainingBatches, fit
 
 IMAGES_FOR_FISHER = 10_240
-"""More images change a pruned network's top-1 by less than another seed does; see docs/experiments.md."""
+"""More images change the top-1 of a pruned network less than another seed does; see docs/experiments.md."""
 
 EPOCHS_AS_PUBLISHED = 20
 
@@ -77,9 +77,9 @@ def train_knockoffs(
 
     Args:
         model: the trained dense network; it is not changed.
-        batches: (images, labels), one iteration per epoch; images as the network takes them.
-        section: the settings, by default those of `KnockoffSection`.
-        source: a function that makes knockoffs, or the name of a source; by default that of the settings.
+        batches: (images, labels), one iteration per epoch; images normalised for the network.
+        section: the settings; by default those of `KnockoffSection`.
+        source: a function that returns knockoffs, or the name of a source; by default the configured one.
         device: where to compute.
         on_epoch: called after every epoch.
         checkpointing: see `scop.training.loop.fit`.
@@ -190,9 +190,9 @@ class Competition:
     Args:
         model: the dense network; it is copied.
         graph: its channels.
-        source: makes knockoffs.
-        device: where to compute.
-        section: the settings, by default those of `KnockoffSection`.
+        source: returns knockoffs.
+        device: device to compute on.
+        section: the settings; by default those of `KnockoffSection`.
         settings: settings that override those of `section`.
     """
 

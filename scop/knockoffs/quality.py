@@ -1,4 +1,4 @@
-"""Quality of knockoffs: whether swaps with the originals can be detected, and how much they reveal about the originals.
+"""Quality of knockoffs: whether swaps with the originals can be detected, and what they reveal about the originals.
 
 Knockoffs are valid if swapping any set of coordinates between x and x~ leaves the distribution of the pair unchanged
 (exchangeability; Candès et al., 2018, definition 3.1), and if x~ carries no information about the label that x does not
@@ -89,10 +89,10 @@ def measure_quality(
     """Measure the quality of a source's knockoffs on up to 1,500 images.
 
     Args:
-        source: makes knockoffs.
+        source: returns knockoffs.
         model: the dense network, on the device and in eval mode.
-        batches: (images, labels), images as the network takes them.
-        device: where to compute.
+        batches: (images, labels), images normalised for the network.
+        device: device to compute on.
         seed: seed of the tests; the source itself uses PyTorch's global generators.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """Sources of knockoff images.
 
-A knockoff x~ of an image x must look like x to the network but carry no information about its label. A *source* makes
-knockoffs for a batch; a *factory* makes a source from the training batches. A configuration names one of these:
+A knockoff x~ of an image x must look like x to the network but carry no information about its label. A *source* returns
+knockoffs for a batch; a *factory* creates a source from the training batches. A configuration names one of these:
 
 ``shuffle``
     The batch in another order: real images of other examples, independent of x and with exactly its distribution.
@@ -36,7 +36,7 @@ SourceFactory = Callable[[TrainingBatches], KnockoffSource]
 """Returns a source for the batches of the knockoff phase."""
 
 _SAMPLE = 2**26
-"""Values, over all images, from which principal components are estimated: 256 MiB, 21,845 images of 3x32x32."""
+"""Maximum number of values from which principal components are estimated: 256 MiB, or 21,845 images of 3x32x32."""
 
 
 def make_source(
@@ -49,8 +49,8 @@ def make_source(
 
     Args:
         section: the source's name and settings.
-        batches: (images, labels), images as the network takes them.
-        device: where to compute.
+        batches: (images, labels), images normalised for the network.
+        device: device to compute on.
         checkpointing: for sources that train; see `scop.training.loop.fit`.
 
     Raises:
@@ -149,7 +149,7 @@ class Gaussian:
 
 
 def _sample(batches: TrainingBatches) -> Tensor:
-    """Return images (N, D) of the first epoch, until they have `_SAMPLE` values."""
+    """Return images (N, D) of the first epoch, up to `_SAMPLE` values."""
     found: list[Tensor] = []
     if hasattr(batches, "set_epoch"):
         batches.set_epoch(0)

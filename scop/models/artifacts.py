@@ -46,11 +46,11 @@ def save_model(
         model: a network made by `scop.make_model`, `scop.prune` or `scop.load_model`, or any other network if `factory`
             is given.
         folder: created if missing; an earlier model in it is replaced.
-        factory: function that builds the dense network; by default as the model's spec says.
-        arguments: of the factory.
+        factory: function that builds the dense network; by default that of the model's spec.
+        arguments: keyword arguments of the factory.
         history: records of the training epochs, for reports.
         device: device of the training, for reports.
-        others: names of further files of the model that are already in the folder.
+        others: names of other files in the folder that belong to the model.
 
     Raises:
         UserError: the factory is unknown or cannot be imported, or the folder cannot be written.
@@ -63,11 +63,11 @@ def save_model(
             f"save_model needs the factory of this {type(model).__name__}: build the model with scop.make_model(NAME), "
             "or call save_model(..., factory='package.module:function', arguments={...})"
         )
-    find_factory(spec.factory)  # fail now, not when the model is loaded
+    find_factory(spec.factory)  # fails now rather than when the model is loaded
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Without a manifest, a half-written folder counts as incomplete. The old history belongs to another model.
+        # Without its manifest, a half-written folder counts as incomplete. The old history belongs to another model.
         for name in (MANIFEST, HISTORY, TIMINGS):
             (folder / name).unlink(missing_ok=True)
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}

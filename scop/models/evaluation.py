@@ -47,8 +47,8 @@ def measure_accuracy(
     Args:
         model: the network, on the device.
         batches: images (N, C, H, W) and labels (N,), on the device.
-        device: where to compute.
-        dtype: type in which convolutions and matrix products compute.
+        device: device to compute on.
+        dtype: dtype of convolutions and matrix products.
 
     Raises:
         ValueError: there are no batches.
@@ -130,7 +130,7 @@ def measure_latency(
         models: the networks in float32, by name; they are moved to the device and set to eval mode.
         input_shape: (C, H, W) of an image.
         batch_size: number of images in a pass.
-        device: where to measure.
+        device: device to measure on.
         repeats: number of timed passes of each model.
         threads: number of CPU threads; by default PyTorch's current setting.
 

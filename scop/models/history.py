@@ -37,12 +37,12 @@ class EpochRecord:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All known values by name, without the epoch's number."""
+        """Return all known values by name, without the epoch's number."""
         return {key: value for key, value in asdict(self).items() if value is not None and key != "epoch"}
 
 
 def save_history(history: list[EpochRecord], folder: Path, device: torch.device | None = None) -> None:
-    """Write the epochs to history.json, and what differs in every run (seconds, device) to timings.json."""
+    """Write the epochs to history.json, and values that differ between runs (seconds, device) to timings.json."""
     records = [{key: value for key, value in asdict(record).items() if key != "seconds"} for record in history]
     (folder / HISTORY).write_text(json.dumps(records, indent=1) + "\n")
     timings = {"epoch_seconds": [record.seconds for record in history]}

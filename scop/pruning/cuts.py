@@ -115,7 +115,7 @@ def expand(pruned: nn.Module, dense: nn.Module) -> nn.Module:
     # positions of the pruned network's weights, for any type of layer.
     numbered = copy.deepcopy(dense).cpu().double()
     for module in numbered.modules():
-        for name, tensor in module.named_buffers(recurse=False):  # a boolean or small integer type cannot hold them
+        for name, tensor in module.named_buffers(recurse=False):  # boolean and small integer types cannot hold them
             setattr(module, name, tensor.double())
     for tensor in numbered.state_dict().values():
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))

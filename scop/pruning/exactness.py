@@ -60,7 +60,7 @@ def exactness(model: nn.Module, cuts: Cuts, input_shape: tuple[int, ...], seed: 
         model: the dense network; it is not changed.
         cuts: the cuts to check.
         input_shape: (C, H, W) of an image.
-        seed: of the random images and parameters.
+        seed: seed of the random images and parameters.
 
     Raises:
         UserError: the pruned model does not run, since the plan breaks a dependency that tracing did not find.

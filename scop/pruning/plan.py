@@ -1,4 +1,4 @@
-"""The channel plan: the kept output channels of each convolution. Selection returns it, surgery carries it out."""
+"""The channel plan: the kept output channels of each convolution. Selection returns it; surgery applies it."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class _Recipe:
         self._shares: dict[tuple[_Key, ...], NDArray[np.float32]] = {}
 
     def share_right(self, keys: tuple[_Key, ...]) -> NDArray[np.float32]:
-        """Return the share of the results at `keys` that are right on each test image: (images,), in [0, 1]."""
+        """Return the share of the results at `keys` that classify each test image correctly: (images,), in [0, 1]."""
         if keys not in self._shares:
             self._shares[keys] = np.mean([share_right(self.right[key]) for key in keys], axis=0)
         return self._shares[keys]
@@ -192,7 +192,7 @@ def _differing(first: _Recipe, second: _Recipe) -> str:
 
 
 def share_right(answers: Sequence[str]) -> NDArray[np.float32]:
-    """Return the share of networks that are right on each test image: (images,), in [0, 1].
+    """Return the share of networks that classify each test image correctly: (images,), in [0, 1].
 
     Args:
         answers: correctness of each network, as `scop.report.correctness.packed` encodes it.

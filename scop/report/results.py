@@ -88,7 +88,7 @@ class Result:
         """Key that is equal for results that differ only in their seeds.
 
         It consists of the data set and the parameter `recipe`, a hash of all settings. Artifacts of earlier versions
-        have no `recipe`; each of them has a key of its own.
+        have no `recipe`; each of them has its own key.
         """
         if "recipe" not in self.params:
             return f"{self.run} {self.uri} {self.name}"
@@ -174,7 +174,7 @@ class VariantResult:
 def with_timings(evaluation: Mapping[str, Any], timings: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the timings and the run's ID into an evaluation.
 
-    They are stored in a file of their own, because a rerun does not reproduce them.
+    They are stored in a separate file, because a rerun does not reproduce them.
     """
     merged = {**evaluation, "run": timings.get("run"), "trained_on": timings.get("trained_on")}
     for network in NETWORKS:

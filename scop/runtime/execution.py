@@ -1,4 +1,4 @@
-"""Running a step, the same wherever it runs: in `scop run`, in a KFP component, in docker, or by `scop step`.
+"""Execution of a step, the same in `scop run`, in a KFP component, in a container and in `scop step`.
 
 A step is a module of `scop.steps` with a ``Config`` (its sections), ``Inputs`` and ``Outputs`` (its folders) and a
 function ``run``. The runtime validates the configuration and the inputs, writes `step.json` beside the output, opens
@@ -67,21 +67,21 @@ from scop.tracking.tracker import UNSENT, NoTracker, Tracker
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "stopped"
-"""A file below KFP's root: the run was stopped, so no further step may start."""
+"""A file in KFP's root folder: the run was stopped, so no further step may start."""
 
 _ROW_STEP = "evaluate"
-"""Its MLflow run is the row that people compare. It logs its own parameters, and no others: MLflow reads all that a run
-has in every search."""
+"""Comparisons read its MLflow run, to which no other parameters are logged: every search in MLflow reads all
+parameters of a run."""
 
 
 def execute(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping[str, str]) -> StepResult:
-    """Run a step as the whole work of this process, which ends with the step's exit code if it fails.
+    """Run a step as the only work of this process; if the step fails, exit with its exit code.
 
-    This is what a KFP component calls. It reads the environment.
+    KFP components call this. It reads the environment variables.
 
     Args:
-        name: of the step.
-        config: its sections by name.
+        name: name of the step.
+        config: sections of its configuration, by name.
         inputs: input folders by name; a list for a name that takes several.
         outputs: output folders by name.
     """
@@ -89,9 +89,9 @@ def execute(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping
     log_to_standard_output()
     try:
         environment = StepEnvironment.read()
-        os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow itself would use it for other runs too
+        os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would use it for other runs, too
         if environment.kfp_root and (Path(environment.kfp_root) / STOP_FILE).exists():
-            raise SystemExit(ExitCode.TERMINATED)  # KFP starts the next variant although one was stopped
+            raise SystemExit(ExitCode.TERMINATED)  # KFP starts the next variant even after a stop
         with show_progress_on(environment.terminal):
             return run_step(
                 name,
@@ -117,15 +117,15 @@ def run_step(
     """Run a step in this process.
 
     Args:
-        name: of the step.
-        config: its sections by name.
+        name: name of the step.
+        config: sections of its configuration, by name.
         inputs: folders or ``s3://`` URIs by name; a list for a name that takes several.
         outputs: folders or ``s3://`` URIs by name.
-        environment: what the launcher has set; by default nothing is tracked or resumed.
+        environment: variables set by the launcher; by default nothing is tracked or resumed.
 
     Raises:
         UserError: the configuration or an input is wrong.
-        NoDeviceError: a GPU that was promised is missing.
+        NoDeviceError: a required GPU is missing.
         Stopped: a signal stopped the step.
         StepFailedError: the step failed for another reason, which has been logged.
     """
@@ -155,7 +155,7 @@ def run_step(
             record = work.new_record()
             checkpoints = checkpoints_of(record, request.first_output, environment)
             if environment.resume and not announced and (result := keep_result(record, outputs, request.cache)):
-                checkpoints.remove()  # a step killed at its very end has left them
+                checkpoints.remove()  # left behind if the step was killed just before its end
                 return result
             for folder in targets.values():
                 prepare_output(folder)
@@ -167,12 +167,12 @@ class _Request:
     """A validated request to run a step.
 
     Attributes:
-        name: of the step.
-        step: its module.
-        settings: its configuration.
+        name: name of the step.
+        step: module of the step.
+        settings: configuration of the step.
         inputs, outputs: URIs by name.
-        environment: what the launcher has set.
-        processes: that share the work.
+        environment: variables set by the launcher.
+        processes: processes that run the step together.
     """
 
     name: str
@@ -185,7 +185,7 @@ class _Request:
 
     @property
     def first_output(self) -> str:
-        """URI of the output that the record lies beside."""
+        """URI of the output beside which the record is stored."""
         return next(iter(self.outputs.values()))
 
     @property
@@ -218,16 +218,16 @@ class _Work:
 
     @property
     def unsent(self) -> Path:
-        """The file for what cannot be tracked."""
+        """The file for tracking data that could not be sent."""
         return next(iter(self.targets.values())) / UNSENT
 
     def new_record(self) -> StepRecord:
         return self.request.new_record(map_values(self.sources, content_of))
 
     def run(self, tracker: Tracker, checkpoints: Checkpoints) -> StepResult:
-        """Run the step, and upload its outputs if they belong to S3."""
+        """Run the step and upload its outputs if their URIs are in S3."""
         request = self.request
-        # A step that is run again reports the URIs of the first time.
+        # A rerun reports the URIs of the first run.
         uris = dict(request.inputs) | request.environment.input_uris
         if request.processes.total > 1:
             job = Job(
@@ -253,7 +253,7 @@ class _Work:
 
 
 def _assist(request: _Request) -> StepResult:
-    """Run the processes of a further node; the first node keeps the record and the outputs."""
+    """Run the processes of a node other than the first; the first node writes the record and the outputs."""
     with tempfile.TemporaryDirectory(prefix="scop-") as scratch, stop_signals_raise():
         targets = {key: Path(scratch) / key for key in request.outputs}
         local = _Request(
@@ -269,9 +269,9 @@ def _assist(request: _Request) -> StepResult:
 
 @contextlib.contextmanager
 def _announced(request: _Request) -> Iterator[bool]:
-    """Keep a record while inputs are fetched, unless it would replace that of an earlier attempt.
+    """Write a record before inputs are fetched, unless an earlier attempt has left one.
 
-    Gives whether there is such a record; then there was no earlier attempt.
+    Yields True if it was written, which means that there was no earlier attempt.
     """
     output = request.first_output
     remote = [uri for uri in flatten(request.inputs) if is_s3(uri)]
@@ -290,7 +290,7 @@ def _announced(request: _Request) -> Iterator[bool]:
 
 
 def _fail_without_device(request: _Request, reason: str) -> NoReturn:
-    """Raise NoDeviceError before any data is read, with a record and a line in MLflow."""
+    """Raise NoDeviceError before any data is read; write a record and a failed run in MLflow."""
     record = request.new_record()
     with contextlib.suppress(UserError):
         file = RecordFile(record, request.first_output)
@@ -302,7 +302,7 @@ def _fail_without_device(request: _Request, reason: str) -> NoReturn:
 
 
 def _missing_device(environment: StepEnvironment, processes: Processes) -> str | None:
-    """Return the problem if a GPU was promised and is missing, else None.
+    """Return a description of the problem if a required GPU is missing, else None.
 
     Old KFP backends drop the GPU request silently; without this check, training would run on a CPU for days.
     """
@@ -316,9 +316,9 @@ def _missing_device(environment: StepEnvironment, processes: Processes) -> str |
         return None
     asked = "a GPU" if processes.here == 1 else f"{processes.here} GPUs"
     return (
-        f"the step was promised {asked}, and PyTorch finds {found or 'none'}; it runs as "
-        f"{environment.required_device}; check that the node has them free, that its device plugin runs, and that "
-        "KFP's backend passes the request on"
+        f"the step requires {asked}, but PyTorch finds {found or 'none'}; it was requested as "
+        f"{environment.required_device}; check that the node has free GPUs, that its device plugin is running, and "
+        "that KFP's backend passes the request to the pod"
     )
 
 
@@ -353,12 +353,12 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
     except BaseException as raised:
         error = missing_extra(raised) or raised
         reason, status, cost = reason_of(error), status_of(error), meter.read()
-        with contextlib.suppress(UserError):  # S3 itself may have failed; the first error is the one to report
+        with contextlib.suppress(UserError):  # S3 may be the cause; report the first error
             file.write(status=status, error=reason, seconds=cost.seconds, cost=cost, exit_code=exit_code_of(error))
         _log_cost(tracker, name, cost)
         tracker.close(succeeded=False, error=f"{name}: {reason}")
         if status is Status.STOPPED:
-            logger.info("%s: %s; run it again to resume", name, reason)
+            logger.info("%s: %s; rerun it to resume", name, reason)
             raise Stopped(f"{name}: {reason}", code=exit_code_of(error)) from None
         if isinstance(error, UserError):
             raise error from None
@@ -379,12 +379,12 @@ def _run_recorded(work: _Work, file: RecordFile, checkpoints: Checkpoints) -> St
 
 def _log_cost(tracker: Tracker, name: str, cost: Cost) -> None:
     tracker.log_metrics(cost.metrics)
-    # A pipeline run's device is the one that it trains on.
+    # The device of a pipeline run is the one used for training.
     tracker.set_tags({DEVICE_TAG: cost.device}, of_the_run=name in TRAINING_STEPS)
 
 
 def _open_tracker(record: StepRecord, environment: StepEnvironment, unsent: Path) -> Tracker:
-    """Open the step's run in MLflow, if there is a server or database."""
+    """Open the step's MLflow run, if tracking is configured."""
     if not environment.tracking_uri:
         return NoTracker()
     return MlflowTracker.start(environment, record.title.replace("/", " "), record.tags, unsent)

@@ -1,4 +1,4 @@
-"""How a step ends: its status, its exit code, and the signals that stop it."""
+"""The status and the exit code of a finished step, and the signals that stop a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ExitCode(IntEnum):
 
 
 class NoDeviceError(UserError):
-    """A GPU that the step was promised is missing."""
+    """A GPU that the step requires is missing."""
 
 
 class StepFailedError(Exception):
@@ -42,7 +42,7 @@ class StepFailedError(Exception):
 
 
 class Terminated(SystemExit):
-    """A stop signal arrived while there was nothing to save."""
+    """A stop signal arrived when there was no training to save."""
 
     code: int
 
@@ -68,7 +68,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an exception's reason in one line, with the original cause of a library's exception."""
+    """Describe an exception in one line, including its original cause if a library wrapped it."""
     if not isinstance(error, Exception | Terminated):
         return type(error).__name__
     cause: BaseException = error
@@ -76,15 +76,15 @@ def reason_of(error: BaseException) -> str:
         cause = deeper
     if cause is error or first_line(cause) in first_line(error):
         return first_line(error)
-    return f"{first_line(error)} (because of {type(cause).__name__}: {first_line(cause)})"
+    return f"{first_line(error)} (caused by {type(cause).__name__}: {first_line(cause)})"
 
 
 @contextlib.contextmanager
 def stop_signals_raise() -> Iterator[None]:
     """Raise `Terminated` on a stop signal within the context, so that the step's record is written.
 
-    The first signal wins; later ones are ignored until the record is written. SIGKILL remains. In a thread other than
-    the main one nothing changes.
+    Signals after the first are ignored until the record is written. SIGKILL cannot be handled. In a thread other than
+    the main thread, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Where log lines of scop go: to standard output, as plain lines. Programs call this; the library only logs."""
+"""Logging to standard output, as plain lines. Programs set it up; the library only logs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class _Plain(logging.Formatter):
 
 
 class _StandardOutput(logging.Handler):
-    """Writes to standard output as it is at the time, which a runner or a test may have redirected."""
+    """Writes to the current `sys.stdout`, which a runner or a test may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stdout, flush=True)
 
 
 def log_to_standard_output() -> None:
-    """Print the log lines of scop, from level INFO on; to be called once by a program."""
+    """Print log messages of scop at level INFO and above. Programs call this once."""
     logger = logging.getLogger("scop")
     if not any(isinstance(handler, _StandardOutput) for handler in logger.handlers):
         handler = _StandardOutput()
@@ -33,7 +33,7 @@ def log_to_standard_output() -> None:
 
 
 def log_nothing() -> None:
-    """Drop all log lines of scop; for processes other than the first of several."""
+    """Drop all log messages of scop; for processes other than the first of several."""
     logger = logging.getLogger("scop")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False

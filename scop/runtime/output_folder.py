@@ -1,4 +1,4 @@
-"""A step's output folder, created or cleared of what an earlier attempt has written."""
+"""The output folder of a step: created, or cleared of the files of an earlier attempt."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _STEP_SUFFIXES = {".json", ".jsonl", ".npy", ".onnx", ".png", ".html", ".pt", ".
 def prepare_output(folder: Path) -> None:
     """Create an output folder, or clear the one of an earlier attempt, except its checkpoints.
 
-    Only files that a step has written are removed: those that the manifest lists or, if there is none, those beside a
-    step's record. If there is anything else, nothing is removed.
+    Only files written by a step are removed: those in the manifest or, without a manifest, those beside a step's
+    record. If the folder contains anything else, nothing is removed.
 
     Raises:
         UserError: the folder holds other files, or cannot be written.
@@ -31,7 +31,7 @@ def prepare_output(folder: Path) -> None:
                 f"output folder {folder} holds {others[0].name!r}, which no step has written; move it away, or choose "
                 "a new or empty folder"
             )
-        # The manifest first: without it nobody takes the folder for complete.
+        # Remove the manifest first: without it, the folder counts as incomplete.
         (folder / MANIFEST).unlink(missing_ok=True)
         for path in own:
             if path.name not in (MANIFEST, RECORD, CHECKPOINTS):
@@ -48,7 +48,7 @@ def _split_files(folder: Path) -> tuple[list[Path], list[Path]]:
     present = sorted(folder.iterdir())
     try:
         listed = {*Manifest.parse((folder / MANIFEST).read_bytes(), folder).files}
-    except (FileNotFoundError, UserError):  # an attempt that did not end, or whose manifest is damaged
+    except (FileNotFoundError, UserError):  # an unfinished attempt, or a damaged manifest
         listed = None
     started = listed is not None or _is_record(folder / RECORD)
 
@@ -65,7 +65,7 @@ def _split_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file is a step's record, of any version or truncated; other programs write files of that name too."""
+    """Whether a file is a step's record, of any version or truncated. Other programs may use the same file name."""
     try:
         text = path.read_bytes()
     except OSError:

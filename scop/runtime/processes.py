@@ -1,8 +1,8 @@
-"""A training step run by several processes, one on each GPU of its pod or of several nodes, by torchrun's launcher.
+"""A training step in several processes, one per GPU of a pod or of several nodes, started by torchrun's launcher.
 
-The process that KFP or Kubeflow Trainer started keeps the record, fetches the inputs, opens the MLflow run and stores
-the outputs. Only the step's ``run`` is called by all processes: the first writes the outputs, and those of the others
-are discarded.
+The process started by KFP or Kubeflow Trainer writes the record, fetches the inputs, opens the MLflow run and stores
+the outputs. All processes call only the step's ``run``: the first writes the outputs, and those of the others are
+discarded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from scop.tracking.tracker import NoTracker, Tracker
 _JOB, _RESULT = "job.json", "result.json"
 _POLL_SECONDS = 1.0
 _RENDEZVOUS_SECONDS = 3600
-"""How long the nodes wait for each other; each has pulled an image and fetched the inputs first."""
+"""Timeout for nodes to wait for each other; each of them first pulls an image and fetches the inputs."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # handled by torchrun's launcher
 
 
@@ -71,14 +71,14 @@ class Job(BaseModel):
     """The work that the processes share.
 
     Attributes:
-        step: its name.
-        config: its sections by name.
-        sources, targets: the local folders that it reads and writes, by name.
+        step: name of the step.
+        config: sections of its configuration, by name.
+        sources, targets: local folders that it reads and writes, by name.
         input_uris: absolute paths or URIs of the inputs, by name.
-        checkpoints: URI, fingerprint and number of those kept.
-        environment: what the launcher has set.
-        mlflow_run: MLflow's id of the step's open run.
-        unsent: the file for what cannot be sent there.
+        checkpoints: URI, fingerprint and number of checkpoints to keep.
+        environment: variables set by the launcher.
+        mlflow_run: MLflow ID of the step's open run.
+        unsent: the file for tracking data that could not be sent.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -95,7 +95,7 @@ class Job(BaseModel):
 
 
 def plan_processes(step: str, environment: StepEnvironment) -> Processes:
-    """Return the processes that run a step together: as SCOP_PROCESSES and Kubeflow Trainer's variables say.
+    """Return the processes that run a step together, according to SCOP_PROCESSES and Kubeflow Trainer's variables.
 
     Raises:
         UserError: there are fewer GPUs than processes, or the step was started by torchrun.
@@ -110,7 +110,7 @@ def plan_processes(step: str, environment: StepEnvironment) -> Processes:
         import torch
 
         if torch.cuda.is_available() and torch.cuda.device_count() < count:
-            raise UserError(f"{variable} is {count}, and there are {torch.cuda.device_count()} GPUs")
+            raise UserError(f"{variable} is {count}, but there are {torch.cuda.device_count()} GPUs")
     return Processes(count, torchrun.nodes, torchrun.node, f"{torchrun.master_address}:{torchrun.master_port}")
 
 
@@ -118,18 +118,18 @@ def run_in_processes(job: Job, processes: Processes) -> StepResult:
     """Run a step in several processes.
 
     Returns:
-        The step's result on the node of the first process, an empty one on the others.
+        The step's result on the first node; an empty result on the others.
 
     Raises:
-        UserError: the first that a process raised.
-        Stopped: a signal stopped them, and they wrote a checkpoint.
+        UserError: the first UserError of any process.
+        Stopped: a signal stopped the processes after they wrote a checkpoint.
         RuntimeError: a process failed; its traceback is on stderr.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own messages say more
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the errors below are clearer
     os.environ.setdefault(THREADS_VARIABLE, str(max(1, len(os.sched_getaffinity(0)) // processes.here)))
     rendezvous: dict[str, Any] = {
         "rdzv_backend": "c10d",
@@ -159,7 +159,7 @@ def run_in_processes(job: Job, processes: Processes) -> StepResult:
             elastic_launch(launch, sys.executable)("-m", "scop.runtime.processes", name)
         except (ChildFailedError, SignalException) as error:
             raise _reason(folder, error) from None
-        finally:  # the launcher does not restore them
+        finally:  # the launcher does not restore the handlers
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -167,13 +167,13 @@ def run_in_processes(job: Job, processes: Processes) -> StepResult:
 
 
 def _reason(folder: Path, error: Exception) -> Exception:
-    """The exception of the process that failed first: when one ends, the others only see its connection closed."""
+    """Return the exception of the process that failed first; the others fail because its connection is closed."""
     failures: Mapping[int, Any] = getattr(error, "failures", {})
     for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # it could not report anything
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # a killed process cannot report
             name = signal.Signals(-failure.exitcode).name
-            hint = ", perhaps for lack of memory" if failure.exitcode == -signal.SIGKILL else ""
-            return RuntimeError(f"process {rank} was ended by {name}{hint}")
+            hint = " (possibly out of memory)" if failure.exitcode == -signal.SIGKILL else ""
+            return RuntimeError(f"process {rank} was killed by {name}{hint}")
     reports = [json.loads(path.read_text()) for path in folder.glob("failure-*.json")]
     for kind, raised in (("user error", UserError), ("stopped", Stopped), ("failure", RuntimeError)):
         found = sorted((entry for entry in reports if entry["kind"] == kind), key=lambda entry: entry["time"])
@@ -188,7 +188,7 @@ def main(name: str) -> int:
     """Run one of the processes.
 
     Args:
-        name: folder that holds the job, and receives the result and the reports of failures.
+        name: folder with the job, in which the result and failure reports are written.
 
     Returns:
         The exit code.
@@ -214,7 +214,7 @@ def main(name: str) -> int:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process after its parent: if a step is killed, its processes would wait for each other forever."""
+    """End this process when its parent dies; the processes of a killed step would wait for each other forever."""
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(1)
@@ -233,7 +233,7 @@ def _work(job: Job, folder: Path, rank: int) -> StepResult:
     targets = job.targets
     with ExitStack() as stack:
         stack.enter_context(show_progress_on(job.environment.terminal, enabled=rank == 0))
-        if rank > 0:  # one process writes and reports; of the others only failures are reported
+        if rank > 0:  # only the first process writes and logs; the others report failures
             log_nothing()
             stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
             targets = {key: folder / f"rank-{rank}" / key for key in job.targets}

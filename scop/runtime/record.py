@@ -1,7 +1,7 @@
-"""`step.json`: what is needed to run a step again, and how it ended.
+"""`step.json`: everything needed to rerun a step, and its outcome.
 
-The record lies beside the step's first output from before the work starts, in S3 too, so that a step that died has one.
-It holds no secret. A resumed run reads it: a complete result with unchanged inputs is not computed again.
+The record is written beside the step's first output, also in S3, before the work starts, so a killed step has one. It
+contains no secrets. A resumed run reads it: a complete result with unchanged inputs is not computed again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from scop.system.processor import processor_name
 from scop.system.revision import git_revision
 
 EXTERNAL_FILES = (("data", "path"), ("dense", "weights"), ("dense", "pretrained"))
-"""Settings, as (section, key), that name files or folders outside the run; their content is recorded."""
+"""Settings, as (section, key), that name files or folders outside the run, whose content hashes are recorded."""
 
 
 class _Part(BaseModel):
@@ -47,7 +47,7 @@ class RecordedInput(_Part):
 
     Attributes:
         uri: a path or an ``s3://`` URI; a list if the step takes several.
-        content: its content hash, see `scop.storage.manifest.Manifest.content`; a list if the step takes several.
+        content: content hash, see `scop.storage.manifest.Manifest.content`; a list if the step takes several.
     """
 
     uri: str | list[str]
@@ -72,9 +72,9 @@ class Launch(_Part):
     """What started the step.
 
     Attributes:
-        run: id of the pipeline run.
-        attempt: id of the start of the pipeline that last ran the step or kept its result.
-        mlflow_run: MLflow's id of the step's run.
+        run: ID of the pipeline run.
+        attempt: ID of the start of the pipeline that last ran the step or kept its result.
+        mlflow_run: MLflow ID of the step's run.
     """
 
     run: str | None = None
@@ -87,9 +87,9 @@ class Software(_Part):
 
     Attributes:
         scop: version of this package.
-        revision: its commit, with ``+`` if the source tree had changes.
+        revision: commit of this package, with ``+`` if the source tree had changes.
         image: name of the image.
-        image_id: docker's id of the image, which stays the same when a name moves.
+        image_id: Docker's ID of the image, which identifies it even if the name is reassigned.
         python: version of Python.
         torch: version of PyTorch.
     """
@@ -107,12 +107,12 @@ class Machine(_Part):
 
     Attributes:
         device: cuda or cpu; None if PyTorch was not loaded.
-        threads: PyTorch's number of threads, which decides the order of sums; None if PyTorch was not loaded.
+        threads: PyTorch's number of threads, which determines the order of summation; None if PyTorch was not loaded.
         processes: number of processes that train together.
         cpus: number of the machine's processors.
-        host: its name.
-        pid: id of the step's process.
-        process_started: when that process started, in seconds since the epoch; ids are reused.
+        host: name of the machine.
+        pid: ID of the step's process.
+        process_started: start time of that process, in seconds since the epoch; process IDs are reused.
     """
 
     device: str | None = None
@@ -125,21 +125,21 @@ class Machine(_Part):
 
 
 class StepRecord(BaseModel):
-    """A step that has run or is running.
+    """A step that is running or has run.
 
     Attributes:
-        step: its name.
+        step: name of the step.
         status: running, done, failed or stopped.
-        exit_code: of its process.
-        error: why it ended early, in one line.
-        started: when, ISO 8601.
+        exit_code: exit code of its process.
+        error: reason of a failure or stop, in one line.
+        started: start time, ISO 8601.
         seconds: duration.
         cost: device time and energy.
         launch, software, machine: what started it, versions, and where it ran.
-        config: the step's sections by name.
-        files: hashes of the external files and folders that the configuration names, by setting.
-        inputs, outputs: by name.
-        result: what it returned.
+        config: sections of the step's configuration, by name.
+        files: content hashes of external files and folders in the configuration, by setting.
+        inputs, outputs: artifacts by name.
+        result: return value of the step.
     """
 
     step: str
@@ -160,7 +160,7 @@ class StepRecord(BaseModel):
 
     @classmethod
     def parse(cls, content: bytes, uri: str) -> StepRecord:
-        """Parse a record; raise UserError, which names its URI, if this version cannot read it."""
+        """Parse a record; raise a UserError that names its URI if this version cannot read it."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -180,11 +180,11 @@ class StepRecord(BaseModel):
         """Create the record of a step that this process is about to run.
 
         Args:
-            step: its name.
-            config: its sections by name.
-            inputs: by name.
+            step: name of the step.
+            config: sections of its configuration, by name.
+            inputs: inputs by name.
             outputs: URIs by name.
-            environment: what the launcher has set.
+            environment: variables set by the launcher.
             processes: number of processes that train together.
         """
         files = {}
@@ -207,7 +207,7 @@ class StepRecord(BaseModel):
 
     @property
     def tags(self) -> dict[str, str]:
-        """MLflow tags: the step, where its output is, and what it ran on."""
+        """MLflow tags: the step, the URI of its output, versions and machine."""
         tags = {"scop.step": self.step, "mlflow.source.name": f"scop step {self.step}"}
         tags |= run_tags(self.launch.run, self.software)
         tags["scop.uri"] = next(iter(self.outputs.values())).uri
@@ -215,14 +215,14 @@ class StepRecord(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of everything that the result depends on: configuration, external files and inputs."""
+        """SHA-256 of everything that the result depends on: configuration, external files and inputs."""
         depends = self.model_dump(mode="json", include={"step", "config", "files"})
         depends["inputs"] = {name: value.content for name, value in self.inputs.items()}
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
     @property
     def is_running_elsewhere(self) -> bool:
-        """Whether another process of this machine is running the step."""
+        """Whether another process on this machine is running the step."""
         machine = self.machine
         if self.status is not Status.RUNNING or machine.host != platform.node() or machine.pid is None:
             return False
@@ -234,17 +234,17 @@ class StepRecord(BaseModel):
 
     @property
     def variant(self) -> str | None:
-        """The label of the variant that the step ran for, or None for a step of all variants."""
+        """Label of the variant, or None for a step that runs once for all variants."""
         values = self.config.get("variant")
         return None if values is None else parse(VariantSection, values).label
 
     @property
     def title(self) -> str:
-        """VARIANT/STEP, or STEP for a step of all variants."""
+        """VARIANT/STEP, or STEP for a step that runs once for all variants."""
         return self.step if self.variant is None else f"{self.variant}/{self.step}"
 
     def relocated(self, run: str, folder: str) -> StepRecord:
-        """Return the record with the URIs of a run that was moved or copied as a whole.
+        """Return the record with its URIs adjusted to a run that was moved or copied as a whole.
 
         Args:
             run: the URI at which the run was found.
@@ -264,7 +264,7 @@ class StepRecord(BaseModel):
         return self.model_copy(update={"inputs": inputs, "outputs": outputs})
 
     def describe_outputs(self, manifests: Mapping[str, Manifest]) -> dict[str, RecordedOutput]:
-        """Return the outputs with their content, for the record of a step that is done."""
+        """Return the outputs with their content hashes, for the record of a finished step."""
         return {
             name: RecordedOutput(
                 uri=self.outputs[name].uri,
@@ -276,10 +276,10 @@ class StepRecord(BaseModel):
 
 
 class RecordFile:
-    """A record's file: beside the step's first output and, below a KFP launcher's folder, in S3 too.
+    """The file of a record: beside the step's first output and, in a folder of KFP's launcher, also in S3.
 
     Args:
-        record: the record, which `write` changes.
+        record: the record; `write` updates it.
         output: URI of the step's first output.
     """
 
@@ -289,7 +289,7 @@ class RecordFile:
         self._uris = [join_uri(uri, RECORD) for uri in dict.fromkeys((own, shared_uri(output)))]
 
     def write(self, **changes: Any) -> None:
-        """Change fields and write the record; raise UserError if that fails."""
+        """Update fields and write the record; raise UserError if that fails."""
         self.record = self.record.model_copy(update=changes)
         for uri in self._uris:
             write_bytes(uri, (self.record.model_dump_json(indent=1) + "\n").encode())
@@ -327,7 +327,7 @@ def _machine(processes: int) -> Machine:
 
 
 def run_tags(run: str | None, software: Software) -> dict[str, str]:
-    """Return the MLflow tags of a pipeline run: its id, versions, commit, image and machine."""
+    """Return the MLflow tags of a pipeline run: its ID, versions, commit, image and machine."""
     known = {
         "scop.version": software.scop,
         "scop.run": run,
@@ -349,7 +349,7 @@ def launcher_tags(environment: StepEnvironment) -> dict[str, str]:
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested sections to dotted names, for MLflow's parameters.
 
-    A mapping whose keys are not identifiers, such as rates by pattern, stays one entry.
+    A mapping with keys that are not identifiers, such as rates by pattern, remains one entry.
     """
     entries: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""The pipeline's steps by name, with their inputs and outputs. Importing this loads no step."""
+"""The pipeline's steps by name, with their inputs and outputs. Importing this module imports no step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Signature(NamedTuple):
-    """What a step reads and writes.
+    """Names of the folders that a step reads and writes.
 
     Attributes:
         inputs: names of its input folders; ``...`` marks those that take several.
@@ -27,10 +27,10 @@ STEPS = {
     "export": Signature(("dataset", "pruned", "evaluation"), "exported"),
     "compare": Signature(("scores", "evaluations...", "exports..."), "report"),
 }
-"""In the order in which they run."""
+"""The steps, in execution order."""
 
 VARIANT_STEPS = ("select_channels", "finetune", "evaluate", "export")
 """Steps that run once for each variant."""
 
 TRAINING_STEPS = ("train_dense", "train_knockoff", "finetune")
-"""Steps that benefit from GPUs, and that several processes can share."""
+"""Steps that benefit from GPUs and support several processes."""

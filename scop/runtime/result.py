@@ -1,4 +1,4 @@
-"""What a step returns beside its output folders."""
+"""The return value of a step, besides its output folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step returns beside its output folders.
+    """The return value of a step, besides its output folders.
 
     Attributes:
         metrics: headline metrics by name; values that are not finite are dropped.
@@ -28,6 +28,6 @@ class StepResult:
         object.__setattr__(self, "metrics", finite)
 
     def save(self, path: str) -> None:
-        """Write it as JSON. KFP's local cache treats an artifact without a file as lost, and its launcher warns."""
+        """Write the result as JSON. KFP's local cache ignores an artifact without a file, and its launcher warns."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(asdict(self)) + "\n")

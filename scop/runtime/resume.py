@@ -1,4 +1,4 @@
-"""What earlier attempts of a step have left: a result to keep, and checkpoints to resume from."""
+"""Results and checkpoints of earlier attempts of a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def keep_result(now: StepRecord, outputs: Mapping[str, str], cache: Cache) -> St
     """Return the result of an earlier attempt if it is complete and its inputs are unchanged; log the reason if not.
 
     Args:
-        now: the record of the step about to be run.
+        now: record of the step to run.
         outputs: URIs by name.
         cache: the local cache.
 
@@ -40,7 +40,7 @@ def keep_result(now: StepRecord, outputs: Mapping[str, str], cache: Cache) -> St
     if before is None:
         return None
     if before.is_running_elsewhere:
-        raise UserError(f"process {before.machine.pid} of this machine is running this step; wait for it or stop it")
+        raise UserError(f"process {before.machine.pid} on this machine is running this step; wait for it or stop it")
     if (reason := reason_to_run(now, before, outputs, cache)) is None:
         RecordFile(before, first).write(launch=before.launch.model_copy(update={"attempt": now.launch.attempt}))
         logger.info("kept: it finished in %.1f s, and its configuration and inputs are unchanged", before.seconds or 0)
@@ -53,8 +53,8 @@ def reason_to_run(now: StepRecord, before: StepRecord, outputs: Mapping[str, str
     """Return why a step must run again, or None if its earlier result is complete and its inputs are unchanged.
 
     Args:
-        now: the record of the step about to be run.
-        before: the record of the earlier attempt.
+        now: record of the step to run.
+        before: record of the earlier attempt.
         outputs: URIs by name.
         cache: the local cache.
     """
@@ -72,7 +72,7 @@ def reason_to_run(now: StepRecord, before: StepRecord, outputs: Mapping[str, str
     for name, uri in outputs.items():
         try:
             if is_s3(uri) and not is_complete(uri):
-                return f"{uri} is not complete any more"
+                return f"{uri} is no longer complete"
             folder = fetch_folder(uri, cache) if is_s3(uri) else Path(uri)
             if name not in before.outputs or read_folder(folder).content != before.outputs[name].content:
                 return f"its output {name!r} has changed"

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What a step receives beside its configuration, inputs and outputs.
+    """What a step receives besides its configuration, inputs and outputs.
 
     Attributes:
         tracker: receives metrics.
-        checkpoints: where a training stores its checkpoints.
+        checkpoints: store for checkpoints of the training.
         input_uris: absolute paths or ``s3://`` URIs of the inputs, by name.
-        environment: what the launcher has set.
-        epochs: number of epochs that the step has tracked already.
+        environment: variables set by the launcher.
+        epochs: number of epochs already tracked by the step.
     """
 
     tracker: Tracker
@@ -52,7 +52,7 @@ class Context:
 
     @property
     def cache(self) -> Cache:
-        """The local cache of what is fetched from S3."""
+        """The local cache of files fetched from S3."""
         return Cache(self.environment.cache_folder)
 
     def on_epoch(self, record: EpochRecord) -> None:
@@ -60,7 +60,7 @@ class Context:
         self.tracker.log_metrics(record.metrics, step=self.epochs + record.epoch)
 
     def part(self, name: str, epochs: int) -> Context:
-        """Return the context of a training within the step, with its own checkpoints, after `epochs` epochs."""
+        """Return the context of one training run of the step, with its own checkpoints, after `epochs` epochs."""
         return replace(self, checkpoints=self.checkpoints.part(name), epochs=epochs)
 
 
@@ -76,10 +76,9 @@ class StepModule(Protocol):
 
 
 def find_step(name: str) -> StepModule:
-    """Return the module of a step; raise UserError if there is none of that name.
+    """Return the module of a step; raise UserError if the name is unknown.
 
-    Steps are plug-ins: the runtime imports them by name and knows nothing else of them. This is the one import from a
-    higher layer.
+    Steps are plug-ins, which the runtime imports by name. This is the only import from a higher layer.
     """
     if name not in STEPS:
         raise UserError(f"step {name!r} is unknown (known: {', '.join(STEPS)})")

@@ -1,7 +1,7 @@
 """A training step on several nodes: a TrainJob of Kubeflow Trainer, from the same image.
 
-The step's own pod, which KFP started, needs no GPU: it creates the TrainJob, shows its log and waits for its end. The
-nodes fetch the inputs from S3 themselves; the first of them keeps the record, the MLflow run and the outputs.
+The step's own pod, started by KFP, needs no GPU: it creates the TrainJob, prints its log and waits until it ends. The
+nodes fetch the inputs from S3; the first node writes the record, the MLflow run and the outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PASSED_ON = ("kfp_run", "tracking_uri", "mlflow_run", "experiment")
-"""Fields of the environment of the step's own pod that the nodes get. They are readable in the TrainJob: no secrets."""
+"""Environment variables of the step's own pod that are passed to the nodes. They are visible in the TrainJob, so they
+must not be secret."""
 _CONTAINER = "node"  # Kubeflow Trainer's convention
 _POLL_SECONDS = 5.0
 _TOLERATED_FAILURES = 24
@@ -43,20 +44,20 @@ _POLLS_FOR_REMOVAL = 60
 
 
 class TrainJobPlan(BaseModel):
-    """The specification of a TrainJob; secrets by name only.
+    """The specification of a TrainJob; it contains only the names of secrets.
 
     Attributes:
-        runtime: the training runtime that it is based on.
+        runtime: name of the training runtime.
         image: image of the nodes.
         nodes: number of nodes.
         processes: number of processes on each node.
-        resources: of each node, by Kubernetes' names.
-        environment: further variables.
-        secrets: by name, the keys that become environment variables.
+        resources: resources of each node, by Kubernetes name.
+        environment: additional environment variables.
+        secrets: for each Secret, environment variables by key.
         config_maps: the same for ConfigMaps.
-        pod: fields of the pod's specification, in Kubernetes' form.
+        pod: fields of the Kubernetes pod specification.
         shared_memory: size of /dev/shm.
-        deadline: after which the job is ended, in seconds.
+        deadline: time limit of the job, in seconds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,18 +85,18 @@ def run(
 ) -> StepResult:
     """Run a step as a TrainJob and wait for it.
 
-    If an earlier attempt's job for the same step is still running, it is followed. If a signal stops this process, the
-    job is deleted: its pods then write a checkpoint.
+    If the job of an earlier attempt is still running, it is followed. If a signal stops this process, the job is
+    deleted, and its pods write a checkpoint.
 
     Args:
         plan: specification of the job.
-        step: its name.
-        settings: its sections.
+        step: name of the step.
+        settings: configuration of the step.
         inputs, outputs: URIs by name.
-        environment: what the launcher has set for this pod.
+        environment: variables set by the launcher for this pod.
 
     Raises:
-        UserError: an input or output is not in S3, or Kubernetes or the step refuses.
+        UserError: an input or output is not in S3, Kubernetes rejects the job, or the step reports a user's mistake.
         NoDeviceError: a node lacks a GPU.
         Stopped: the step was stopped.
         RuntimeError: the job failed.
@@ -112,11 +113,11 @@ def run(
     name = _name(step, [*command, environment.kfp_run or ""])
     client = _client()
     if _status(client, name) == "Complete" and (result := _finished_result(targets)) is not None:
-        logger.info("TrainJob %s has finished already", name)  # while this step's pod was lost
+        logger.info("TrainJob %s has already finished", name)  # this step's pod was lost
         return result
     try:
         if not _is_running(client, name):
-            # An earlier attempt's record would be mistaken for this one's.
+            # The record of an earlier attempt must not be mistaken for that of this one.
             delete_files(next(iter(targets.values())), [RECORD])
             _create(client, plan, name, command, passed)
         succeeded = _follow(client, name)
@@ -140,7 +141,7 @@ def run(
 
 
 def _finished_result(targets: Mapping[str, str]) -> StepResult | None:
-    """The result of a job that has finished, if all its outputs are complete."""
+    """Return the result of a finished job, or None if an output is incomplete."""
     try:
         record = read_record(next(iter(targets.values())))
     except UserError:
@@ -150,7 +151,7 @@ def _finished_result(targets: Mapping[str, str]) -> StepResult | None:
 
 
 def _command(step: str, settings: Section, sources: Uris, targets: Mapping[str, str]) -> list[str]:
-    """The `scop step` command line. Sections are in YAML, which would read JSON's 1e-05 as text."""
+    """Return the `scop step` command line. Sections are YAML, since YAML parsers read JSON's 1e-05 as text."""
     sections = settings.model_dump(mode="json", exclude_none=True)
     if "variant" in sections:
         sections["variants"] = [sections.pop("variant")]
@@ -166,7 +167,7 @@ def _command(step: str, settings: Section, sources: Uris, targets: Mapping[str, 
 
 
 def _name(step: str, parts: list[str]) -> str:
-    """The job's name, the same for each attempt of a step, so that a retry finds the job of the first attempt."""
+    """Return the job's name, the same for each attempt of a step, so that a retry finds the first attempt's job."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"scop-{step.replace('_', '-')}-{digest[:12]}"
 
@@ -174,19 +175,19 @@ def _name(step: str, parts: list[str]) -> str:
 def _client() -> TrainerClient:
     from kubeflow.trainer import TrainerClient
 
-    # It warns that it may not read Kubeflow Trainer's version, which a step's service account is not allowed to.
+    # The client warns that it cannot read Kubeflow Trainer's version: a step's service account may not.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     try:
         return TrainerClient()
     except Exception as error:
-        raise UserError(f"Kubernetes cannot be reached from here ({first_line(error)}); see docs/cluster.md") from error
+        raise UserError(f"the Kubernetes API cannot be reached ({first_line(error)}); see docs/cluster.md") from error
 
 
 def _is_running(client: TrainerClient, name: str) -> bool:
-    """Whether an earlier attempt's job is running; one that has ended is deleted."""
+    """Whether the job of an earlier attempt is running; a finished one is deleted."""
     status = _status(client, name)
     if status not in (None, "Complete", "Failed"):
-        logger.info("TrainJob %s is running already; following it", name)
+        logger.info("TrainJob %s is already running; following it", name)
         return True
     if status is not None:
         client.delete_job(name)
@@ -220,7 +221,7 @@ def _create(client: TrainerClient, plan: TrainJobPlan, name: str, command: list[
 
 
 def _patch(plan: TrainJobPlan) -> Any:
-    """Secrets, nodes and shared memory, which CustomTrainerContainer has no fields for."""
+    """Return the secrets, nodes and shared memory, for which CustomTrainerContainer has no fields."""
     from kubeflow.trainer.options import (
         ContainerPatch,
         JobSetSpecPatch,
@@ -252,7 +253,7 @@ def _patch(plan: TrainJobPlan) -> Any:
 
 
 def _status(client: TrainerClient, name: str) -> str | None:
-    """The job's state in Kubeflow Trainer's words, or None if there is no such job."""
+    """Return the job's state as Kubeflow Trainer reports it, or None if there is no such job."""
     try:
         return str(client.get_job(name).status)
     except RuntimeError as error:
@@ -262,11 +263,11 @@ def _status(client: TrainerClient, name: str) -> str | None:
 
 
 def _follow(client: TrainerClient, name: str) -> bool:
-    """Show the first node's log until the job has ended; return whether it succeeded."""
+    """Print the first node's log until the job ends; return whether it succeeded."""
     shown, failures = 0, 0
     for _ in _polls():
         try:
-            # After a broken connection the log starts from its beginning.
+            # After a lost connection, the log starts from the beginning.
             for line in islice(client.get_job_logs(name, follow=True), shown, None):
                 logger.info("%s", line)
                 shown += 1
@@ -276,12 +277,12 @@ def _follow(client: TrainerClient, name: str) -> bool:
         except (RuntimeError, TimeoutError, OSError) as error:
             failures += 1
             if failures > _TOLERATED_FAILURES:
-                raise RuntimeError(f"TrainJob {name} cannot be followed any more: {first_line(error)}") from error
+                raise RuntimeError(f"TrainJob {name} can no longer be followed: {first_line(error)}") from error
     raise AssertionError("polling never ends")
 
 
 def _polls() -> Iterator[None]:
-    """Yield at once, and then every few seconds."""
+    """Yield immediately, and then every few seconds."""
     while True:
         yield
         time.sleep(_POLL_SECONDS)

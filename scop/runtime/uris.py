@@ -39,16 +39,16 @@ def absolute_uri(uri: str) -> str:
 
 
 def shared_uri(uri: str) -> str:
-    """Return the URI by which other steps know a path: a KFP launcher uploads /s3/BUCKET/KEY to s3://BUCKET/KEY."""
+    """Return the URI of a path for other steps: KFP's launcher uploads /s3/BUCKET/KEY to s3://BUCKET/KEY."""
     own = absolute_uri(uri)
     return f"{S3_SCHEME}{own.removeprefix('/s3/')}" if own.startswith("/s3/") else own
 
 
 def uri_in_run(path: str, environment: StepEnvironment) -> str:
-    """Return the URI in a run that a path of KFP's local runner stands for.
+    """Return the URI in the run that corresponds to a path of KFP's local runner.
 
-    KFP writes to ROOT/PIPELINE-TIME/for-loop-1-iteration-0/TASK/NAME. A run has VARIANT/TASK/NAME below a root that may
-    be in S3 and stays the same when the run is resumed.
+    KFP writes to ROOT/PIPELINE-TIME/for-loop-1-iteration-0/TASK/NAME. A run stores VARIANT/TASK/NAME below its own
+    root, which may be in S3 and does not change when the run is resumed.
     """
     kfp_root, run_root = environment.kfp_root, environment.run_root
     if not kfp_root or not run_root or not path.startswith(f"{kfp_root}/"):
@@ -59,7 +59,7 @@ def uri_in_run(path: str, environment: StepEnvironment) -> str:
 
 
 def map_values(values: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Apply ``change(name, value)`` to every value, and to every entry of those that are lists."""
+    """Apply ``change(name, value)`` to every value, and to every entry of a list."""
     return {
         name: [change(name, entry) for entry in value] if isinstance(value, list) else change(name, value)
         for name, value in values.items()
@@ -67,12 +67,12 @@ def map_values(values: Mapping[str, Any], change: Callable[[str, Any], Any]) -> 
 
 
 def flatten(values: Mapping[str, Any]) -> list[Any]:
-    """Return all values, and the entries of those that are lists."""
+    """Return all values, with lists flattened."""
     return [entry for value in values.values() for entry in (value if isinstance(value, list) else [value])]
 
 
 def input_folder(name: str, uri: str, cache: Cache) -> Path:
-    """Return the local folder of an input, fetched if it is in S3; raise UserError if it cannot be fetched."""
+    """Return the local folder of an input, fetched from S3 if necessary; raise UserError if that fails."""
     return fetch_folder(uri, cache, _KINDS[name]) if is_s3(uri) else Path(uri)
 
 
@@ -82,19 +82,19 @@ def content_of(name: str, folder: Path) -> str:
 
 
 def check_names(step: str, kind: str, fields: type[Any], given: Uris) -> Uris:
-    """Check that a step's inputs or outputs are all given, and only they.
+    """Check that all inputs or outputs of a step are given, and no others.
 
     Args:
-        step: its name.
+        step: name of the step.
         kind: input or output.
-        fields: the step's dataclass of them.
-        given: what was given.
+        fields: dataclass of the step's inputs or outputs.
+        given: URIs by name.
 
     Returns:
         A list of URIs for each name that takes several, else one URI.
 
     Raises:
-        UserError: one is missing or unknown.
+        UserError: a name is missing or unknown.
     """
     wanted = get_type_hints(fields)
     for name in given.keys() - wanted.keys():
@@ -114,7 +114,7 @@ def check_names(step: str, kind: str, fields: type[Any], given: Uris) -> Uris:
 
 
 def refuse_overlap(sources: Mapping[str, Any], targets: Mapping[str, Path]) -> None:
-    """Raise UserError if an output folder is, holds or lies in an input or another output: it is cleared first."""
+    """Raise UserError if an output folder, which is cleared first, overlaps with an input or another output."""
     folders = flatten(sources)
     for index, output in enumerate(targets.values()):
         for other in [*folders, *list(targets.values())[:index]]:

@@ -1,7 +1,7 @@
 """Budgets: the pruning strength that reaches a number of parameters or MACs, or a latency.
 
-Parameters and MACs are counted on networks on PyTorch's meta device, which have no data and are not run: the search
-takes a second. Latency is measured on real pruned networks, see `scop.selection.latency`.
+Parameters and MACs are counted on networks on PyTorch's meta device, without data and without running them, so the
+search takes a second. Latency is measured on real pruned networks, see `scop.selection.latency`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def solve(selection: Selection, sizes: Sizes, budget: BudgetSection, device: tor
 
     Args:
         selection: the plan at each strength.
-        sizes: parameter and MAC counts of the network.
+        sizes: counts parameters and MACs of the network.
         budget: the budget of the last round.
-        device: where latency is measured; by default as in `pick_device`.
+        device: device to measure latency on; by default that of `pick_device`.
 
     Raises:
         UserError: even the strongest pruning exceeds the budget.

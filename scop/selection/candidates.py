@@ -29,10 +29,10 @@ class Candidate:
 
     Attributes:
         prunable: the layers.
-        scores: (blocks, width), by which the channels are ranked; each block loses the same number of channels.
+        scores: (blocks, width), used to rank the channels; each block loses the same number of channels.
         errors: (blocks, width), the standard errors of the scores, or None.
         rate: the prune rate set for this layer, or None.
-        gone: number of channels that each block lost in earlier rounds; they have the lowest scores.
+        gone: number of channels that each block lost in earlier rounds; these have the lowest scores.
         comparable: whether scores of different layers can be compared without normalisation.
     """
 
@@ -80,7 +80,7 @@ class Candidate:
         scores = self.ascending.double()
         if not self.comparable:
             scores = scores / scores[self.gone :].abs().mean().clamp_min(1e-30)  # W may be negative
-        # The fewer channels are left, the more each is worth: every halving of a layer costs the same.
+        # The fewer channels are left, the higher their value: each halving of a layer costs the same.
         left = 1 - torch.arange(self.width, dtype=torch.float64) / self.width
         scores = scores.clamp_min(0) / left + scores.clamp_max(0) * left
         # The scores of layers that share channels are averaged, but all of these layers lose the channels.

@@ -19,7 +19,7 @@ from scop.pruning.graph import ChannelGraph, gamma, out_channels
 from scop.selection.scores import Scores
 
 LayerScore = Callable[[str], Tensor | None]
-"""Returns the scores (channels,) of a convolution, by its name, or None if the method has none for it."""
+"""Returns the scores (channels,) of the convolution with this name, or None if the method cannot score it."""
 
 
 def score_of(

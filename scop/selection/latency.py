@@ -23,7 +23,7 @@ from scop.selection.strategy import Selection
 
 _SEARCHES = 2
 _CHECKS = 3
-"""Number of measurements of a network that a search found; their median counts."""
+"""Number of measurements of the network that the search found; their median is the result."""
 _NEIGHBOURS = 3
 """Number of weaker strengths that are tried after the bisection."""
 _ABOVE = 0.01
@@ -39,7 +39,7 @@ class Stopwatch:
         model: the dense network.
         graph: its channels.
         budget: batch size and number of threads.
-        device: where to measure.
+        device: device to measure on.
 
     Attributes:
         dense_ms: latency of the dense network, the median of all its measurements.

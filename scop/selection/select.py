@@ -34,10 +34,10 @@ def select_channels(
 
     Args:
         model: the dense network.
-        scores: layer -> scores (channels,), from `scop.train_knockoffs` or elsewhere; the controls need none.
+        scores: layer -> scores (channels,), from `scop.train_knockoffs` or another method; the controls need none.
         input_shape: (C, H, W) of an image; by default that of the scores.
         variant: the settings.
-        device: where a latency budget is measured.
+        device: device on which a latency budget is measured.
         round: the current round, if the variant prunes in several.
         settings: settings that override the variant's: ``prune_rate=0.45, residual="coupled"``.
 

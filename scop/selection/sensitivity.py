@@ -31,14 +31,14 @@ def measure_sensitivity(
     device: torch.device,
     input_shape: tuple[int, int, int],
 ) -> dict[str, list[float]]:
-    """Measure the network's top-1 with one layer pruned, together with layers that must lose the same channels.
+    """Measure the network's top-1 with one layer pruned, including layers that must lose the same channels.
 
     Args:
         model: the dense network.
         scores: layer -> scores (channels,); the lowest-scored channels are removed.
         rates: prune rates of the layer.
         batches: images (N, C, H, W) and labels (N,), on the device.
-        device: where to compute.
+        device: device to compute on.
         input_shape: (C, H, W) of an image.
 
     Returns:

@@ -31,13 +31,13 @@ class Sizes:
         self._skeleton = copy.deepcopy(model).to("meta").eval()
         try:
             self._macs = count_macs(self._skeleton, graph.input_shape)
-        except Exception:  # meta tensors have no values: a forward that reads values may raise anything
+        except Exception:  # meta tensors have no values: a forward that reads values may raise any exception
             self._skeleton = copy.deepcopy(model).cpu().eval()
             self._macs = count_macs(self._skeleton, graph.input_shape)
         self._positions = self._count_positions()
 
     def _count_positions(self) -> dict[str, int]:
-        """Count, for each convolution and linear layer, how often each weight is multiplied for one image."""
+        """Count how often each weight of each convolution and linear layer is multiplied for one image."""
         positions: dict[str, int] = {}
 
         def note(name: str, module: nn.Module, _: Any, output: torch.Tensor) -> None:

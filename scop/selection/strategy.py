@@ -59,7 +59,7 @@ class Selection:
         """Return the plan at a strength in [0, 1): a prune rate, or 1 minus a false-discovery rate.
 
         Args:
-            strength: how strongly to prune.
+            strength: pruning strength.
             counts: number of channels that each block of each candidate keeps; by default as `self.counts` returns it.
 
         Raises:

@@ -1,1 +1,1 @@
-"""The pipeline's steps, one module each; see `scop.runtime` for how they are run."""
+"""The pipeline's steps, one module each; `scop.runtime` runs them."""

@@ -1,4 +1,4 @@
-"""What several steps need: batches of a dataset, supervised training, and accuracy on the validation split."""
+"""Functions that several steps share: batches of a dataset, supervised training, validation accuracy."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _EVALUATION_BATCH = 500
 
 
 def evaluation_batches(dataset: Dataset, split: SplitName, device: torch.device, shard: Shard = WHOLE) -> Batches:
-    """Return all images of a split, or a shard of them, in order and unchanged."""
+    """Return all images of a split, or a shard of them, in order and without augmentation."""
     return Batches(dataset[split], dataset.info, _EVALUATION_BATCH, device, shard=shard)
 
 
 def training_batches(
     dataset: Dataset, section: TrainingSection | KnockoffSection, device: torch.device, shard: Shard = WHOLE
 ) -> Batches:
-    """Return the training split, shuffled and augmented as the section says, or a shard of each of its batches."""
+    """Return the training split, shuffled and augmented as configured, or a shard of each batch."""
     augmentation = Augmentation(crop_padding=section.crop_padding, flip=section.flip)
     batch_size, images = section.batch_size, len(dataset["train"])
     if isinstance(section, KnockoffSection) and batch_size > images:  # the scores do not depend on it
@@ -49,15 +49,15 @@ def train_supervised(
 ) -> list[EpochRecord]:
     """Train a network on its labels, in place, with checkpoints.
 
-    The network ends on the CPU. If several processes train, it is the same in all of them.
+    Afterwards the network is on the CPU and, if several processes train, the same in all of them.
 
     Args:
         model: the network.
-        dataset: with a training split and perhaps a validation split.
+        dataset: dataset with a training split and perhaps a validation split.
         section: the settings.
-        context: of the step.
-        label: names the work in the log.
-        teacher: for distillation, on the device and in eval mode.
+        context: context of the step.
+        label: name of the training in the log.
+        teacher: network for distillation, on the device and in eval mode.
 
     Returns:
         The records of all epochs.

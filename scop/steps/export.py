@@ -49,7 +49,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     images, _ = next(iter(evaluation_batches(load_dataset(inputs.dataset), "test", torch.device("cpu"))))
     images = images[:_IMAGES].contiguous()
     onnx = folder / "model.onnx"
-    # With the pruned model's weights and description, the folder is all that a user needs.
+    # With the pruned model's weights and description, the folder is complete for its users.
     for name in (WEIGHTS, DESCRIPTION):
         shutil.copyfile(inputs.pruned / name, folder / name)
     surgery, program = load_surgery(inputs.pruned), trace(model, images)

@@ -1,7 +1,7 @@
-"""Step 5: remove the channels, prove that the removal is exact, and fine-tune the small network.
+"""Step 5: remove the channels, verify that the removal is exact, and fine-tune the pruned network.
 
 A variant with several rounds does this in each round. Between rounds the network is expanded to the dense network's
-shape, with zeros in place of removed channels, scored again, and pruned further.
+shape, with zeros for removed channels, then scored again and pruned further.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _recalibrate(pruned: nn.Module, dataset: Dataset, section: FinetuneSection, 
 
 
 def _shortened(section: FinetuneSection) -> FinetuneSection:
-    """Return the settings of all rounds but the last; the learning rate follows the same curve in fewer epochs."""
+    """Return the settings of every round except the last; the learning rate follows the same curve in fewer epochs."""
     epochs = section.round_epochs
     warmup = section.warmup_epochs * epochs / max(1, section.epochs)
     return section.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
@@ -146,7 +146,7 @@ def _scores(whole: nn.Module, dataset: Dataset, plan: Path, context: Context) ->
 def _select(
     whole: nn.Module, scores: Scores | None, variant: VariantSection, round: Round, context: Context
 ) -> ChannelPlan:
-    """Return the plan of a further round, the same in all processes, though each may measure another latency."""
+    """Return the plan of a later round, the same in all processes, even if their latency measurements differ."""
     assert round.previous is not None
     plan = select_channels(
         whole,

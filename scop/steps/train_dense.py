@@ -76,7 +76,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
 
 
 def _settings(section: DenseSection, dataset: Dataset, context: Context) -> dict[str, Any]:
-    """Everything that the network depends on except the images; files by their content, wherever they are."""
+    """Return everything that the network depends on, except the images; files are identified by their content."""
     made = section.model_dump(mode="json", exclude={"weights", "pretrained"})
     for name in ("weights", "pretrained"):
         if (uri := getattr(section, name)) is not None:
@@ -85,7 +85,7 @@ def _settings(section: DenseSection, dataset: Dataset, context: Context) -> dict
 
 
 def check(model: torch.nn.Module, dataset: Dataset) -> None:
-    """Check before training what would stop the pipeline after it.
+    """Check, before training, requirements of later steps.
 
     Raises:
         UserError: the network does not run on these images, has outputs for other classes, or cannot be pruned.
@@ -94,7 +94,7 @@ def check(model: torch.nn.Module, dataset: Dataset) -> None:
     gated_layers(ChannelGraph(model, info.shape))
     try:
         prune(model, select_channels(model, method="random", input_shape=info.shape))
-    except UserError as error:  # other variants may work
+    except UserError as error:  # other settings of a variant may work
         logger.warning("with the defaults of a variant this network cannot be pruned: %s", error)
     network, images = copy.deepcopy(model).eval(), torch.zeros(2, *info.shape)
     with torch.no_grad():

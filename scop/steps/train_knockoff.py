@@ -51,7 +51,7 @@ def run(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> S
     section, dataset, model = config.knockoff, load_dataset(inputs.dataset), load_model(inputs.dense)
     device = context.device
     batches = training_batches(dataset, section, device, distributed.shard())
-    torch.manual_seed(section.seed)  # sources draw from the global generator
+    torch.manual_seed(section.seed)  # sources use the global generator
     with deferred_stop() as stop_requested:
         checkpointing = Checkpointing(context.checkpoints, stop_requested)
         source = make_source(section, batches, device, checkpointing)

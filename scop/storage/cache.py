@@ -1,4 +1,4 @@
-"""The local cache of what was fetched from S3, addressed by content, so that a dataset is downloaded once."""
+"""The local cache of files fetched from S3, addressed by content, so that a dataset is downloaded once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Cache:
         return self.root / part / key
 
     def has(self, folder: Path) -> bool:
-        """Whether an entry is there and intact; a damaged one is removed."""
+        """Whether an entry exists and is intact; a damaged one is removed."""
         if folder.exists():
             with contextlib.suppress(UserError):
                 read_folder(folder)
@@ -43,7 +43,7 @@ class Cache:
 
     @contextlib.contextmanager
     def staged(self, folder: Path) -> Iterator[Path]:
-        """Give a temporary folder to fill, and move it to `folder` at the end, unless another process was faster.
+        """Yield a temporary folder to fill, and move it to `folder` afterwards, unless another process was faster.
 
         Raises:
             UserError: the cache cannot be written.
@@ -61,7 +61,7 @@ class Cache:
             try:
                 staging.rename(folder)
             except OSError:
-                if not folder.exists():  # otherwise another process was faster
+                if not folder.exists():  # else another process was faster
                     raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)

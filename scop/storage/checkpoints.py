@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training run.
+    """The checkpoints of a training run.
 
     Attributes:
         uri: their folder, a path or an ``s3://`` URI, for this run alone.
@@ -34,7 +34,7 @@ class Checkpoints:
     keep: int = 2
 
     def part(self, name: str) -> Checkpoints:
-        """Return those of a training within the run; they are removed together with the run's own."""
+        """Return the checkpoints of one training within the run; they are removed together with those of the run."""
         return replace(self, uri=join_uri(self.uri, name))
 
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
@@ -60,8 +60,8 @@ class Checkpoints:
     def load(self) -> dict[str, Any] | None:
         """Load the newest intact checkpoint, or return None if there is none.
 
-        Damaged ones are skipped with a warning and removed: those that follow count fewer epochs, so a damaged one
-        would be kept in place of an intact one.
+        Damaged ones are skipped with a warning and removed: the next checkpoints have fewer epochs, so a damaged one
+        would be kept instead of them.
 
         Raises:
             UserError: checkpoints cannot be read now; starting over would lose all progress.
@@ -81,7 +81,7 @@ class Checkpoints:
                 return state
             except (DamagedError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
                 logger.warning("checkpoint %s is skipped: %s", uri, error)
-                if not isinstance(error, DamagedError):  # that may be a bad connection
+                if not isinstance(error, DamagedError):  # the cause may be a bad connection
                     self._delete(name)
         return None
 
@@ -92,11 +92,11 @@ class Checkpoints:
         delete_files(self.uri, [name for name in names if not name.endswith(".json")])
 
     def _delete(self, name: str) -> None:
-        # The seal first: a checkpoint without one is not used.
+        # Delete the JSON file first: a checkpoint without it is not used.
         delete_files(self.uri, [f"{name}.json"])
         delete_files(self.uri, [f"{name}.pt"])
 
     def _names(self) -> list[str]:
-        """The names of sealed checkpoints, the oldest first."""
+        """Return the names of complete checkpoints, oldest first."""
         own = [name for name in list_files(self.uri) if "/" not in name]
         return [name.removesuffix(".json") for name in own if name.endswith(".json")]

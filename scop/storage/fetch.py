@@ -1,4 +1,4 @@
-"""Files and trees fetched from S3 into the local cache, and the version of what a URI holds."""
+"""Fetching files and trees from S3 into the local cache, and versions of their content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PIN = "#content="
 
 
 def local_path(uri: str | Path, cache: Cache) -> Path:
-    """Return a local path for a path or URI, pinned or not; what an ``s3://`` URI names is fetched first.
+    """Return a local path for a path or URI, pinned or not; files in S3 are fetched first.
 
     Raises:
         UserError: it does not exist, or its content has changed since it was pinned.
@@ -53,7 +53,7 @@ def fetch_tree(uri: str, cache: Cache) -> Path:
     """Fetch all objects below a prefix into a folder of the cache.
 
     Raises:
-        UserError: there are none, they cannot be fetched, or a name would leave the folder.
+        UserError: there are no objects, they cannot be fetched, or a name points outside the folder.
     """
     source = Location.parse(uri)
     title = check_name(source.key.rpartition("/")[2] or source.bucket)
@@ -75,13 +75,13 @@ def fetch_tree(uri: str, cache: Cache) -> Path:
 
 
 def uri_exists(uri: str) -> bool:
-    """Whether an ``s3://`` URI names an object, or a prefix of some; raise UserError if S3 does not answer."""
+    """Whether an ``s3://`` URI names an object or a prefix of objects; raise UserError if S3 cannot be read."""
     source = Location.parse(uri)
     return (not uri.endswith("/") and object_exists(source)) or bool(list_objects(source))
 
 
 def content_version(uri: str) -> str | None:
-    """Return a hash of what a file, folder, object or prefix holds, or None if there is nothing.
+    """Return a hash of the content of a file, folder, object or prefix, or None if it does not exist.
 
     For a file this is its sha256. For the others it covers names, sizes, and modification times or ETags.
     """
@@ -100,9 +100,9 @@ def content_version(uri: str) -> str | None:
 
 
 def pin(uri: str) -> str:
-    """Append a hash of the current content to a URI; raise UserError if there is nothing.
+    """Append a hash of the current content to a URI; raise UserError if it does not exist.
 
-    KFP's cache compares parameters only: without the hash, new data under an old name would be taken for the old data.
+    KFP's cache compares only parameters: without the hash, new data with the same name would count as unchanged.
     """
     plain = unpin(uri)
     version = content_version(plain)
@@ -117,13 +117,13 @@ def unpin(uri: str) -> str:
 
 
 def _object_version(source: Location) -> tuple[str, str] | None:
-    """An object's ETag and size, or None if there is none. Listing gives clearer errors than a HEAD request."""
+    """Return an object's ETag and size, or None if it does not exist. Listing has clearer errors than HEAD requests."""
     found = list_objects(source, exactly=True).get("")
     return None if found is None else (found["ETag"], str(found["Size"]))
 
 
 def _tree(source: Location) -> dict[str, Mapping[str, Any]]:
-    """The objects below a prefix, without markers of folders."""
+    """Return the objects below a prefix, without folder markers."""
     return {name: entry for name, entry in list_objects(source).items() if name and not name.endswith("/")}
 
 

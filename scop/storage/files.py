@@ -1,7 +1,7 @@
-"""Files at paths and at ``s3://bucket/key`` URIs alike.
+"""Files at local paths and at ``s3://bucket/key`` URIs.
 
-Everywhere in this package a `uri` is a path or an ``s3://`` URI. For what must be downloaded see `scop.storage.fetch`,
-for artifact folders `scop.storage.folders`.
+In this package, a `uri` is a path or an ``s3://`` URI. `scop.storage.fetch` downloads files and trees,
+`scop.storage.folders` artifact folders.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_if_exists(uri: str) -> bytes | None:
 
 
 def file_exists(folder: str, name: str) -> bool:
-    """Whether a folder or prefix holds a file of this name."""
+    """Whether a folder or prefix contains a file with this name."""
     return object_exists(Location.parse(folder) / name) if is_s3(folder) else (Path(folder) / name).exists()
 
 
@@ -84,7 +84,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def delete_files(folder: str, names: list[str]) -> None:
-    """Delete files by their names below a folder or prefix; one that does not exist is no error."""
+    """Delete files by name below a folder or prefix; missing files are ignored."""
     if is_s3(folder):
         delete_objects(Location.parse(folder), set(names))
         return
@@ -93,5 +93,5 @@ def delete_files(folder: str, names: list[str]) -> None:
         (root / name).unlink(missing_ok=True)
     folders = {root, *(root / parent for name in names for parent in Path(name).parents)}
     for empty in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-        with contextlib.suppress(OSError):  # remove what is empty now, as prefixes vanish in S3
+        with contextlib.suppress(OSError):  # remove empty folders, since empty prefixes do not exist in S3
             empty.rmdir()

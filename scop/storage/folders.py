@@ -1,8 +1,8 @@
-"""Artifact folders in S3, complete and verified.
+"""Artifact folders in S3: uploaded completely or not at all, and verified when fetched.
 
 The manifest is uploaded last, as one object, so an artifact appears at once or not at all. An artifact that replaces
-another is uploaded beside it, and its manifest switches over. A reader takes only files that the manifest lists, and
-checks the size and sha256 of each.
+another is uploaded beside it, and the new manifest replaces the old one last. Readers use only files that the manifest
+lists, and check the size and sha256 of each.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from scop.storage.s3 import (
 )
 
 _ATTEMPTS = 3
-"""Attempts to fetch an artifact that is being replaced."""
+"""Number of attempts to fetch an artifact that is being replaced."""
 _REPLACEMENT = re.compile(r"~[0-9a-f]{12}$")
 
 
 def upload_folder(folder: Path, uri: str) -> None:
-    """Upload an artifact folder; an artifact that is there already stays complete until the new manifest is written.
+    """Upload an artifact folder; an existing artifact stays complete until the new manifest is written.
 
     A file that replaces another is uploaded under a temporary name first, which the manifest records
-    (`FileEntry.stored_as`). After the switch it is copied to its own name, by which KFP's launcher and people know it,
-    and the manifest is written again.
+    (`FileEntry.stored_as`). After the manifest is written, the file is copied to its own name, which KFP's launcher and
+    people use, and the manifest is written again.
 
     Raises:
         UserError: the folder is incomplete, or S3 refuses.
@@ -55,7 +55,7 @@ def upload_folder(folder: Path, uri: str) -> None:
         if earlier is not None and earlier.sha256 == entry.sha256 and _is_untouched(earlier, name, listed):
             objects[name] = earlier
             continue
-        # Its own name, unless the artifact that must stay complete for now uses it.
+        # Use the file's own name, unless the existing artifact, which must stay complete for now, uses it.
         key = f"{name}~{uuid.uuid4().hex[:12]}" if earlier is not None else name
         objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, stored_as=key if key != name else None)
         uploads[key] = folder / name
@@ -80,7 +80,7 @@ def upload_folder(folder: Path, uri: str) -> None:
                 )
             objects[name] = FileEntry(size=entry.size, sha256=entry.sha256, etag=found["ETag"])
         _write_manifest(target, manifest, objects)
-    # Delete files of the earlier artifact and what interrupted uploads have left.
+    # Delete files of the earlier artifact and leftovers of interrupted uploads.
     ours = {*present, *objects}
     left = {entry.key(name) for name, entry in present.items()}
     left |= {key for key in listed if _REPLACEMENT.sub("", key) in ours}
@@ -93,7 +93,7 @@ def fetch_folder(uri: str, cache: Cache, kind: str | None = None) -> Path:
     Args:
         uri: an ``s3://`` URI.
         cache: the local cache.
-        kind: the kind it must be of, or None for any.
+        kind: required kind, or None for any.
 
     Raises:
         UserError: it does not exist, is incomplete, damaged or of another kind, or cannot be fetched.
@@ -112,7 +112,7 @@ def fetch_folder(uri: str, cache: Cache, kind: str | None = None) -> Path:
 
 
 def local_folder(uri: str, cache: Cache, kind: str) -> Path:
-    """Return an artifact's local folder, fetched if it is in S3; raise UserError unless it is complete."""
+    """Return an artifact's local folder, fetched from S3 if necessary; raise UserError unless it is complete."""
     if is_s3(uri):
         return fetch_folder(uri, cache, kind)
     read_folder(Path(uri), kind)
@@ -120,7 +120,7 @@ def local_folder(uri: str, cache: Cache, kind: str) -> Path:
 
 
 def is_complete(uri: str) -> bool:
-    """Whether S3 lists all objects of an artifact; the cache is not asked."""
+    """Whether all objects of an artifact exist in S3; the cache is not used."""
     source = Location.parse(uri)
     manifest = _remote_manifest(source)
     if manifest is None:
@@ -135,7 +135,7 @@ def _write_manifest(target: Location, manifest: Manifest, objects: Mapping[str, 
 
 
 def _is_untouched(entry: FileEntry, name: str, listed: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether an object is the one that was uploaded, by its size and, if it is known, its ETag."""
+    """Whether an object is unchanged since its upload, by size and, if known, ETag."""
     found = listed.get(entry.key(name))
     return found is not None and found["Size"] == entry.size and entry.etag in (None, found["ETag"])
 
@@ -150,11 +150,11 @@ def _fetch(source: Location, manifest: Manifest, cache: Cache, kind: str | None)
     with cache.staged(folder) as staging:
         entries = {entry.key(name): (staging / name, entry) for name, entry in manifest.files.items()}
         damaged = list(entries)
-        for _ in range(2):  # a second attempt tells damage in transit from damage in S3
+        for _ in range(2):  # a second attempt distinguishes damage in transit from damage in S3
             damaged = _download_damaged(source, {key: entries[key] for key in damaged})
         if damaged:
             raise UserError(
-                f"{source / damaged[0]} does not match its manifest (wrong checksum); run the step that made it again"
+                f"{source / damaged[0]} does not match its manifest (wrong checksum); rerun the step that wrote it"
             )
         plain = {name: FileEntry(size=e.size, sha256=e.sha256) for name, e in manifest.files.items()}
         text = manifest.model_copy(update={"files": plain}).model_dump_json(indent=1, exclude_none=True)
@@ -163,7 +163,7 @@ def _fetch(source: Location, manifest: Manifest, cache: Cache, kind: str | None)
 
 
 def _download_damaged(source: Location, entries: Mapping[str, tuple[Path, FileEntry]]) -> list[str]:
-    """Download files, hashing each while others are in transit; return the keys of damaged ones."""
+    """Download files, hashing each while others are downloading; return the keys of damaged ones."""
     paths, sizes = {k: path for k, (path, _) in entries.items()}, {k: entry.size for k, (_, entry) in entries.items()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         intact = {key: pool.submit(_is_intact, *entries[key]) for key in download(source, paths, sizes)}
@@ -175,7 +175,7 @@ def _is_intact(path: Path, entry: FileEntry) -> bool:
 
 
 def _remote_manifest(source: Location) -> Manifest | None:
-    """Read an artifact's manifest; None if there is none, or if it is damaged, so that it may be replaced."""
+    """Read an artifact's manifest; return None if it is missing or damaged, so that it may be replaced."""
     content = read_object(source / MANIFEST)
     try:
         return None if content is None else Manifest.parse(content, str(source / MANIFEST))
@@ -186,5 +186,7 @@ def _remote_manifest(source: Location) -> Manifest | None:
 def _require_manifest(source: Location) -> Manifest:
     content = read_object(source / MANIFEST)
     if content is None:
-        raise UserError(f"{source} holds no complete artifact (it has no {MANIFEST}); name one that a step finished")
+        raise UserError(
+            f"{source} holds no complete artifact (it has no {MANIFEST}); use the output of a finished step"
+        )
     return Manifest.parse(content, str(source / MANIFEST))

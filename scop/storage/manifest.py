@@ -1,4 +1,4 @@
-"""Manifests: they make a folder an artifact whose completeness can be checked.
+"""Manifests of artifact folders, used to check that they are complete and unchanged.
 
 `manifest.json` lists every file of the folder with its size and sha256. It is written last, atomically: a folder
 without one is unfinished, and a folder whose files do not match it is damaged. Readers accept neither.
@@ -19,16 +19,16 @@ from scop.errors import UserError
 MANIFEST = "manifest.json"
 RECORD = "step.json"
 TIMINGS = "timings.json"
-"""Measured times: the one file of an artifact that differs each time a step runs."""
+"""Measured times: the only file of an artifact that differs between runs of a step."""
 FORMAT = 1
-# Files that do not belong to an artifact: the record of its step, and what a killed step leaves behind.
+# Files that do not belong to an artifact: the record of its step, and leftovers of a killed step.
 LEFTOVERS = {MANIFEST, RECORD, "tracking-unsent.jsonl"}
 CHECKPOINTS = "checkpoints"
 """The subfolder of an output for checkpoints, unless another is configured; it does not belong to the artifact."""
 
 
 class FileEntry(BaseModel):
-    """One file.
+    """A file of an artifact.
 
     Attributes:
         size: in bytes.
@@ -45,7 +45,7 @@ class FileEntry(BaseModel):
     etag: str | None = None
 
     def key(self, name: str) -> str:
-        """Return the object's name for a file of this name."""
+        """Return the name of the object for a file with this name."""
         return self.stored_as or name
 
 
@@ -74,11 +74,11 @@ class Manifest(BaseModel):
 
     @classmethod
     def parse(cls, content: str | bytes, uri: str | Path) -> Manifest:
-        """Parse a manifest; raise UserError, which names its path or URI, if it is damaged or of another format."""
+        """Parse a manifest; raise a UserError that names its path or URI if it is damaged or has another format."""
         try:
             manifest = cls.model_validate_json(content)
         except ValidationError as error:
-            raise UserError(f"{uri} is damaged; run the step that made it again") from error
+            raise UserError(f"{uri} is damaged; rerun the step that wrote it") from error
         if manifest.format != FORMAT:
             raise UserError(f"{uri} has format {manifest.format}, and this version of scop reads format {FORMAT}")
         return manifest
@@ -99,7 +99,7 @@ class Manifest(BaseModel):
 
 
 def check_name(name: str) -> str:
-    """Return the name of a file inside a folder; raise UserError if it would leave the folder."""
+    """Return the name of a file in a folder; raise UserError if it points outside the folder."""
     parts = name.split("/")
     if not name or any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name or ":" in parts[0]:
         raise UserError(f"file name {name!r} points outside its folder, which is refused")
@@ -111,8 +111,8 @@ def write_manifest(folder: Path, kind: str, names: Sequence[str] | None = None) 
 
     Args:
         folder: the artifact.
-        kind: its kind.
-        names: the files that belong to it, if they exist; all files by default.
+        kind: kind of the artifact.
+        names: files that belong to it, if they exist; by default all files.
     """
     paths = [folder / name for name in names] if names is not None else sorted(folder.rglob("*"))
     files = {
@@ -134,26 +134,24 @@ def read_folder(folder: Path, kind: str | None = None) -> Manifest:
 
     Args:
         folder: the artifact.
-        kind: the kind it must be of, or None for any.
+        kind: required kind, or None for any.
 
     Raises:
-        UserError: there is no manifest, it is of another kind or version, or a file does not match it.
+        UserError: the manifest is missing or has another kind or format, or a file does not match it.
     """
     path = folder / MANIFEST
     if not path.is_file():
         what = "does not exist" if not folder.exists() else "has no manifest.json, so it is unfinished"
-        raise UserError(f"{kind or 'artifact'} folder {folder} {what}; name one that a step finished")
+        raise UserError(f"{kind or 'artifact'} folder {folder} {what}; use the output of a finished step")
     manifest = Manifest.parse(path.read_bytes(), path)
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{folder} holds a {manifest.kind}, but a {kind} is needed")
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing, though manifest.json lists it; run the step that made it again")
+            raise UserError(f"{file} is missing, though manifest.json lists it; rerun the step that wrote it")
         if file.stat().st_size != entry.size or _sha256_once(file) != entry.sha256:
-            raise UserError(
-                f"{file} does not match manifest.json (changed or damaged); run the step that made it again"
-            )
+            raise UserError(f"{file} does not match manifest.json (changed or damaged); rerun the step that wrote it")
     return manifest
 
 

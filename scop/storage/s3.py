@@ -1,6 +1,6 @@
-"""Objects in S3 by boto3: upload, download, list, copy and delete. Every error becomes one line with a remedy.
+"""Objects in S3, accessed with boto3: upload, download, list, copy and delete. Errors are one line with a remedy.
 
-boto3 finds credentials, endpoint and region: in the environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+boto3 finds credentials, endpoint and region in the environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
 ``AWS_ENDPOINT_URL_S3``, ``AWS_REGION``), in profiles and in instance roles. Failed requests are retried with backoff,
 up to ``AWS_MAX_ATTEMPTS`` attempts (default: 5).
 """
@@ -20,8 +20,8 @@ from scop.errors import DamagedError, UserError
 from scop.system.progress import progress
 
 SCHEME = "s3://"
-# Measured against a local server: with chunks of 1 MiB instead of boto3's 256 KiB a download takes two thirds of the
-# time; with chunks of 4 MiB, which the allocator maps anew each time, it is slower again.
+# Measured with a local server: with chunks of 1 MiB instead of boto3's 256 KiB, a download takes two thirds of the
+# time. Chunks of 4 MiB are slower again, because the allocator maps each of them anew.
 _PART_SIZE = 32 * 2**20
 _IO_CHUNK = 2**20
 _CONCURRENCY = 10
@@ -98,7 +98,7 @@ def download(source: Location, files: Mapping[str, Path], sizes: Mapping[str, in
 
 @contextlib.contextmanager
 def _transfers(total: int, label: str) -> Iterator[tuple[Any, list[Any]]]:
-    """Give a transfer manager, and the subscribers that show the progress of its transfers."""
+    """Yield a transfer manager, and the subscribers that show the progress of its transfers."""
     from boto3.s3.transfer import TransferConfig, create_transfer_manager
     from s3transfer.subscribers import BaseSubscriber
 
@@ -119,10 +119,10 @@ def _transfers(total: int, label: str) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def list_objects(source: Location, exactly: bool = False) -> dict[str, Mapping[str, Any]]:
-    """List objects below a prefix by relative name; with `exactly`, only the object of this key, as an empty name."""
+    """List objects below a prefix by relative name; with `exactly`, only the object with this key, as an empty name."""
     prefix = source.key if exactly or not source.key else f"{source.key}/"
     with errors(source):
-        if exactly:  # if it exists, it comes first of all keys with this prefix
+        if exactly:  # if it exists, it sorts before all other keys with this prefix
             found = client().list_objects_v2(Bucket=source.bucket, Prefix=prefix, MaxKeys=1).get("Contents", [])
             return {"": found[0]} if found and found[0]["Key"] == source.key else {}
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=prefix)
@@ -130,12 +130,12 @@ def list_objects(source: Location, exactly: bool = False) -> dict[str, Mapping[s
 
 
 def object_exists(source: Location) -> bool:
-    """Whether there is an object of exactly this key."""
+    """Whether an object with exactly this key exists."""
     return bool(list_objects(source, exactly=True))
 
 
 def delete_objects(source: Location, which: set[str]) -> None:
-    """Delete objects by their names below a prefix; one that does not exist is no error."""
+    """Delete objects by name below a prefix; missing objects are ignored."""
     # One by one: some servers require an MD5 in a request that deletes several.
     with errors(source):
         for name in sorted(which):
@@ -144,7 +144,7 @@ def delete_objects(source: Location, which: set[str]) -> None:
 
 @cache
 def client() -> Any:
-    """Return boto3's S3 client, one per process; raise UserError if its settings are bad."""
+    """Return boto3's S3 client, one per process; raise UserError if its settings are invalid."""
     import boto3
     from botocore.config import Config
 
@@ -158,7 +158,7 @@ def client() -> Any:
     )
     try:
         return boto3.session.Session().client("s3", config=settings)
-    except Exception as error:  # a profile that does not exist, an endpoint that is no URL
+    except Exception as error:  # a missing profile, or an endpoint that is not a URL
         raise UserError(f"S3 cannot be used: {error}") from error
 
 
@@ -168,15 +168,15 @@ def forget_client() -> None:
 
 
 def as_variables() -> dict[str, str]:
-    """Return what boto3 found in this machine's files or roles, as variables for a process that has neither.
+    """Return the settings that boto3 found in files or roles of this machine as environment variables.
 
-    Temporary credentials are those valid now.
+    They are for a process without these files and roles. Temporary credentials are those currently valid.
     """
     import boto3
 
     session = boto3.session.Session()
     variables = {"AWS_REGION": client().meta.region_name, "AWS_ENDPOINT_URL_S3": endpoint()}
-    if endpoint().endswith(".amazonaws.com"):  # boto3 finds it by itself
+    if endpoint().endswith(".amazonaws.com"):  # boto3 finds it without help
         del variables["AWS_ENDPOINT_URL_S3"]
     if found := session.get_credentials():
         keys = found.get_frozen_credentials()
@@ -210,7 +210,7 @@ def read_object(source: Location) -> bytes | None:
 
 
 def write_object(target: Location, content: bytes) -> None:
-    """Write an object atomically: a reader sees the old one or the new one."""
+    """Write an object atomically: readers see the old object or the new one."""
     with errors(target):
         client().put_object(Bucket=target.bucket, Key=target.key, Body=content)
 
@@ -235,7 +235,7 @@ _DAMAGED = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismat
 
 @contextlib.contextmanager
 def errors(location: Location, missing_is_fine: bool = False) -> Iterator[None]:
-    """Turn whatever boto3 raises into a UserError of one line, with a remedy."""
+    """Convert exceptions of boto3 to a UserError of one line, with a remedy."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import (
         BotoCoreError,

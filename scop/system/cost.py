@@ -49,7 +49,7 @@ class Spent:
     """Cost of one or more steps on a device, for display.
 
     Attributes:
-        what: what it is the cost of: a step, or a number of runs.
+        what: a step, or a number of runs.
         device: name of the device.
         seconds: device-seconds.
         joules: reported energy; None if none was reported.
@@ -105,7 +105,7 @@ class Meter:
 
     Args:
         devices: number of GPUs of the step, on all nodes; ignored if the step uses no GPU.
-        here: number of these GPUs on this machine.
+        here: number of these GPUs that are on this machine.
     """
 
     def __init__(self, devices: int = 1, here: int = 1) -> None:

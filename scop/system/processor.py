@@ -1,4 +1,4 @@
-"""The processor's name, without loading PyTorch."""
+"""The processor's name, without importing PyTorch."""
 
 from __future__ import annotations
 

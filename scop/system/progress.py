@@ -23,7 +23,7 @@ def show_progress_on(path: str | None, enabled: bool = True) -> Iterator[None]:
 
     Args:
         path: the terminal's device file; by default standard error, if it is a terminal.
-        enabled: False shows no bars; all but the first of several processes do so.
+        enabled: False shows no bars; used by all processes but the first.
     """
     global _terminal, _enabled
     before = _terminal, _enabled
@@ -43,13 +43,13 @@ def progress(total: int | None, label: str, unit: str = "batch") -> Any:
 
     Args:
         total: number of units, or None if it is unknown.
-        label: the work that is shown.
-        unit: what is counted, in the singular.
+        label: name of the work.
+        unit: unit of the count, singular.
     """
     terminal = (_terminal or (sys.stderr if sys.stderr.isatty() else None)) if _enabled else None
     if terminal is None:
         return _Lines(total, label, unit)
-    from tqdm import tqdm  # imported late: training without a terminal does not need it
+    from tqdm import tqdm  # imported here: training without a terminal does not need it
 
     return tqdm(total=total, desc=label, unit=unit, file=terminal, leave=False, dynamic_ncols=True, mininterval=0.2)
 

@@ -11,7 +11,7 @@ _NOT_SOURCES = (":(top,exclude)docs", ":(top,exclude)README.md", ":(top,exclude)
 def git_revision() -> str | None:
     """Return the commit of the running source tree, with ``+`` if sources have changed, or None outside git.
 
-    Documents and measured figures do not count: the figures of one benchmark must not mark the next one as changed.
+    Changes of documents and measured figures do not count: the figures of one benchmark must not affect the next one.
     """
     options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 5, "check": True}
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from scop.errors import Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Sent by a scheduler, by Ctrl-C, and by a terminal that is closed."""
+"""Sent by a scheduler, by Ctrl-C, and by a closed terminal."""
 
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
@@ -29,10 +29,10 @@ def restore_handlers(handlers: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def deferred_stop() -> Iterator[Callable[[], bool]]:
-    """Defer `STOP_SIGNALS` within the context; the given function tells whether one has arrived.
+    """Defer `STOP_SIGNALS` within the context; yield a function that returns whether one has arrived.
 
-    A signal that nobody acted on is raised again at the end; a `Stopped` that leaves the context gets the signal's exit
-    code. In a thread other than the main one, which cannot install handlers, nothing is deferred.
+    A signal that caused no stop is raised again at the end; a `Stopped` that leaves the context gets the signal's exit
+    code. In threads other than the main thread, which cannot install handlers, nothing is deferred.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -47,7 +47,7 @@ def deferred_stop() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(received)
     except Stopped as error:
-        if received:  # not by a signal that another process got
+        if received:  # else another process received the signal
             error.code = 128 + received
         raise
     finally:

@@ -27,10 +27,10 @@ class _Opened:
     """An open run.
 
     Attributes:
-        run: its id, or None if MLflow could not be reached.
-        experiment: id of its experiment.
-        parent: id of the pipeline run above it.
-        kfp_run: id of the KFP run, if the steps themselves open and close the pipeline run.
+        run: ID of the run, or None if MLflow could not be reached.
+        experiment: ID of its experiment.
+        parent: ID of its parent, the pipeline run.
+        kfp_run: ID of the KFP run, if steps open and close the pipeline run.
     """
 
     run: str | None
@@ -40,11 +40,11 @@ class _Opened:
 
 
 class MlflowTracker:
-    """Tracks a step; create it by `start` or `join`.
+    """Tracks a step; created by `start` or `join`.
 
     Args:
         client: an MLflow client.
-        outbox: sends, or stores what cannot be sent.
+        outbox: sends data, or stores data that cannot be sent.
         opened: the step's run.
     """
 
@@ -59,10 +59,10 @@ class MlflowTracker:
         """Open the step's run; if KFP has opened one for the step, use that.
 
         Args:
-            environment: names the server, the experiment and the pipeline run.
+            environment: variables with the server, the experiment and the pipeline run.
             run_name: name of the run, such as ``scop-0.45 finetune``.
-            tags: of the run.
-            unsent: the file for what could not be sent.
+            tags: tags of the run.
+            unsent: the file for data that could not be sent.
 
         Raises:
             UserError: the server refuses the credentials.
@@ -80,7 +80,7 @@ class MlflowTracker:
 
     @classmethod
     def join(cls, tracking_uri: str, run_id: str, unsent: Path) -> Self:
-        """Track into a run that another process has opened and will close."""
+        """Track to a run that another process has opened and will close."""
         return cls(make_client(tracking_uri), Outbox(tracking_uri, unsent), _Opened(run_id))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ class MlflowTracker:
         self._outbox.send("file", {"path": str(path)}, lambda: self._client.log_artifact(self._run, str(path), folder))
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Log a table that MLflow's pages show and `mlflow.load_table` reads; `name` ends in .json."""
+        """Log a table for MLflow's pages and `mlflow.load_table`; `name` ends in .json."""
         data = {key: list(column) for key, column in columns.items()}
 
         def send() -> None:
@@ -145,15 +145,15 @@ class MlflowTracker:
     ) -> str | None:
         """Register a variant's ONNX model with the alias `candidate`.
 
-        Each variant has a registered model of its own, EXPERIMENT-VARIANT: a control must not take the alias from the
-        network that it is a control for.
+        Each variant has its own registered model, EXPERIMENT-VARIANT: a control must not take the alias from the
+        network that it controls.
 
         Args:
             path: the ONNX file.
-            variant: its label.
-            tags: of the version.
+            variant: label of the variant.
+            tags: tags of the version.
             example: input images, a NumPy array, float32 (N, C, H, W).
-            measured_by: MLflow's id of the run that measured the network; the model is linked there.
+            measured_by: MLflow ID of the run that measured the network, to which the model is linked.
 
         Returns:
             ``models:/NAME/VERSION``, or None if MLflow could not be reached.
@@ -181,8 +181,8 @@ class MlflowTracker:
             shape = [-1, *(d.dim_value for d in value.type.tensor_type.shape.dim[1:])]
             ends.append(Schema([TensorSpec(np.dtype(np.float32), tuple(shape), value.name)]))
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        mlflow.set_tracking_uri(self._client.tracking_uri)  # log_model has no argument for it
-        # MLflow prints to standard error what the step logs itself.
+        mlflow.set_tracking_uri(self._client.tracking_uri)  # log_model has no such argument
+        # MLflow prints to standard error; the step logs the result itself.
         silent = contextlib.redirect_stderr(io.StringIO())
         with silent, warnings.catch_warnings(), mlflow.start_run(run_id=self._run):
             warnings.simplefilter("ignore")
@@ -192,7 +192,7 @@ class MlflowTracker:
                 registered_model_name=name,
                 signature=ModelSignature(inputs=ends[0], outputs=ends[1]),
                 input_example=example,
-                # Given explicitly: otherwise MLflow runs the model in a new process to find them.
+                # Given explicitly: by default, MLflow runs the model in a new process to find them.
                 pip_requirements=[f"{package}=={version(package)}" for package in ("onnx", "onnxruntime", "numpy")],
             )
         number = str(logged.registered_model_version)
@@ -220,10 +220,10 @@ class MlflowTracker:
             if kfp_run and self._parent:
                 if last is not None or not succeeded:
                     end_parent(self._client, self._parent, succeeded, last or {}, [])
-                else:  # no later step may come to log it
+                else:  # no later step may log it
                     log_cost(self._client, experiment, self._parent)
 
-        # Even if an earlier request failed: a run that is not closed looks as if it were still running.
+        # Even if an earlier request failed: a run that is not closed would look as if it were running.
         if self.run_id is not None:
             self._outbox.retry()
         self._outbox.send("close", {"succeeded": succeeded}, end)
@@ -235,7 +235,7 @@ class MlflowTracker:
 
 
 def _open(client: Any, environment: StepEnvironment, run_name: str, tags: Mapping[str, str]) -> _Opened:
-    """Create the step's run below the pipeline run, which is given, found by KFP's run id, or absent."""
+    """Create the step's run as a child of the pipeline run, which is given, found by KFP's run ID, or absent."""
     parent, kfp_run = environment.parent_run, None
     if parent:
         experiment = client.get_run(parent).info.experiment_id
@@ -252,7 +252,7 @@ def _open(client: Any, environment: StepEnvironment, run_name: str, tags: Mappin
 
 
 def _take_over(client: Any, run_id: str, tags: Mapping[str, str]) -> _Opened:
-    """Use the run that KFP has opened for the step; KFP closes the run above it as well."""
+    """Use the run that KFP has opened for the step; KFP also closes its parent."""
     run = client.get_run(run_id)
     for key, value in tags.items():
         client.set_tag(run_id, key, value)

@@ -1,7 +1,7 @@
-"""Sending to MLflow without depending on it.
+"""Sending data to MLflow without depending on it.
 
-A tracking server that fails must not cost hours of training. After the first failure nothing more is sent, one line
-says so, and everything goes to a local file. What the server rejects as invalid goes to that file alone.
+A failing tracking server must not cost hours of training. After the first failure, a warning is logged, nothing more is
+sent, and all data goes to a local file. Data that the server rejects as invalid also goes to that file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class Outbox:
-    """Sends to an MLflow server, or stores what could not be sent.
+    """Sends data to an MLflow server, or stores it if that fails.
 
     Args:
-        tracking_uri: of the server, for messages.
-        unsent: the file for what could not be sent, one JSON object per line.
+        tracking_uri: URI of the server, for messages.
+        unsent: the file for data that could not be sent, one JSON object per line.
     """
 
     def __init__(self, tracking_uri: str, unsent: Path) -> None:
@@ -40,13 +40,13 @@ class Outbox:
         self._reachable = True
 
     def send(self, what: str, content: Any, function: Callable[[], T], at_start: bool = False) -> T | None:
-        """Send by calling a function; return its result, or None if that failed and the content was stored.
+        """Send data by calling a function; return its result, or None if it failed and the content was stored.
 
         Args:
-            what: the kind of content, for the message and the file.
-            content: what is stored if it cannot be sent.
-            function: sends it.
-            at_start: whether this is the first request, whose refusal is an error.
+            what: kind of content, for the message and the file.
+            content: content to store if it cannot be sent.
+            function: sends the content.
+            at_start: whether this is the first request; if it is refused, that is an error.
 
         Raises:
             UserError: the server refuses the credentials at the start.
@@ -54,7 +54,7 @@ class Outbox:
         if self._reachable:
             try:
                 return function()
-            except Exception as error:  # a server or a network can fail in any way
+            except Exception as error:  # servers and networks can fail in any way
                 if at_start and is_refusal(error):
                     raise UserError(
                         f"MLflow at {redact(self._tracking_uri)} refuses access ({first_line(error)}); "

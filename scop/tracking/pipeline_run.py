@@ -1,9 +1,9 @@
 """The MLflow run of a whole pipeline run, under which its steps are tracked.
 
-On one machine `scop run` opens and closes it. On a cluster only the steps can: each step finds it by the id of KFP's
-run, or creates it. MLflow has no operation by which two steps could agree on one run, so duplicates are merged
-afterwards: at its start and at its end, a step that sees two takes the older one, moves the other's children there
-and deletes it. The last step to end sees all of them, so one remains.
+On one machine, `scop run` opens and closes it. On a cluster, only the steps can: each step finds it by the ID of the
+KFP run, or creates it. MLflow has no operation by which two steps could agree on one run, so duplicates are merged
+later: a step that finds two, when it starts or ends, keeps the older one, moves the children of the other to it and
+deletes the other. The last step to end finds all of them, so one remains.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def start_parent(
     artifact_root: str | None = None,
     resumed: bool = False,
 ) -> str:
-    """Open the run under which a pipeline's steps are tracked, and return its id.
+    """Open the run under which a pipeline's steps are tracked, and return its ID.
 
     Args:
-        tracking_uri: of MLflow.
+        tracking_uri: URI of MLflow.
         experiment: name of the experiment, created if it does not exist.
         run_name: name of the run.
-        tags: of the run; ``scop.run`` identifies it.
-        artifact_root: where a new experiment keeps its artifacts.
+        tags: tags of the run; ``scop.run`` identifies it.
+        artifact_root: artifact root of a new experiment.
         resumed: whether to reopen the run with the same ``scop.run``, if there is one.
 
     Raises:
@@ -68,7 +68,7 @@ def start_parent(
 
 
 def _reopen(client: Any, experiment_id: str, parent: Any) -> None:
-    """Close what an earlier, killed attempt left open, and remove its error."""
+    """Close runs that an earlier, killed attempt left open, and remove its error."""
     _close_children(client, experiment_id, parent.info.run_id)
     if ERROR_TAG in parent.data.tags:
         client.delete_tag(parent.info.run_id, ERROR_TAG)
@@ -84,17 +84,17 @@ def end_parent(
     error: str | None = None,
     alone: bool = False,
 ) -> None:
-    """Close a pipeline run; a server that fails now is only reported.
+    """Close a pipeline run; if the server fails, this is only logged.
 
     Args:
         client: an MLflow client.
-        run_id: MLflow's id.
-        succeeded: whether all steps did.
+        run_id: MLflow ID of the run.
+        succeeded: whether all steps succeeded.
         metrics: headline metrics.
-        files: to store with it.
-        error: why it failed, if no step has said so.
-        alone: whether no step can still be running. Open runs of steps are then closed: they were killed or, if the
-            pipeline succeeded, could not reach MLflow.
+        files: files to store with the run.
+        error: reason of the failure, unless a step has recorded one.
+        alone: whether no step can still be running. Open runs of steps are then closed: these steps were killed or, if
+            the pipeline succeeded, could not reach MLflow.
     """
     try:
         parent = client.get_run(run_id)
@@ -108,14 +108,14 @@ def end_parent(
         if error and ERROR_TAG not in parent.data.tags:
             client.set_tag(run_id, ERROR_TAG, error)
         client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
-        for path in files:  # last, since the artifact store may fail on its own
+        for path in files:  # last, since the artifact store may fail separately
             client.log_artifact(run_id, str(path))
     except Exception as failure:
         logger.warning("tracking: the run could not be closed in MLflow (%s)", first_line(failure))
 
 
 def join_parent(client: Any, experiment_id: str, kfp_run: str, tags: Mapping[str, str], name: str) -> str:
-    """Find or create the run of a KFP run for a step of this name that starts, and return its id.
+    """Find or create the MLflow run of a KFP run when a step with this name starts; return its ID.
 
     Its status is then RUNNING, unless the last attempt of another step has failed: other variants continue, but the
     pipeline run has failed.
@@ -134,7 +134,7 @@ def join_parent(client: Any, experiment_id: str, kfp_run: str, tags: Mapping[str
 
 
 def rejoin_parent(client: Any, experiment_id: str, kfp_run: str, child: str) -> str | None:
-    """Return the run of a KFP run, with the child moved below it, for a step that ends; None if there is none."""
+    """Return the MLflow run of a KFP run when a step ends, and make the step's run its child; None if there is none."""
     found = _parents(client, experiment_id, kfp_run)
     if not found:
         return None
@@ -147,9 +147,10 @@ def rejoin_parent(client: Any, experiment_id: str, kfp_run: str, child: str) -> 
 def close_parent(
     tracking_uri: str, experiment: str, kfp_run: str, succeeded: bool, error: str | None = None
 ) -> str | None:
-    """Close the run of a KFP run that ended without a step to report it, and its open children; None if there is none.
+    """Close the MLflow run of a KFP run and its open children, after an end that no step could report.
 
-    A killed pod closes nothing: the command line, which learns of the end from KFP, does.
+    A killed pod closes nothing, so the command line, which gets the state from KFP, does. Returns None if there is no
+    such run.
     """
     client, status = make_client(tracking_uri), "FINISHED" if succeeded else "FAILED"
     known = client.get_experiment_by_name(experiment)
@@ -166,7 +167,7 @@ def close_parent(
 
 
 def _parents(client: Any, experiment_id: str, kfp_run: str) -> list[Any]:
-    """The runs of a KFP run, the oldest first; more than one for moments only."""
+    """Return the MLflow runs of a KFP run, oldest first; there is briefly more than one."""
     found = client.search_runs([experiment_id], f"tags.`{KFP_TAG}` = '{kfp_run}'")
     return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
@@ -183,7 +184,7 @@ def _children(client: Any, experiment_id: str, parent: str) -> list[Any]:
 
 
 def _close_children(client: Any, experiment_id: str, parent: str, status: str = "KILLED") -> None:
-    """Close the runs of steps that have not done so themselves."""
+    """Close the runs of steps that did not close them."""
     for child in _children(client, experiment_id, parent):
         if child.info.status == "RUNNING":
             client.set_terminated(child.info.run_id, status)

@@ -1,4 +1,4 @@
-"""How MLflow is configured, and how an experiment is found."""
+"""Configuration of the MLflow client, and lookup of experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A dead server costs seconds; MLflow's defaults wait for many minutes.
+    # Give up on an unreachable server within seconds; MLflow's defaults wait for many minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -20,37 +20,37 @@ _SETTINGS = {
 
 
 def make_client(tracking_uri: str, timeout: int | None = None) -> Any:
-    """Create an MLflow client that gives up on a dead server within seconds and sends no telemetry.
+    """Create an MLflow client that gives up on an unreachable server within seconds and sends no telemetry.
 
-    MLflow reads these settings from the environment only, so they are set there unless the user has set them.
+    MLflow reads these settings only from environment variables, which are set here unless the user has set them.
 
     Args:
-        tracking_uri: address of the server or database.
-        timeout: of a request, in seconds.
+        tracking_uri: URI of the server or database.
+        timeout: timeout of a request, in seconds.
     """
     if timeout is not None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout))
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it logs every table that it creates
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # logs every table that it creates
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri)
 
 
 def artifact_root_for(tracking_uri: str) -> str | None:
-    """Return the default artifact root of a new experiment: beside a SQLite file, else as the server decides."""
+    """Return the artifact root of a new experiment: beside a SQLite file, else None for the server's default."""
     scheme, separator, path = tracking_uri.partition(":///")
     return str(Path(path).parent / "mlflow-artifacts") if separator and scheme == "sqlite" else None
 
 
 def find_or_create_experiment(client: Any, name: str, artifact_root: str | None = None) -> str:
-    """Return the id of an experiment, created if it does not exist.
+    """Return the ID of an experiment, created if it does not exist.
 
     Args:
         client: an MLflow client.
-        name: of the experiment.
-        artifact_root: where a new experiment keeps its artifacts; see `artifact_root_for` for the default.
+        name: name of the experiment.
+        artifact_root: artifact root of a new experiment; by default that of `artifact_root_for`.
     """
     from mlflow.exceptions import MlflowException
 

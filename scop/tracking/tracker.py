@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 UNSENT = "tracking-unsent.jsonl"
-"""The file, in a step's output, for what could not be sent."""
+"""Name of the file, in a step's output, for tracking data that could not be sent."""
 
 
 class Tracker(Protocol):
     """Receives a step's metrics while it runs.
 
     Attributes:
-        run_id: MLflow's id of the step's run, or None if there is none.
+        run_id: MLflow ID of the step's run, or None if there is none.
     """
 
     run_id: str | None
@@ -24,7 +24,7 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
 
     def set_tags(self, tags: Mapping[str, str], of_the_run: bool = False) -> None:
-        """Tag the step's run and, with `of_the_run`, the pipeline run above it."""
+        """Tag the step's run and, with `of_the_run`, its parent, the pipeline run."""
         ...
 
     def log_file(self, path: Path, folder: str | None = None) -> None: ...
@@ -32,11 +32,11 @@ class Tracker(Protocol):
     def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None: ...
 
     def log_configuration(self, sections: Mapping[str, Any], title: str) -> None:
-        """Store a step's configuration with the pipeline run, on a cluster, where nothing else stores it."""
+        """Store a step's configuration with the pipeline run; only on a cluster, where nothing else stores it."""
         ...
 
     def watch_system(self) -> None:
-        """Log the use of processors, memory and GPUs until the step ends."""
+        """Log the utilisation of CPUs, memory and GPUs until the step ends."""
         ...
 
     def register_onnx(
@@ -44,12 +44,12 @@ class Tracker(Protocol):
     ) -> str | None: ...
 
     def close(self, succeeded: bool, error: str | None = None, last: Mapping[str, float] | None = None) -> None:
-        """End the run; the last step passes `last`, the headline metrics of the whole pipeline run."""
+        """End the run; the last step passes `last`, the headline metrics of the pipeline run."""
         ...
 
 
 class NoTracker:
-    """Tracks nothing: the step's metrics are in its outputs only."""
+    """Tracks nothing: the step's metrics are only in its outputs."""
 
     run_id: str | None = None
 

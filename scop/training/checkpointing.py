@@ -1,4 +1,4 @@
-"""What a training run needs to survive an interruption: a store of checkpoints, and a way to be stopped."""
+"""Interruption of a training run: a store of checkpoints, and a function that requests a stop."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ class Checkpointing:
     stop_requested: Callable[[], bool] = lambda: False
 
     def part(self, name: str) -> Checkpointing:
-        """Return the same for a training within the run, with its own checkpoints."""
+        """Return the same for one training within the run, with its own checkpoints."""
         return Checkpointing(self.store and self.store.part(name), self.stop_requested)

@@ -7,8 +7,8 @@ forward pass (Radosavovic et al., 2018, arXiv 1712.04440).
 Attention (Zagoruyko and Komodakis, 2017, arXiv 1612.03928): at the end of each stage, the squared features are averaged
 over channels, which gives one map per image, and the map is normalised to length 1. The loss is the squared distance
 between the teacher's and the student's maps. It does not depend on the numbers of channels, which pruning changes. It
-helps in the first part of a training only: a network too small to match both logits and maps matches the logits less
-well (docs/experiments.md).
+helps only in the first part of the training: a network that is too small to match both logits and maps matches the
+logits less well (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Watched(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, H, W) -> logits (B, classes) and a feature map (B, C', H', W') for each stage."""
-        self._maps.clear()  # maps of passes that bypassed this module, such as validation
+        self._maps.clear()  # left by passes that bypassed this module, such as validation
         logits = self.network(images)
         return logits, [self._maps.pop(stage) for stage in self.stages]
 
@@ -72,7 +72,7 @@ class Distillation:
 
     Attributes:
         stages: names of the modules whose maps are compared.
-        teacher: the network that is run: a copy with folded batch norms, or the original if it cannot be traced.
+        teacher: the network that runs: a copy with folded batch norms, or the original if it cannot be traced.
 
     Raises:
         UserError: attention has a weight, but the networks have no feature maps of the same size.
@@ -162,7 +162,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        # Copied to all channels first: a product that broadcasts over the innermost dimension takes four times as long.
+        # Copy to all channels first: a product that broadcasts over the innermost dimension takes four times as long.
         return torch.empty_like(features).copy_((2 * gradients[0]).to(features.dtype)[:, None]).mul_(features)
 
 

@@ -15,13 +15,13 @@ Shape = Literal["cosine", "poly", "step", "one_cycle", "constant"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a network is trained, and how the learning rate changes.
+    """The number of epochs and the learning rate of a training run.
 
     Attributes:
         epochs: passes over the batches.
         shape: see `lr_factor`.
         warmup_epochs: epochs of warm-up; may be a fraction.
-        keep: the weights that training ends with: those of the last epoch, or of the best on the validation split.
+        keep: which weights are the result: those of the last epoch, or of the best epoch on the validation split.
     """
 
     epochs: int
@@ -72,8 +72,8 @@ class LearningRate:
     """Sets the rate of every parameter group to its peak times the schedule's factor.
 
     Args:
-        optimizer: its groups have the peak rates.
-        schedule: of the training.
+        optimizer: optimizer whose groups have their peak rates.
+        schedule: schedule of the training.
         steps_per_epoch: number of batches in an epoch.
     """
 

@@ -1,8 +1,8 @@
 """One training loop for the dense network, the knockoff gates and fine-tuning.
 
-An `Objective` says what is trained and on which loss; the loop runs epochs, the learning rate, checks, progress and
-checkpoints. Random numbers depend on seed and epoch alone, so a run that was killed and resumed ends as an undisturbed
-one, and the caller's random state is restored.
+An `Objective` defines what is trained and its loss; the loop handles epochs, the learning rate, checks, progress and
+checkpoints. Random numbers depend only on seed and epoch, so a run that was killed and resumed gives the same result as
+an uninterrupted one. The caller's random state is restored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _STEPS_BETWEEN_CHECKS = 20
 """Reading the loss makes a GPU wait, so it is not read at every step."""
 _SECONDS_BETWEEN_LINES = 3.0
-"""Epochs of a small network take less than a second: the log does not need them all."""
+"""Epochs of a small network take less than a second, so the log does not show all of them."""
 
 
 class Objective(Protocol):
@@ -71,7 +71,7 @@ class Step:
         self.objective, self.optimizer = objective, optimizer
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (loss, logits) before the update, as `Objective.loss`, detached."""
+        """Take the step; return the detached loss and logits from before the update, as `Objective.loss` does."""
         loss, logits = self.objective.loss(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -96,18 +96,18 @@ def fit(
 
     Args:
         objective: what is minimised.
-        batches: one iteration is an epoch; ``set_epoch`` is called if there is one. If several processes train, this
-            process's shard.
+        batches: one iteration is an epoch; ``set_epoch`` is called if it exists. If several processes train, the shard
+            of this process.
         optimizer: over the objective's parameters, at its peak learning rate.
         schedule: length and learning rate.
-        label: names the work in the progress display.
-        seed: of randomness inside the network, such as dropout.
+        label: name of the training in the log.
+        seed: seed of randomness inside the network, such as dropout.
         validate: returns (loss, top-1) on the validation split; called after every epoch.
-        on_epoch: called after every epoch that was trained here.
-        checkpointing: how the run is interrupted and resumed; by default it is not.
+        on_epoch: called after every epoch trained by this call.
+        checkpointing: how the run is interrupted and resumed; by default neither.
 
     Returns:
-        The records of all epochs, those before a resumption included.
+        The records of all epochs, including those before resuming.
 
     Raises:
         UserError: the loss is not finite, or the schedule keeps the best epoch without a validation split.
@@ -180,7 +180,7 @@ class _Run:
         return state
 
     def finish_epoch(self, record: EpochRecord) -> None:
-        """Add an epoch, and copy the weights if it is the best and those are kept."""
+        """Record an epoch; copy the weights if it is the best one and `keep` is best."""
         top1 = record.validation_top1
         best = max((earlier.validation_top1 or 0 for earlier in self.history), default=0)
         if self._schedule.keep == "best" and top1 is not None and top1 >= best:
@@ -189,7 +189,7 @@ class _Run:
         self.history.append(record)
 
     def try_save(self) -> None:
-        """Write a checkpoint; if that fails, training continues: it is worth more than the checkpoint."""
+        """Write a checkpoint; if that fails, log a warning and continue the training."""
         try:
             self._save()
         except UserError as error:
@@ -226,7 +226,7 @@ class _Epoch:
     Args:
         epoch: counted from 0.
         length: number of batches.
-        label: names it in the progress display.
+        label: name in the progress display.
         interrupted: what `state` returned when the epoch was interrupted.
     """
 
@@ -248,7 +248,7 @@ class _Epoch:
         take.objective.start_epoch(self.epoch)
         with progress(self.length, self.label) as bar:
             # Batches that were used before the interruption are drawn again and skipped, so that augmentation
-            # continues as it would have.
+            # continues as without the interruption.
             rest = islice(batches, self.steps, None)
             bar.update(self.steps)
             batch = next(rest, None)
@@ -299,7 +299,7 @@ def _private_random_state() -> Iterator[None]:
 
 
 def _random_state() -> list[Tensor]:
-    """The random state of the CPU and, if one is in use, of the current GPU."""
+    """Return the random state of the CPU and, if a GPU is in use, of the current GPU."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if _on_gpu() else [])]
 
 

@@ -13,7 +13,7 @@ from scop.training.checkpointing import CheckpointStore
 
 
 class SharedCheckpoints:
-    """A store that the first process writes and reads, for all processes.
+    """A store that only the first process writes and reads, on behalf of all.
 
     Args:
         store: the store that the first process uses.
@@ -34,7 +34,7 @@ class SharedCheckpoints:
     def save(self, state: dict[str, Any], epochs: int, steps: int = 0) -> None:
         """See `scop.storage.checkpoints.Checkpoints.save`; raises in the first process only.
 
-        All processes wait for it: if one of them ended first, the launcher would end the one that writes.
+        All processes wait for the write: if one exited earlier, the launcher would stop the process that writes.
         """
         try:
             if rank() == 0:

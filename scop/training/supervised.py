@@ -29,7 +29,7 @@ class Supervised:
 
     Args:
         model: the network, on the device.
-        device: where to compute.
+        device: device to compute on.
         section: the settings.
         teacher: a network on the device, in eval mode and without gradients.
         distillation: settings of the distillation from the teacher.

@@ -50,7 +50,7 @@ def test_reports_the_first_failure_as_the_cause(tmp_path: Path) -> None:
     assert str(_reason(tmp_path, RuntimeError())) == "process 1: CUDA out of memory"
     killed = RuntimeError()
     killed.failures = {1: SimpleNamespace(exitcode=-signal.SIGKILL), 0: SimpleNamespace(exitcode=1)}
-    assert str(_reason(tmp_path, killed)) == "process 1 was ended by SIGKILL, perhaps for lack of memory"
+    assert str(_reason(tmp_path, killed)) == "process 1 was killed by SIGKILL (possibly out of memory)"
 
 
 @pytest.mark.slow

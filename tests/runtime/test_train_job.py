@@ -75,7 +75,7 @@ def test_two_nodes_train_the_same_network_as_one_process(
     assert record.result == result
     # If the pod is lost after its job has finished, the retry uses the result.
     assert run_step("train_dense", {"dense": STEADY_DENSE}, *uris) == result
-    assert "has finished already" in capfd.readouterr().out
+    assert "has already finished" in capfd.readouterr().out
     assert [method for method, path in cluster.seen if path.endswith("/trainjobs")] == ["POST"]
     assert "KFP_RUN_ID" in {entry["name"] for entry in cluster.jobs[name]["spec"]["trainer"]["env"]}
     assert SECRET not in json.dumps(cluster.jobs)
@@ -112,7 +112,7 @@ def test_a_retry_follows_the_running_job_and_a_stop_deletes_it(cluster: Kubernet
     first.communicate()
     second = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
     assert second.stdout is not None
-    assert "is running already; following it" in second.stdout.readline()
+    assert "is already running; following it" in second.stdout.readline()
     second.send_signal(signal.SIGTERM)
     second.communicate(timeout=60)
     assert second.returncode == 143
@@ -135,7 +135,7 @@ def test_an_api_error_names_the_likely_cause(cluster: KubernetesServer, uris) ->
 def test_reports_an_unreachable_cluster(uris, tmp_path: Path, monkeypatch) -> None:
     point_to(tmp_path / "none", monkeypatch)
     monkeypatch.setenv("SCOP_TRAIN_JOB", plan().model_dump_json())
-    with pytest.raises(UserError, match="Kubernetes cannot be reached from here"):
+    with pytest.raises(UserError, match="the Kubernetes API cannot be reached"):
         run_step("train_dense", {"dense": STEADY_DENSE}, *uris)
 
 

@@ -185,7 +185,7 @@ def test_step_writes_a_checkpoint_on_sigterm_and_resumes(
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 143
-    assert "run it again to resume" in printed
+    assert "rerun it to resume" in printed
     assert json.loads(read_bytes(f"{stopped}/step.json"))["status"] == "stopped"
     assert read_if_exists(f"{stopped}/manifest.json") is None
 

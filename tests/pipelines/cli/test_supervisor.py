@@ -36,7 +36,7 @@ def test_names_a_killed_step_and_marks_it_in_mlflow(tmp_path: Path, monkeypatch,
     assert list(status.values()) == ["FAILED"]
     (failure,) = Mlflow(Source("none", database)).read(["digits-resnet20"]).failures
     assert failure.name == "train_dense"
-    assert failure.error.startswith("step train_dense failed: its process was ended by SIGKILL")
+    assert failure.error.startswith("step train_dense failed: its process was killed by SIGKILL")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ FINETUNE = {"epochs": 1, "batch_size": 64, "recalibration_batches": 0}
 ROOT_PIPELINE = "scop"
 SOURCE = Source("runs")
 NOT_STARTED = (
-    "this run has no record of it: it was not started, or KFP took an earlier run's result; then name that too"
+    "this run has no record of it: it was not started, or its result came from KFP's cache; then name that run, too"
 )
 
 

@@ -153,7 +153,7 @@ def test_resume_keeps_complete_and_unchanged_steps(run: str, surroundings, tmp_p
     assert [step for step, what in shown.items() if what == "kept"] == [
         "prepare_data", "train_dense", "select_channels", "finetune"
     ]  # fmt: skip
-    assert shown["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is not complete any more"
+    assert shown["train_knockoff"] == f"runs again: {run}/train_knockoff/scores is no longer complete"
     assert shown["evaluate"] == "runs again: its configuration has changed (evaluate.repeats)"
     assert shown["export"] == "runs again: its input 'evaluation' has changed"
     assert json.loads(read_bytes(f"{run}/summary.json"))["run_id"] == run.rpartition("/")[2]
