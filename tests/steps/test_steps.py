@@ -104,7 +104,7 @@ def test_sensitivity_is_an_artifact_of_the_knockoff_phase(
     assert (table["split"], table["images"], table["rates"]) == ("validation", 50, [0, 0.5, 0.75])
     assert set(table["top1"]) == {"first", "second", "third"}
     whole = {accuracies[0] for accuracies in table["top1"].values()}
-    assert len(whole) == 1  # nothing is removed at 0, of whichever layer
+    assert len(whole) == 1  # at rate 0, no layer loses channels
     assert all(accuracies[2] < accuracies[0] for accuracies in table["top1"].values())
     assert {"sensitivity.json", "sensitivity.png"} <= set(read_folder(scores).files)
 

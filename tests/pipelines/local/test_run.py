@@ -235,7 +235,7 @@ def test_compares_and_promotes_through_a_server(
         assert main(["promote", "digits-resnet20-scop/1"]) == 1
         assert (
             main(["promote", "digits-resnet20-scop/1", "--set", "export.tolerance=1"]) == 1
-        )  # overrides only the tolerance
+        )  # the drop's limit is still that of the export
         client.set_model_version_tag("digits-resnet20-scop", "1", "max_top1_drop", "0.9")
         assert main(["promote", "digits-resnet20-scop@candidate"]) == 0
         assert "models:/digits-resnet20-scop@champion is now version 1" in capsys.readouterr().out
