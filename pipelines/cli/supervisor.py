@@ -1,4 +1,4 @@
-"""Supervision of a command in a child process: if it is killed, its run is closed and the user is told how to resume.
+"""Supervision of a command in a child process: if it is killed, its run is closed and the way to resume is printed.
 
 `scop run` executes all steps in one process. If that process is killed, for example because memory ran out, its parent
 closes the run in MLflow and prints how to continue. The parent does nothing else.

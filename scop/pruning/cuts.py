@@ -140,10 +140,10 @@ def _prune_inputs(layer: nn.Module, removed: list[int]) -> None:
         _pruner(layer).prune_in_channels(layer, removed)
         return
     # Each group of a grouped convolution keeps its own inputs; Torch-Pruning assumes the same inputs in all groups.
-    gone = set(removed)
+    removed_set = set(removed)
     width = layer.in_channels // layer.groups
-    kept = [[c for c in range(width) if g * width + c not in gone] for g in range(layer.groups)]
+    kept = [[c for c in range(width) if g * width + c not in removed_set] for g in range(layer.groups)]
     rows = layer.weight.detach().chunk(layer.groups, dim=0)
     slices = [weight[:, torch.tensor(index)] for weight, index in zip(rows, kept, strict=True)]
     layer.weight = nn.Parameter(torch.cat(slices), requires_grad=layer.weight.requires_grad)
-    layer.in_channels -= len(gone)
+    layer.in_channels -= len(removed_set)

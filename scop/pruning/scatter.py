@@ -119,8 +119,8 @@ def make_scattering(layer: nn.Module, removed: list[int], width: int) -> None:
         removed: the output channels that were removed from it.
         width: number of its output channels before the cut, as in the residual stream.
     """
-    gone = set(removed)
-    indices = torch.tensor([channel for channel in range(width) if channel not in gone])
+    removed_set = set(removed)
+    indices = torch.tensor([channel for channel in range(width) if channel not in removed_set])
     spread = torch.zeros(width, len(indices), 1, 1)
     spread[indices, torch.arange(len(indices))] = 1
     device = next(chain(layer.parameters(), layer.buffers())).device

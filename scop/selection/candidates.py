@@ -32,7 +32,7 @@ class Candidate:
         scores: (blocks, width), used to rank the channels; each block loses the same number of channels.
         errors: (blocks, width), the standard errors of the scores, or None.
         rate: the prune rate set for this layer, or None.
-        gone: number of channels that each block lost in earlier rounds; these have the lowest scores.
+        already_removed: number of channels that each block lost in earlier rounds; these have the lowest scores.
         comparable: whether scores of different layers can be compared without normalisation.
     """
 
@@ -40,7 +40,7 @@ class Candidate:
     scores: Tensor
     errors: Tensor | None
     rate: float | None
-    gone: int = 0
+    already_removed: int = 0
     comparable: bool = False
 
     @property
@@ -79,7 +79,7 @@ class Candidate:
         """Return the values (width,) of the channels in ascending order of score, comparable between layers."""
         scores = self.ascending.double()
         if not self.comparable:
-            scores = scores / scores[self.gone :].abs().mean().clamp_min(1e-30)  # W may be negative
+            scores = scores / scores[self.already_removed :].abs().mean().clamp_min(1e-30)  # W may be negative
         # The fewer channels are left, the higher their value: each halving of a layer costs the same.
         left = 1 - torch.arange(self.width, dtype=torch.float64) / self.width
         scores = scores.clamp_min(0) / left + scores.clamp_max(0) * left
@@ -139,9 +139,9 @@ def _candidate(
         errors = total.view(blocks, -1) if bool(torch.isfinite(total).all()) else None
     combined = _combined(prunable, score, variant)
     previous = round.previous
-    gone = previous.removed(prunable.name) if previous and prunable.name in previous.kept else []
-    combined[gone] = torch.nextafter(combined.min().clamp_max(0), torch.tensor(-math.inf))
-    return Candidate(prunable, combined.view(blocks, -1), errors, rate, len(gone) // blocks, comparable)
+    earlier = previous.removed(prunable.name) if previous and prunable.name in previous.kept else []
+    combined[earlier] = torch.nextafter(combined.min().clamp_max(0), torch.tensor(-math.inf))
+    return Candidate(prunable, combined.view(blocks, -1), errors, rate, len(earlier) // blocks, comparable)
 
 
 def _combined(prunable: Prunable, score: LayerScore, variant: VariantSection) -> Tensor:

@@ -112,7 +112,7 @@ class Selection:
         round_to = max(1, self.variant.round_to // math.gcd(self.variant.round_to, candidate.blocks))
         least = -(-math.ceil(floor * width - 1e-9) // round_to) * round_to
         kept = max(kept_count(width, min(rate, 1 - floor), round_to, per_block), least)
-        return min(kept, width - candidate.gone)
+        return min(kept, width - candidate.already_removed)
 
     def _cheapest(self, share: float) -> list[int]:
         """Return how many channels each candidate loses: lowest value per price first, up to a share of all prices."""
@@ -131,7 +131,7 @@ class Selection:
 
         Under a budget, the threshold of the filter is the quantile of W at the strength.
         """
-        free = [c.ascending[c.gone :] for c in self.candidates if c.rate is None]
+        free = [c.ascending[c.already_removed :] for c in self.candidates if c.rate is None]
         if not free:
             return [0] * len(self.candidates)
         statistics = torch.cat(free)
