@@ -88,13 +88,13 @@ def _run(options: argparse.Namespace, announce: Callable[[State], None]) -> int:
 
 
 def _runner(options: argparse.Namespace) -> Runner:
-    """Return the runner that the options ask for."""
+    """Return the runner selected by the options."""
     from pipelines.local.in_process import InProcess
     from scop.errors import UserError
 
     kind = options.runner or ("docker" if options.docker is not None else "process")
     if options.docker is not None and kind != "docker":
-        raise UserError(f"--docker is for --runner docker, not for --runner {kind}; give one of them")
+        raise UserError(f"--docker requires --runner docker, not --runner {kind}; give one of them")
     if options.gpus and kind != "docker":
         raise UserError("--gpus applies to containers; add --docker")
     if kind == "process":

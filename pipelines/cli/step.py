@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(action=run)
-    parser.add_argument("name", metavar="NAME", help="a step of the list below")
+    parser.add_argument("name", metavar="NAME", help="one of the steps listed below")
     add_config(parser)
     parser.add_argument(
         "--input", action="append", default=[], metavar="NAME=DIR", help="an input folder or s3:// URI (repeatable)"
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _pairs(arguments: list[str], option: str) -> dict[str, list[str]]:
-    """Return NAME=DIR arguments by name; a name that is repeated has several folders."""
+    """Return NAME=DIR arguments by name; a repeated name has several folders."""
     from scop.errors import UserError
 
     pairs: dict[str, list[str]] = {}

@@ -48,9 +48,9 @@ _FAILED = ("FAILED", "KILLED")
 _NO_REASON = {"FAILED": "no reason was recorded", "KILLED": "it was killed"}
 _HAS_COST = f"tags.`{COST_TAG}` != ''"
 _TIMEOUT = 60
-"""Of a request, in seconds: a busy server takes some for a thousand runs."""
+"""Timeout of a request in seconds; a busy server takes several for a thousand runs."""
 _SILENT_SECONDS = 8.0
-"""After this time a line says what is being waited for."""
+"""Seconds after which a message says that MLflow is being waited for."""
 _NAMES_SHOWN = 10
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")
 _MENTIONED = re.compile(r"\b(param|metric)(?:eter)?s?\.[`\"]?(\w+)")
@@ -61,8 +61,8 @@ class Failure:
     """A step that failed without a later success, or a pipeline run that failed without a failed step.
 
     Attributes:
-        name: of its MLflow run, such as ``scop-0.45 finetune``.
-        run: its id.
+        name: name of its MLflow run, such as ``scop-0.45 finetune``.
+        run: ID of the run.
         error: the reason.
     """
 
@@ -73,12 +73,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Memory:
-    """What MLflow has of some experiments.
+    """Results, failures and costs of experiments, read from MLflow.
 
     Attributes:
-        results: of the measured networks, the newest first; of several attempts the last.
-        failures: of steps.
-        spent: the cost, by device.
+        results: measured networks, newest first; the last of several attempts.
+        failures: steps that failed.
+        spent: cost, by device.
     """
 
     results: list[Result]
@@ -88,11 +88,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Source:
-    """Where results are read from.
+    """Location of the results.
 
     Attributes:
         runs: folder or URI of the runs.
-        tracking_uri: of MLflow, if the user has set one; by default the database beside the runs.
+        tracking_uri: MLflow's URI, if the user has set one; by default the database beside the runs.
     """
 
     runs: str
@@ -103,8 +103,8 @@ class Mlflow:
     """An MLflow server or database, for reading.
 
     Args:
-        source: where it is.
-        purpose: what there is nothing to do without it, for the message.
+        source: location of the server or database.
+        purpose: the action that needs it, for the message.
 
     Raises:
         UserError: there is none, or the tracking URI is of a kind that stores no runs.
@@ -116,7 +116,7 @@ class Mlflow:
         if uri is None:
             raise UserError(
                 f"there is nothing to {purpose}: MLFLOW_TRACKING_URI is not set, and {source.runs} has no runs; "
-                "set it, or give another folder by --runs"
+                "set it, or set another folder with --runs"
             )
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
             raise UserError(f"there is no database at MLFLOW_TRACKING_URI {uri}; opening it would create an empty one")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from scop.config import Precision
-from scop.errors import UserError
+from scop.errors import UserError, first_line
 from scop.system.processor import processor_name
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the device of that name; by default a GPU if there is one, else the CPU.
+    """Return the device with this name; by default a GPU if there is one, else the CPU.
 
     Raises:
         UserError: the device is unknown or missing.
@@ -26,13 +26,13 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"device {name!r} is not available ({reason}); set SCOP_DEVICE=cpu") from error
     return device
 
 
 def tune_process(device: torch.device) -> None:
-    """Set what makes training fast in this process: for programs, since a library must leave its caller's settings."""
+    """Set process-wide options that make training fast. For programs only: a library must not change its caller."""
     if device.type == "cpu":
         _keep_freed_memory()
     else:
@@ -66,7 +66,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def autocast_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """Return the type in which convolutions compute: bfloat16 if requested, or for "auto" if native, else float32."""
+    """Return the dtype of convolutions: bfloat16 if requested, or for "auto" if native, else float32."""
     use_bf16 = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
     return torch.bfloat16 if use_bf16 else torch.float32
 
@@ -77,7 +77,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a batch on the device, channels last; nothing is copied if it is there already."""
+    """Return a batch on the device, in channels-last format; nothing is copied if it is already there."""
     return images.to(device, memory_format=torch.channels_last, non_blocking=True), labels.to(device, non_blocking=True)
 
 

@@ -1,8 +1,8 @@
-"""Training by several processes, one per GPU, with the result that one process would have.
+"""Training in several processes, one per GPU, with the same result as in one process.
 
-Each process takes its shard of each batch; PyTorch's DistributedDataParallel averages the gradients. This module holds
-the collective operations for everything else: batch statistics, metrics, checkpoints, and the decision to stop. In a
-single process they return their input.
+Each process takes its shard of each batch; PyTorch's DistributedDataParallel averages the gradients. This module
+contains the collective operations for everything else: batch statistics, metrics, checkpoints, and the decision to
+stop. In a single process they return their input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shard() -> Shard:
 
 
 def rank() -> int:
-    """Return this process's rank; the first, 0, writes what is written once."""
+    """Return this process's rank; rank 0 writes the shared outputs."""
     return shard()[0]
 
 
@@ -59,8 +59,8 @@ def parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """Return the module with its gradients averaged over all processes after each backward pass.
 
     Args:
-        module: on the device; every forward pass uses all its trained parameters.
-        device: of this process.
+        module: module on the device; every forward pass uses all its trained parameters.
+        device: device of this process.
     """
     if not is_distributed():
         return module
@@ -116,10 +116,10 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def any_process(condition: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a function that tells whether the condition holds in any process, with the same answer in all of them.
+    """Return a function that returns whether the condition holds in any process, the same answer in all of them.
 
-    A process that stopped alone would leave the others waiting for its gradients. The answer is one step old: it is
-    there already, so no process waits for it.
+    A process that stopped alone would leave the others waiting for its gradients. The answer is one step old, so
+    no process waits for it.
     """
     if not is_distributed():
         return condition

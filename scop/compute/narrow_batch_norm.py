@@ -3,68 +3,48 @@
 PyTorch's channels-last kernels process 16 channels at a time. With other widths, such as the 9 or 18 channels of pruned
 layers, they are slow: a batch norm of 9 channels takes twice as long as one of 16. In memory, k adjacent pixels of C
 channels look like one pixel of k * C channels. So the kernel is called with k * C channels, a multiple of 16, and its
-statistics are combined to those of the C channels. This is 3.3 times as fast for 9 channels and twice as fast for 18
-(bf16, two cores).
+statistics are combined to those of the C channels. A training step of a pruned ResNet-20 on 32x32 images takes 11 to
+20 % less time (`make bench ARGS=narrow_batch_norm`, bf16, two cores).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from scop.compute.batch_norm import BatchNorm, BatchNorms
 
 _LANES = 16
 _WIDEST = 32
 """From this width on, the kernels are fast enough."""
+_FEWEST_PIXELS = 8192
+"""In smaller batches, the number of operations determines the time, and folding has more of them."""
 
 
-class NarrowBatchNorms(TorchFunctionMode):
-    """In this context, batch norms in training are folded where that is faster."""
+class NarrowBatchNorms(BatchNorms):
+    """Context in which batch norms in training are folded where that is faster."""
 
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Compute `torch.nn.functional.batch_norm`, folded where that is faster."""
-    fold = _fold_of(x)
-    if not training or fold == 1 or weight is None or bias is None:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    output, mean, var = _FoldedBatchNorm.apply(x, weight, bias, eps, fold)
-    if running_mean is not None and running_var is not None:
-        count = x.numel() / x.shape[1]
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    return output
+    def train(self, norm: BatchNorm) -> Tensor:
+        x, fold = norm.input, _fold_of(norm.input)
+        if fold == 1 or norm.weight is None or norm.bias is None:
+            return F.batch_norm(*norm)
+        output, mean, var = _FoldedBatchNorm.apply(x, norm.weight, norm.bias, norm.eps, fold)
+        norm.update_statistics(mean, var, x.numel() / x.shape[1])
+        return output
 
 
 def _fold_of(x: Tensor) -> int:
     """Return the number of pixels to fold into one; 1 if folding does not help."""
     if x.dim() != 4 or x.device.type != "cpu" or x.is_contiguous():
         return 1
-    channels = x.shape[1]
+    channels, pixels = x.shape[1], x.numel() // x.shape[1]
     fold = math.lcm(channels, _LANES) // channels
-    whole = x.is_contiguous(memory_format=torch.channels_last) and (x.numel() // channels) % fold == 0
-    return fold if whole and channels < _WIDEST else 1
+    whole = x.is_contiguous(memory_format=torch.channels_last) and pixels % fold == 0
+    return fold if whole and channels < _WIDEST and pixels >= _FEWEST_PIXELS else 1
 
 
 class _FoldedBatchNorm(torch.autograd.Function):

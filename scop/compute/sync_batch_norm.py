@@ -1,54 +1,35 @@
-"""Batch norm over the whole batch when every process holds a shard of it.
+"""Batch norm over the whole batch when each process has one shard of it.
 
-`torch.nn.SyncBatchNorm` runs on GPUs only and replaces the network's modules. This version also runs on CPUs, with
-gloo, and does not change the network.
+`torch.nn.SyncBatchNorm` runs on GPUs only and is a module of the network. Here its kernels serve any network on GPUs,
+and the same computation runs on CPUs, with gloo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules._functions import SyncBatchNorm
+
+from scop.compute.batch_norm import BatchNorm, BatchNorms
 
 
-class SynchronisedBatchNorms(TorchFunctionMode):
-    """In this context, batch norms in training use the statistics of all processes' shards, which have equal sizes."""
+class SynchronisedBatchNorms(BatchNorms):
+    """Context in which batch norms in training use the statistics of all processes' shards, which have equal sizes."""
 
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Compute `torch.nn.functional.batch_norm`, synchronised in training."""
-    if not training:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = torch.ones(x.shape[1], device=x.device) if weight is None else weight
-    shift = torch.zeros(x.shape[1], device=x.device) if bias is None else bias
-    output, mean, var = _SynchronisedBatchNorm.apply(x, scale, shift, eps)
-    if running_mean is not None and running_var is not None:
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    return output
+    def train(self, norm: BatchNorm) -> Tensor:
+        x, world = norm.input, dist.get_world_size()
+        if x.is_cuda:
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.momentum)
+            return SyncBatchNorm.apply(x, norm.weight, norm.bias, *statistics, dist.group.WORLD, world)
+        scale = torch.ones(x.shape[1]) if norm.weight is None else norm.weight
+        shift = torch.zeros(x.shape[1]) if norm.bias is None else norm.bias
+        output, mean, var = _SynchronisedBatchNorm.apply(x, scale, shift, norm.eps)
+        norm.update_statistics(mean, var, x.numel() / x.shape[1] * world)
+        return output
 
 
 class _SynchronisedBatchNorm(torch.autograd.Function):

@@ -22,8 +22,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from scop.compute.device import pick_device
+from scop.compute.narrow_batch_norm import NarrowBatchNorms
 from scop.config import BudgetSection, DenseSection, ScoreKind
 from scop.data.batches import Augmentation, Batches
 from scop.data.dataset import Dataset, Split, make_dataset
@@ -32,7 +34,7 @@ from scop.knockoffs.phase import Competition
 from scop.knockoffs.sources import shuffle
 from scop.models.factories import make_model
 from scop.models.history import load_history
-from scop.pruning.graph import ChannelGraph
+from scop.pruning.graph import RESIDUAL_RULES, ChannelGraph
 from scop.pruning.surgery import prune
 from scop.runtime.execution import run_step
 from scop.selection.latency import Stopwatch
@@ -132,6 +134,24 @@ def finetuning(turns: int) -> dict[str, Any]:
         "scatter rounded to 8": {"ratio": times["dense"] / times["scatter8"], "at_least": 1.4},
         "coupled": {"ratio": times["dense"] / times["coupled"], "at_least": 1.8},
     }
+
+
+def narrow_batch_norm(turns: int) -> dict[str, Any]:
+    """Measure a training step of a pruned ResNet-20, batch 128, with PyTorch's batch norms against folded ones."""
+    dense = make_model("resnet20")
+    images, labels = random_batch(128)
+    results: dict[str, Any] = {}
+    for residual in RESIDUAL_RULES:
+        model = prune(dense, select_channels(dense, method="l1", input_shape=SHAPE, residual=residual))
+        folded = training_step(model, images, labels)
+
+        def plain(step: Callable[[], object] = folded) -> None:
+            with patch.object(NarrowBatchNorms, "train", lambda self, norm: F.batch_norm(*norm)):
+                step()
+
+        times = take_turns({"plain": plain, "folded": folded}, turns)
+        results[residual] = {"ratio": times["plain"] / times["folded"], "at_least": 1.05}
+    return results
 
 
 def latency_budget(turns: int) -> dict[str, Any]:
@@ -273,19 +293,22 @@ def s3(turns: int) -> dict[str, Any]:
 
 def run_overhead(turns: int) -> dict[str, Any]:
     """Compare a default run with the training that it contains, and time a step that computes for milliseconds."""
-    ratios, steps = [], []
+    ratios, others, steps = [], [], []
     for _ in range(turns):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             scop("run", "--out", folder)
             seconds = time.perf_counter() - started
             histories = [load_history(path.parent) for path in Path(folder).rglob("history.json")]
-            ratios.append(seconds / sum(epoch.seconds for history in histories for epoch in history))
+            training = sum(epoch.seconds for history in histories for epoch in history)
+            ratios.append(seconds / training)
+            others.append(seconds - training)
             log = next(Path(folder).glob("*/log.txt")).read_text()
             # The wall time of select_channels, records, tracking and plots included.
             steps.append(float(re.findall(r"select_channels\n(?:.*\n)*?  done in ([\d.]+) s", log)[0]))
     return {
         "run over training": {"ratio": statistics.median(ratios), "at_most": 1.3},
+        "seconds outside training": round(statistics.median(others), 1),
         "step": {"seconds": statistics.median(steps), "at_most": 0.5},
     }
 
@@ -302,6 +325,7 @@ BENCHMARKS = {
     "batches": (batches, 30),
     "knockoff_step": (knockoff_step, 12),
     "finetuning": (finetuning, 10),
+    "narrow_batch_norm": (narrow_batch_norm, 20),
     "latency_budget": (latency_budget, 2),
     "help": (help_seconds, 9),
     "step_overhead": (step_overhead, 5),

@@ -9,9 +9,9 @@ from torch import nn
 from scop.compute.narrow_batch_norm import NarrowBatchNorms, _fold_of
 
 
-def feature_map(channels: int, dtype: torch.dtype = torch.float32, size: int = 8) -> torch.Tensor:
+def feature_map(channels: int, dtype: torch.dtype = torch.float32, images: int = 128, size: int = 8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(channels)
-    x = torch.randn(4, channels, size, size, generator=generator) * 3 + 1
+    x = torch.randn(images, channels, size, size, generator=generator) * 3 + 1
     return x.to(dtype).to(memory_format=torch.channels_last)
 
 
@@ -49,7 +49,16 @@ def test_bfloat16_output_is_close_and_keeps_its_dtype() -> None:
     assert torch.allclose(actual.float(), expected, atol=0.03)
 
 
-@pytest.mark.parametrize("x", [feature_map(16), feature_map(64), feature_map(9).contiguous(), feature_map(9, size=3)])
+@pytest.mark.parametrize(
+    "x",
+    [
+        feature_map(16),
+        feature_map(64),
+        feature_map(9).contiguous(),
+        feature_map(9, size=9, images=127),
+        feature_map(9, images=64),
+    ],
+)
 def test_other_feature_maps_use_the_original_batch_norm(x: torch.Tensor) -> None:
     norm = nn.BatchNorm2d(x.shape[1])
     assert _fold_of(x) == 1

@@ -194,13 +194,13 @@ def test_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Pat
     folder, _ = finished
     with opened(folder / "report.html", width) as page:
         assert page.locator(".plot .main-svg").count() >= 5
-        assert sorted(page.locator("#results tbody th").all_inner_texts()) == ["none", "scop"]
+        assert sorted(page.locator("#table .tabulator-cell.name").all_inner_texts()) == ["none", "scop"]
         steps = page.locator("section", has_text="Compute time and energy").locator("tbody th").all_inner_texts()
         assert {"train_dense", "scop/finetune", "none/export", "compare", "all steps, last attempts"} <= set(steps)
         assert page.locator("#pareto .point").count() == 3  # two variants and the dense network
         record = json.loads((folder / "scop" / "evaluate" / "evaluation" / "step.json").read_text())
-        name = page.locator("th", has_text=re.compile("^scop$"))
-        row = page.locator("tbody tr").filter(has=name).inner_text()
+        name = page.locator(".name", has_text=re.compile("^scop$"))
+        row = page.locator("#table .tabulator-row").filter(has=name).inner_text()
         assert record["launch"]["mlflow_run"] in row
         assert f"scop rerun {folder}/scop/evaluate/evaluation" in row
 
