@@ -17,7 +17,7 @@ from scop.report.page import Page
 from scop.report.page.pictures import write_pictures
 from scop.report.results import Result
 from scop.system.cost import Spent
-from tests.fakes.browser import opened
+from tests.fakes.browser import browser_tab, opened
 from tests.fakes.results import result
 
 HISTORY = [
@@ -45,11 +45,23 @@ def write_page(folder: Path, results: list[Result], **more: Any) -> Path:
     return folder / "page.html"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all pages: Chromium compiles scripts once per URL."""
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Any]:
+    with browser_tab() as tab:
+        yield tab
+
+
 @pytest.fixture(params=[360, 1440])
-def page(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+def page(tab: Any, folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     missing = {"never": "finetune failed: <i>out of memory</i>"}
     spent = [Spent("2 runs", "a GPU", 5400, 2_880_000)]
-    with opened(write_page(tmp_path, SWEEP, missing=missing, spent=spent), request.param) as view:
+    with opened(tab, write_page(folder, SWEEP, missing=missing, spent=spent), request.param) as view:
         yield view
 
 
@@ -85,10 +97,10 @@ def test_clicking_a_heading_sorts_and_reverses(page: Any) -> None:
     assert names(page)[0].startswith("l1")
 
 
-def test_sorts_numbers_by_value_and_missing_ones_last(tmp_path: Path) -> None:
+def test_sorts_numbers_by_value_and_missing_ones_last(tab: Any, folder: Path) -> None:
     rows = [result(rate=rate, params=result().params | {"finetune_lr": lr}) for rate, lr in ((0.02, 1e-5), (0.2, 0.1))]
     with opened(
-        write_page(tmp_path, [*rows, result("l1"), result("random", metrics={"dense_top1": 0.9})]), 1440
+        tab, write_page(folder, [*rows, result("l1"), result("random", metrics={"dense_top1": 0.9})]), 1440
     ) as view:
         heading(view, "finetune_lr").get_by_role("button").click()
         assert names(view)[:2] == ["scop-0.02", "scop-0.2"]
@@ -146,8 +158,8 @@ def test_hovering_shows_details_and_clicking_selects_the_row(page: Any) -> None:
     page.wait_for_function("document.activeElement.closest('.tabulator-selected')")
 
 
-def test_clicking_a_point_scrolls_to_its_row(tmp_path: Path) -> None:
-    with opened(write_page(tmp_path, [result("scop", 0.001 * number) for number in range(300)]), 1440) as view:
+def test_clicking_a_point_scrolls_to_its_row(tab: Any, folder: Path) -> None:
+    with opened(tab, write_page(folder, [result("scop", 0.001 * number) for number in range(300)]), 1440) as view:
         assert view.locator("#table .tabulator-row .name", has_text="scop-0.299").count() == 0
         least = "document.getElementById('pareto').data.find((trace) => trace.mode === 'markers').customdata.at(-1)"
         view.evaluate(f"document.getElementById('pareto').emit('plotly_click', {{points: [{{customdata: {least}}}]}})")
@@ -156,10 +168,10 @@ def test_clicking_a_point_scrolls_to_its_row(tmp_path: Path) -> None:
         view.wait_for_function("document.activeElement.closest('.tabulator-selected')")
 
 
-def test_choosing_a_row_shows_only_its_plots(tmp_path: Path) -> None:
+def test_choosing_a_row_shows_only_its_plots(tab: Any, folder: Path) -> None:
     page = Page("A sweep", SWEEP, {0: EVALUATION, 4: EVALUATION, 5: EVALUATION})
-    page.write(tmp_path / "page.html")
-    with opened(tmp_path / "page.html", 1440) as view:
+    page.write(folder / "page.html")
+    with opened(tab, folder / "page.html", 1440) as view:
         assert drawn(view, "kept-channels") == ["scop-0.3", "l1-0.3", "l1-0.3 (2)"]
         assert drawn(view, "learning-curves") == ["dense", "scop-0.3", "l1-0.3", "l1-0.3 (2)"]
         colour = view.evaluate("document.getElementById('kept-channels').data[1].marker.color")
@@ -211,14 +223,14 @@ def test_shows_failures_and_costs_without_interpreting_markup(page: Any) -> None
     ]
 
 
-def test_claims_better_only_if_the_interval_excludes_zero(tmp_path: Path) -> None:
+def test_claims_better_only_if_the_interval_excludes_zero(tab: Any, folder: Path) -> None:
     top1 = {"scop": (0.92, 0.93, 0.94), "l1": (0.91, 0.921, 0.929), "random": (0.90, 0.96, 0.91)}
     rows = [
         result(method, 0.5, seed, metrics=result().metrics | {"pruned_top1": own})
         for method, every in top1.items()
         for seed, own in enumerate(every)
     ]
-    with opened(write_page(tmp_path, rows), 1440) as view:
+    with opened(tab, write_page(folder, rows), 1440) as view:
         against_l1, against_random = (
             view.locator("section", has_text="Paired comparison").locator("li").all_inner_texts()
         )
@@ -227,8 +239,8 @@ def test_claims_better_only_if_the_interval_excludes_zero(tmp_path: Path) -> Non
     assert against_random.endswith("no significant difference.")
 
 
-def test_prints_to_pdf(tmp_path: Path) -> None:
-    with opened(write_page(tmp_path, SWEEP), 1440) as view:
+def test_prints_to_pdf(tab: Any, folder: Path) -> None:
+    with opened(tab, write_page(folder, SWEEP), 1440) as view:
         view.emulate_media(media="print")
         content = view.pdf()
         assert content.startswith(b"%PDF")
@@ -246,10 +258,10 @@ def test_plots_show_their_run_and_rerun_command(page: Any) -> None:
     )
 
 
-def test_best_value_of_each_column_is_bold(tmp_path: Path) -> None:
+def test_best_value_of_each_column_is_bold(tab: Any, folder: Path) -> None:
     without = {key: value for key, value in result("random", 0.4).metrics.items() if key != "pruned_macs"}
     rows = [result("scop", 0.3), result("l1", 0.5), result(name="lacking", metrics=without)]
-    with opened(write_page(tmp_path, rows), 1440) as view:
+    with opened(tab, write_page(folder, rows), 1440) as view:
         bold = {
             (row.locator(".name").inner_text(), cell.get_attribute("tabulator-field"))
             for row in view.locator("#table .tabulator-row").all()
@@ -262,13 +274,13 @@ def test_best_value_of_each_column_is_bold(tmp_path: Path) -> None:
         view.locator("#filter").fill("")
         assert view.locator("#table strong").count() == len(bold)
     only = [result("scop", 0.3), result(name="lacking", metrics={"pruned_top1": 0.5, "dense_top1": 0.6})]
-    with opened(write_page(tmp_path, only), 1440) as view:
+    with opened(tab, write_page(folder, only), 1440) as view:
         assert view.locator("#table strong").all_inner_texts()[0].startswith("92.5")
         assert not view.locator("#table strong", has_text="\u2013").count()
 
 
-def test_dark_mode_prints_dark_text_on_white(tmp_path: Path) -> None:
-    with opened(write_page(tmp_path, SWEEP), 1440, color_scheme="dark") as view:
+def test_dark_mode_prints_dark_text_on_white(tab: Any, folder: Path) -> None:
+    with opened(tab, write_page(folder, SWEEP), 1440, color_scheme="dark") as view:
         ink = "getComputedStyle(document.querySelector('#pareto .xtitle')).fill"
         on_screen = view.evaluate(ink)
         view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
@@ -277,16 +289,16 @@ def test_dark_mode_prints_dark_text_on_white(tmp_path: Path) -> None:
         assert view.evaluate(ink) == on_screen == "rgb(230, 234, 240)"
 
 
-def test_escapes_names_that_look_like_markup(tmp_path: Path) -> None:
+def test_escapes_names_that_look_like_markup(tab: Any, folder: Path) -> None:
     name = "<!--<script><b>scop"
-    with opened(write_page(tmp_path, [result(name=name), result("l1")]), 1440) as view:
+    with opened(tab, write_page(folder, [result(name=name), result("l1")]), 1440) as view:
         assert names(view) == [name, "l1-0.5"]
         assert name in view.locator("#learning-curves .legend").text_content()
 
 
-def test_runs_of_one_recipe_share_a_point_with_a_visible_error_bar(tmp_path: Path) -> None:
+def test_runs_of_one_recipe_share_a_point_with_a_visible_error_bar(tab: Any, folder: Path) -> None:
     rows = [result(seed=0), result(seed=200), result(seed=0, params=result().params | {"recipe": "another"})]
-    with opened(write_page(tmp_path, rows), 1440) as view:
+    with opened(tab, write_page(folder, rows), 1440) as view:
         assert view.locator("#pareto .scatterlayer .point").count() == 2 + 1
         low, high = view.evaluate("document.getElementById('pareto').layout.yaxis.range")
         mean, deviation = 0.915 - 0.1, 0.2 / 2**0.5
@@ -300,9 +312,9 @@ def test_keyboard_focus_stays_on_the_selected_row(page: Any) -> None:
     assert not page.locator("#table .tabulator-selected").count()
 
 
-def test_shows_one_data_set_and_device_at_a_time(tmp_path: Path) -> None:
+def test_shows_one_data_set_and_device_at_a_time(tab: Any, folder: Path) -> None:
     others = [result("l1", 0.4, device="a GPU"), result("l1", 0.2, dataset="e1" * 32)]
-    with opened(write_page(tmp_path, [*SWEEP[:4], *others]), 1440) as view:
+    with opened(tab, write_page(folder, [*SWEEP[:4], *others]), 1440) as view:
         assert view.locator("#count").inner_text() == "4 of 4, and 2 on other data or devices"
         view.locator("#device").select_option("a GPU")
         assert names(view) == ["l1-0.4"]
@@ -311,8 +323,8 @@ def test_shows_one_data_set_and_device_at_a_time(tmp_path: Path) -> None:
         assert names(view) == ["l1-0.2"]
 
 
-def test_renders_only_visible_rows_but_prints_all(tmp_path: Path) -> None:
-    with opened(write_page(tmp_path, [result("scop", 0.0001 * number) for number in range(2000)]), 1440) as view:
+def test_renders_only_visible_rows_but_prints_all(tab: Any, folder: Path) -> None:
+    with opened(tab, write_page(folder, [result("scop", 0.0001 * number) for number in range(2000)]), 1440) as view:
         assert view.locator("#count").inner_text() == "2000 of 2000"
         assert 0 < view.locator("#table .tabulator-row").count() < 200
         view.evaluate("window.dispatchEvent(new Event('beforeprint'))")
@@ -328,8 +340,8 @@ def test_reports_a_network_without_plots(page: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_and_keyboard_focus(tmp_path: Path, scheme: str) -> None:
-    with opened(write_page(tmp_path, SWEEP), 1440, color_scheme=scheme) as view:
+def test_contrast_and_keyboard_focus(tab: Any, folder: Path, scheme: str) -> None:
+    with opened(tab, write_page(folder, SWEEP), 1440, color_scheme=scheme) as view:
         ratio = """() => {
           const of = (text) => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
             .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -345,17 +357,17 @@ def test_contrast_and_keyboard_focus(tmp_path: Path, scheme: str) -> None:
         assert view.evaluate("document.activeElement.textContent") == "Skip to the table"
 
 
-def test_writes_pictures_with_error_bars_over_seeds(tmp_path: Path) -> None:
+def test_writes_pictures_with_error_bars_over_seeds(folder: Path) -> None:
     page = Page("A sweep", [*SWEEP, result("l1", 0.2, dataset="e1" * 32)], {0: EVALUATION, 1: EVALUATION})
-    written = {path.name for path in write_pictures(page, tmp_path / "png")}
-    assert written == {path.name for path in (tmp_path / "png").iterdir()}
+    written = {path.name for path in write_pictures(page, folder / "png")}
+    assert written == {path.name for path in (folder / "png").iterdir()}
     assert {"kept-channels.png", "learning-curves.png", "scores.png"} <= written
     assert {"confusion-scop-0.3.png", "confusion-scop-0.3-2.png"} <= written  # two seeds
     assert {"accuracy-macs-digits-d0d0d0d0.png", "accuracy-macs-digits-e1e1e1e1.png"} <= written
-    assert all((tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
-    description = Image.open(tmp_path / "png" / "confusion-scop-0.3.png").text["Description"]
+    assert all((folder / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
+    description = Image.open(folder / "png" / "confusion-scop-0.3.png").text["Description"]
     assert description == "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
-    lines = Image.open(tmp_path / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
+    lines = Image.open(folder / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
     assert len(lines) == len(SWEEP)
 
 
@@ -368,11 +380,11 @@ def test_averages_over_seeds_and_finds_the_pareto_front() -> None:
     assert len(points(dict(enumerate(SWEEP)), [macs.key], over_seeds=False)) == 12
 
 
-def test_page_and_pictures_agree_on_front_and_limits(tmp_path: Path) -> None:
+def test_page_and_pictures_agree_on_front_and_limits(tab: Any, folder: Path) -> None:
     macs, top1 = describe("pruned_macs"), describe("pruned_top1")
     by_index = dict(enumerate(SWEEP))
     found, dense = (make(by_index, [macs.key, top1.key]) for make in (points, dense_points))
-    with opened(write_page(tmp_path, SWEEP), 1440) as view:
+    with opened(tab, write_page(folder, SWEEP), 1440) as view:
         front, limits = view.evaluate("""() => {
           const { data: [{ x, y }], layout } = document.getElementById("pareto");
           return [x.map((value, index) => [value, y[index]]), layout.yaxis.range];

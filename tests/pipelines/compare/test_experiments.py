@@ -264,9 +264,7 @@ def test_rejects_a_mix_of_runs_and_experiments(client, sweep: str, tmp_path: Pat
 
 def test_without_mlflow_and_runs_the_error_says_what_to_set(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(
-        UserError, match=r"MLFLOW_TRACKING_URI is not set, and \S+ has no runs; set it, or set another"
-    ):
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI is not set, and \S+ has no runs; set it, or set another"):
         Mlflow(Source(str(tmp_path)))
 
 

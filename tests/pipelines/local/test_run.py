@@ -25,7 +25,7 @@ from scop.environment import UserEnvironment
 from scop.report.correctness import unpacked
 from scop.runtime.registry import STEPS
 from tests.fakes import services
-from tests.fakes.browser import opened
+from tests.fakes.browser import browser_tab, opened
 from tests.helpers import ROOT, reproducible_files
 
 
@@ -192,7 +192,7 @@ def test_registered_model_is_a_candidate_and_computes_the_same_logits(
 @pytest.mark.parametrize("width", [360, 1440])
 def test_report_opens_in_a_browser_without_network_or_errors(finished: tuple[Path, str], width: int) -> None:
     folder, _ = finished
-    with opened(folder / "report.html", width) as page:
+    with browser_tab() as tab, opened(tab, folder / "report.html", width) as page:
         assert page.locator(".plot .main-svg").count() >= 5
         assert sorted(page.locator("#table .tabulator-cell.name").all_inner_texts()) == ["none", "scop"]
         steps = page.locator("section", has_text="Compute time and energy").locator("tbody th").all_inner_texts()
@@ -222,7 +222,7 @@ def test_compares_and_promotes_through_a_server(
         assert {"accuracy-macs.png", "kept-channels.png", "confusion-scop.png"} <= {
             path.name for path in (tmp_path / "png").iterdir()
         }
-        with opened(tmp_path / "page.html", 1440) as view:
+        with browser_tab() as tab, opened(tab, tmp_path / "page.html", 1440) as view:
             assert view.locator("#learning-curves .scatterlayer .trace").count() == 3
 
         assert main(["promote", "digits-resnet20-none/1", "--set", "export.tolerance=1e-12"]) == 1
