@@ -4,7 +4,8 @@ A launcher sets variables for the steps that it starts in other processes: a com
 for KFP's local runner and for Docker, `scop rerun` for a container. `scop.runtime.execution.execute` and the command
 line read them once. All other code takes arguments.
 
-Variables of other programs that scop passes on without reading them (``AWS_*``, certificates) are not listed here.
+Variables of other programs that scop passes on without reading them (``AWS_*``, certificates) are not listed here: see
+`pipelines.local.container_variables` and `pipelines.cluster.pod_variables`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the step again; return its exit code, or 1 if --verify finds a difference."""
-    from pipelines.local import rerun
+    from pipelines.local import rerun_step
     from pipelines.local.containers import require_image
     from pipelines.runs import find_record
     from scop.errors import UserError
@@ -51,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
     if options.verify and record.status != "done":
         raise UserError(f"--verify needs a finished step to compare with, and the recorded one is {record.status}")
     if image is not None:
-        image = image or rerun.default_image(record)
+        image = image or rerun_step.default_image(record)
         require_image(image)
-    ready = rerun.make_ready(record, Path(options.out), options.set, options.track, open_cache())
-    code = rerun.rerun(ready, image=image, gpus=options.gpus, dry_run=options.dry_run, shell=options.shell)
+    ready = rerun_step.make_ready(record, Path(options.out), options.set, options.track, open_cache())
+    code = rerun_step.rerun(ready, image=image, gpus=options.gpus, dry_run=options.dry_run, shell=options.shell)
     if code or options.dry_run or options.shell:
         return code
-    rerun.print_result(ready)
-    return 0 if not options.verify or rerun.verify(ready) else 1
+    rerun_step.print_result(ready)
+    return 0 if not options.verify or rerun_step.verify(ready) else 1

@@ -10,7 +10,8 @@ from typing import Any
 from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
-from pipelines.cluster.profile import Affinity, ClusterProfile, Resources, StepClass, quantity
+from pipelines.cluster.pod_variables import set_variables, step_variables
+from pipelines.cluster.profile import Affinity, ClusterProfile, Resources, StepClass
 from pipelines.pipeline import compile_pipeline, make_pipeline
 from scop.config import Config, RunSection, TrainingSection, finetune_for
 from scop.environment import THREADS_VARIABLE, StepEnvironment, name_of
@@ -97,7 +98,7 @@ def task_settings(profile: ClusterProfile, run: RunSection, caching: bool = True
 
     def configure(task: PipelineTask) -> None:
         name, kind = profile.class_of(task.name.replace("-", "_"))
-        variables = _variables(profile, run, name, kind)
+        variables = step_variables(profile, run, name, kind)
         if kind.nodes > 1:
             plan = train_job_plan(profile, kind, variables)
             # The pod itself only creates the TrainJob and waits; the deadline is that of the job.
@@ -118,12 +119,8 @@ def task_settings(profile: ClusterProfile, run: RunSection, caching: bool = True
             task.set_caching_options(False)
         _set_resources(task, kind)
         _select_nodes(task, kind)
-        _set_secrets(task, profile)
-        for variable, value in variables.items():
-            task.set_env_variable(variable, value)
-        # The run ID comes from the downward API: as a parameter, it would be part of every cache key.
-        kfp_run = name_of(StepEnvironment, "kfp_run")
-        kubernetes.use_field_path_as_env(task, kfp_run, "metadata.labels['pipeline/runid']")
+        _set_security(task, profile)
+        set_variables(task, profile, variables)
         retries = kind.retries
         if retries.count:
             task.set_retry(retries.count, retries.backoff, retries.factor, retries.max_backoff)
@@ -131,34 +128,6 @@ def task_settings(profile: ClusterProfile, run: RunSection, caching: bool = True
             kubernetes.set_timeout(task, kind.timeout)
 
     return configure
-
-
-def _variables(profile: ClusterProfile, run: RunSection, name: str, kind: StepClass) -> dict[str, str]:
-    """Return a step's environment variables, none of which may be secret, since they are in the pipeline file.
-
-    Raises:
-        UserError: the configuration names a local folder, which would be lost with the pod.
-    """
-    if run.checkpoints is not None and not is_s3(run.checkpoints):
-        raise UserError(f"run.checkpoints {run.checkpoints} is lost with the pod; give an s3:// URI")
-    if run.artifact_root is not None and ":/" not in run.artifact_root:
-        raise UserError(f"run.artifact_root {run.artifact_root} is a folder, which is lost with the pod; give a URI")
-    environment = StepEnvironment(
-        image=profile.image,
-        experiment=run.experiment,
-        checkpoints=run.checkpoints or profile.checkpoint_root,
-        keep_checkpoints=run.keep_checkpoints,
-        artifact_root=run.artifact_root,
-        required_device=f"class {name}: {kind}" if kind.accelerator else None,
-        processes=kind.accelerator.count if kind.accelerator else 1,
-    )
-    return environment.as_variables() | {THREADS_VARIABLE: str(_threads(kind))}
-
-
-def _threads(kind: StepClass) -> int:
-    """Return the number of threads of each process; by default PyTorch uses all of the node's cores, not the pod's."""
-    cores = quantity((kind.limits or kind.requests).cpu)
-    return max(1, int(cores) // (kind.accelerator.count if kind.accelerator else 1))
 
 
 def train_job_plan(profile: ClusterProfile, kind: StepClass, variables: Mapping[str, str]) -> TrainJobPlan:
@@ -241,12 +210,7 @@ def _expression(affinity: Affinity) -> dict[str, Any]:
     return {"key": affinity.key, "operator": affinity.operator, "values": affinity.values}
 
 
-def _set_secrets(task: PipelineTask, profile: ClusterProfile) -> None:
-    """Add Secrets and ConfigMaps by name; their content is never in the pipeline file."""
-    for name, variables in profile.secrets.items():
-        kubernetes.use_secret_as_env(task, name, dict(variables))
-    for name, variables in profile.config_maps.items():
-        kubernetes.use_config_map_as_env(task, name, dict(variables))
+def _set_security(task: PipelineTask, profile: ClusterProfile) -> None:
     if profile.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))
     context = profile.security_context.model_dump(exclude_none=True)

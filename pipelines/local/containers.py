@@ -12,23 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from components.image import IMAGE as IMAGE
-from scop.environment import StepEnvironment, name_of
 from scop.errors import UserError
-from scop.storage.s3 import as_variables
 
 _SHARED_MEMORY = "1g"
 _SCRATCH = "rw,nosuid,nodev,size=4g,mode=1777"
 _RUN_LABEL = "scop.run"
-_PREFIXES = ("AWS_", "MLFLOW_", "OMP_", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-"""The user's environment variables that are passed on to steps if set."""
-_OF_THIS_MACHINE = {
-    "AWS_CONFIG_FILE",
-    "AWS_PROFILE",
-    "AWS_SHARED_CREDENTIALS_FILE",
-    name_of(StepEnvironment, "tracking_uri"),
-}
-CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-"""Variables that name a file of trusted certificates."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +97,6 @@ class Sandbox:
     def _mounts(self) -> list[Path]:
         # Each path once, and folders before their contents, which may be mounted differently.
         return sorted({path for path in (*self.writable, *self.readable) if path.exists()})
-
-
-def passed_on_variables(prefixes: tuple[str, ...] = _PREFIXES, with_s3: bool = False) -> dict[str, str]:
-    """Return the user's variables that steps in containers may need.
-
-    Args:
-        prefixes: prefixes of the variables' names.
-        with_s3: also return settings that boto3 finds in files and roles of this machine, which a container lacks.
-    """
-    found = {k: v for k, v in os.environ.items() if k.startswith(prefixes) and k not in _OF_THIS_MACHINE}
-    return (as_variables() if with_s3 else {}) | found
-
-
-def certificates() -> tuple[Path, ...]:
-    """Return the certificate files that this process uses; a container needs them at the same paths."""
-    return existing(os.environ.get(name) for name in CERTIFICATES)
 
 
 def require_image(image: str) -> None:

@@ -12,16 +12,8 @@ from typing import Any
 import psutil
 
 from pipelines.local.console import KfpView, console
-from pipelines.local.containers import (
-    Sandbox,
-    certificates,
-    containers_of,
-    existing,
-    image_id,
-    passed_on_variables,
-    require_image,
-    stop_containers,
-)
+from pipelines.local.container_variables import certificates, passed_on_variables
+from pipelines.local.containers import Sandbox, containers_of, existing, image_id, require_image, stop_containers
 from pipelines.local.job import KFP_FOLDER, LOG, Job, StepError
 from pipelines.runs import records_of
 from scop.environment import StepEnvironment

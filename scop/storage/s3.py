@@ -167,7 +167,7 @@ def forget_client() -> None:
     client.cache_clear()
 
 
-def as_variables() -> dict[str, str]:
+def s3_variables() -> dict[str, str]:
     """Return the settings that boto3 found in files or roles of this machine as environment variables.
 
     They are for a process without these files and roles. Temporary credentials are those currently valid.

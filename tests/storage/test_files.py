@@ -178,7 +178,7 @@ def test_an_aws_profile_is_exported_as_environment_variables(tmp_path: Path, mon
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "dev")
     s3.forget_client()
-    assert s3.as_variables() == {
+    assert s3.s3_variables() == {
         "AWS_ACCESS_KEY_ID": "dev-key",
         "AWS_SECRET_ACCESS_KEY": "dev-secret",
         "AWS_REGION": "eu-west-3",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.local.containers import Sandbox, passed_on_variables
-from pipelines.local.rerun import Rerun, rerun
+from pipelines.local.container_variables import passed_on_variables
+from pipelines.local.containers import Sandbox
+from pipelines.local.rerun_step import Rerun, rerun
 from pipelines.runs import find_record
 from scop import UserError, load_model
 from scop.environment import StepEnvironment

@@ -15,15 +15,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.local.containers import (
-    CERTIFICATES,
-    IMAGE,
-    Sandbox,
-    certificates,
-    image_id,
-    image_label,
-    passed_on_variables,
-)
+from pipelines.local.container_variables import CERTIFICATES, certificates, passed_on_variables
+from pipelines.local.containers import IMAGE, Sandbox, image_id, image_label
 from pipelines.local.run import mlflow_command
 from scop.config import Config, ConfigWithoutFinetuning
 from scop.config.parsing import override, parse
