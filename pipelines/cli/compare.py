@@ -29,10 +29,14 @@ def add_parser(commands: Commands) -> None:
         help="a run (its name, folder or s3:// URI) or the name of an MLflow experiment (default: all experiments)",
     )
     parser.add_argument(
-        "--where", metavar="EXPRESSION", help="select results of experiments, in MLflow's filter language"
+        "--where", metavar="EXPRESSION", help="filter results of experiments, in MLflow's filter syntax"
     )
     parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME", help="a column; the first one sorts (repeatable)"
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a metric to show as a column; rows are sorted by the first one (repeatable)",
     )
     parser.add_argument(
         "--group-by",
@@ -41,9 +45,11 @@ def add_parser(commands: Commands) -> None:
         help="one row for all results with equal values of these parameters: mean, standard deviation, n",
     )
     parser.add_argument("--baseline", metavar="NAME", help="show changes relative to `dense` or to a variant")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page, one file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page as a single file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table with raw values")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON; for runs, as summary.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything as JSON; of runs, also summary.json"
+    )
     parser.add_argument("--png", type=Path, metavar="DIR", help="write the plots as PNG")
     add_runs(parser)
 

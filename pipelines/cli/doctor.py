@@ -19,8 +19,8 @@ def add_parser(commands: Commands) -> None:
     add_config(parser)
     parser.add_argument("--out", default="runs", metavar="DIR", help="the folder or s3:// URI for runs (default: runs)")
     add_docker(parser, "also check IMAGE (default: the project's own)")
-    parser.add_argument("--cluster", metavar="PROFILE", help="also check what a cluster profile names")
-    parser.add_argument("--host", metavar="URL", help="Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
+    parser.add_argument("--cluster", metavar="PROFILE", help="also check the settings of a cluster profile")
+    parser.add_argument("--host", metavar="URL", help="URL of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -20,14 +20,16 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help="RUN/STEP or RUN/VARIANT/STEP, RUN being a name, a folder or an s3:// URI; or a step.json or its folder",
+        help="RUN/STEP or RUN/VARIANT/STEP, where RUN is a name, a folder or an s3:// URI; or step.json or its folder",
     )
     add_docker(parser, "run in a container of IMAGE (default: the recorded one, or the project's own)")
     add_set(parser)
     parser.add_argument("--verify", action="store_true", help="compare every output file with the recorded hash")
     parser.add_argument("--shell", action="store_true", help="open a shell in the container, ready to run the step")
-    parser.add_argument("--dry-run", action="store_true", help="prepare the inputs and only print the command")
-    parser.add_argument("--gpus", action="store_true", help="give the GPUs to the container")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="prepare the inputs and print the command, but do not run it"
+    )
+    parser.add_argument("--gpus", action="store_true", help="make the GPUs available to the container")
     parser.add_argument("--track", action="store_true", help="send metrics to MLFLOW_TRACKING_URI")
     parser.add_argument("--out", default="reruns", metavar="DIR", help="the folder for results (default: reruns)")
     add_runs(parser)

@@ -43,11 +43,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--runner",
         choices=("process", "kfp", "docker"),
-        help="how steps run: all in one process (default), each in a process of KFP's local runner, or each in a "
-        "container",
+        help="how steps run: all in one process (default), each in its own process with KFP's local runner, or each in "
+        "a container",
     )
     add_docker(parser, "run each step in a container of IMAGE (default: the project's own); implies --runner docker")
-    parser.add_argument("--gpus", action="store_true", help="give the GPUs to the containers")
+    parser.add_argument("--gpus", action="store_true", help="make the GPUs available to the containers")
 
 
 def run(options: argparse.Namespace) -> int:

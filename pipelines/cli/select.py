@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run: its name, folder or URI")
     add_config(parser)
     add_variant(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print only")
+    parser.add_argument("--dry-run", action="store_true", help="print the result and write nothing")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the plan as JSON; needs RUN")
     add_runs(parser)
 

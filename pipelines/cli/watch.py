@@ -22,7 +22,9 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(action=run)
     parser.add_argument("run", metavar="RUN", help="KFP's run ID, the last part of the run's URL")
-    parser.add_argument("--cluster", required=True, metavar="PROFILE", help="the cluster profile of the submission")
+    parser.add_argument(
+        "--cluster", required=True, metavar="PROFILE", help="the profile that the run was submitted with"
+    )
     add_interval(parser)
 
 
