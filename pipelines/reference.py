@@ -28,7 +28,7 @@ A configuration is a YAML file with the sections below. Keys that are not set ha
 _VARIABLES = """
 ## Environment variables
 
-[scop/environment.py](../scop/environment.py) defines every variable that the project reads. Users set those of the
+[scop/environment.py](../scop/environment.py) defines every variable of the project. Users set those of the
 first and the last table; the launcher of a step sets the others. MLflow, boto3 and the Kubernetes client read variables
 of their own, such as `MLFLOW_TRACKING_USERNAME`, `AWS_ACCESS_KEY_ID` and `KUBECONFIG`.
 """

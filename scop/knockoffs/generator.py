@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scop.compute import distributed
 from scop.compute.device import autocast, autocast_dtype, to_device
+from scop.compute.random_state import private_random_state
 from scop.config import GeneratorSection, KnockoffSection
 from scop.system.progress import progress
 from scop.training.checkpointing import Checkpointing
@@ -85,8 +86,7 @@ class FlowMatching:
         self._shape = (channels, height, width)
         self._size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
         self.device, self.dtype = device, dtype
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with private_random_state(seed):
             self._velocity = Velocity(channels, settings.width, *_levels_and_patch(self._size))
         self._velocity.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._network = distributed.parallel(self._velocity, device)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scop.compute.device import autocast, autocast_dtype, to_device
+from scop.compute.random_state import private_random_state
 from scop.knockoffs.sources import KnockoffSource
 from scop.training.loop import TrainingBatches
 
@@ -154,8 +155,7 @@ def _components(real: Tensor, knock: Tensor, generator: torch.Generator) -> tupl
     """Return both samples as principal components of unit variance: (n, D) -> (n, K)."""
     both = torch.cat([real, knock])
     mean, rank = both.mean(0), min(_COMPONENTS, len(both) - 1, both.shape[1])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    with private_random_state(int(torch.randint(2**31, (), generator=generator))):
         _, singular, basis = torch.pca_lowrank(both - mean, rank, center=False, niter=4)
     scale = math.sqrt(len(both)) / singular.clamp_min(1e-6 * float(singular[0]))
     return (real - mean) @ basis * scale, (knock - mean) @ basis * scale

@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from scop.compute.random_state import private_random_state
 from scop.config import GaussianSection, KnockoffSection
 from scop.errors import UserError
 from scop.models.factories import import_user_module
@@ -130,8 +131,7 @@ class Gaussian:
         images = _sample(batches)
         components = min(section.components, images.shape[1], max(1, len(images) // 2))
         mean = images.mean(0)
-        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            torch.manual_seed(seed)
+        with private_random_state(seed):
             _, singular, basis = torch.pca_lowrank(images - mean, components, center=False, niter=4)
         return cls(mean, basis, singular / math.sqrt(len(images) - 1), section.distance)
 

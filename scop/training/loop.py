@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from scop.compute import distributed
+from scop.compute.random_state import private_random_state, seed_generators
 from scop.errors import Stopped, UserError
 from scop.models.history import EpochRecord
 from scop.system.progress import progress
@@ -121,9 +121,9 @@ def fit(
     stop_requested = distributed.any_process(checkpointing.stop_requested)
     take = Step(objective, optimizer)
     reported = -math.inf
-    with _private_random_state():
+    with private_random_state():
         for epoch in range(len(run.history), schedule.epochs):
-            torch.manual_seed(seed * 1_000_003 + epoch + 0x9E37_79B9 * distributed.rank())
+            seed_generators(seed * 1_000_003 + epoch + 0x9E37_79B9 * distributed.rank())
             if hasattr(batches, "set_epoch"):
                 batches.set_epoch(epoch)
             work = _Epoch(epoch, len(batches), f"{label} {epoch + 1}/{schedule.epochs}", run.take_interrupted())
@@ -288,14 +288,6 @@ class _Epoch:
             top1=None if math.isnan(top1) else top1,
             seconds=round(self.seconds, 3),
         )
-
-
-@contextmanager
-def _private_random_state() -> Iterator[None]:
-    """Restore the random state of the CPU and of the current GPU at the end of the context."""
-    devices = [torch.cuda.current_device()] if _on_gpu() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def _random_state() -> list[Tensor]:

@@ -137,6 +137,13 @@ _SPEED = {
     "finetuning scatter": ("training throughput of ResNet-56 at rate 0.45 against dense, `scatter`", 2, "x"),
     "finetuning scatter rounded to 8": ("the same with `round_to: 8`", 2, "x"),
     "finetuning coupled": ("the same with `coupled` and `round_to: 8`", 2, "x"),
+    "narrow_batch_norm scatter": (
+        "training step of pruned ResNet-20, PyTorch's batch norms against folded ones",
+        2,
+        "x",
+    ),
+    "narrow_batch_norm inner": ("the same with `inner`", 2, "x"),
+    "narrow_batch_norm coupled": ("the same with `coupled`", 2, "x"),
     "latency_budget answer": ("selection under a latency budget, ResNet-20", 0, " s"),
     "latency_budget off": ("deviation from that budget when measured again, median", 1, "%"),
     "help": ("`scop --help`", 2, " s"),
