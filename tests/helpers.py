@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from scop.environment import StepEnvironment
+from scop.environment import StepEnvironment, TorchrunEnvironment
 from scop.runtime import execution
 from scop.runtime.result import StepResult
 from scop.runtime.uris import Uris
@@ -33,7 +33,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 def run_step(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping[str, str]) -> StepResult:
     """Run a step in this process, with settings from the environment variables."""
-    return execution.run_step(name, config, inputs, outputs, StepEnvironment.read())
+    return execution.run_step(name, config, inputs, outputs, StepEnvironment.read(), TorchrunEnvironment.read())
 
 
 def run_in_processes(

@@ -44,7 +44,7 @@ def _describe_steps(steps: dict[str, Signature]) -> str:
 def run(options: argparse.Namespace) -> int:
     """Run the step in this process; return its exit code."""
     from scop.config import Config, ConfigWithoutFinetuning
-    from scop.environment import StepEnvironment
+    from scop.environment import StepEnvironment, TorchrunEnvironment
     from scop.errors import Stopped
     from scop.runtime.execution import run_step
     from scop.runtime.exit_codes import StepFailedError, exit_code_of
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
                 _pairs(options.input, "--input"),
                 {name: values[-1] for name, values in _pairs(options.output, "--output").items()},
                 environment,
+                TorchrunEnvironment.read(),
             )
     except (Stopped, StepFailedError) as error:
         return exit_code_of(error)

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -291,7 +290,10 @@ class Mlflow:
             )
         remedy = "check MLFLOW_TRACKING_URI"
         if message == "no answer in time":
-            remedy += f", or set MLFLOW_HTTP_REQUEST_TIMEOUT above {os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT']} seconds"
+            from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+
+            seconds = TIMEOUT.get()  # type: ignore[no-untyped-call]
+            remedy += f", or set {TIMEOUT.name} above {seconds} seconds"
         return UserError(f"MLflow at {self._shown} cannot be read ({message}); {remedy}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.local.console import View, console
 from pipelines.local.job import LOG, Job, StepError
-from scop.environment import StepEnvironment
+from scop.environment import StepEnvironment, TorchrunEnvironment
 from scop.errors import Stopped, UserError
 from scop.runtime.execution import run_step
 from scop.runtime.exit_codes import StepFailedError, Terminated, stop_signals_raise
@@ -48,6 +48,7 @@ class _Steps:
 
     def __init__(self, job: Job, view: View) -> None:
         self._job, self._view = job, view
+        self._torchrun = TorchrunEnvironment.read()
         # As KFP passes them: without settings that are None.
         self._sections = job.config.model_dump(mode="json", exclude={"run"}, exclude_none=True)
         self._failure: Exception | None = None
@@ -81,7 +82,7 @@ class _Steps:
         self._view.start(name)
         succeeded = False
         try:
-            run_step(name, self._config(name, variant), inputs, {output: uri}, job.environment)
+            run_step(name, self._config(name, variant), inputs, {output: uri}, job.environment, self._torchrun)
             succeeded = True
         except UserError as error:
             raise self._with_notes(UserError(f"{name}: {error}")) from error

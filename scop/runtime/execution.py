@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scop.config.parsing import Section, parse
-from scop.environment import StepEnvironment
+from scop.environment import StepEnvironment, TorchrunEnvironment, name_of
 from scop.errors import Stopped, UserError, missing_extra
 from scop.runtime import train_job
 from scop.runtime.exit_codes import (
@@ -89,7 +89,7 @@ def execute(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping
     log_to_standard_output()
     try:
         environment = StepEnvironment.read()
-        os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would use it for other runs, too
+        os.environ.pop(name_of(StepEnvironment, "mlflow_run"), None)  # MLflow would use it for other runs, too
         if environment.kfp_root and (Path(environment.kfp_root) / STOP_FILE).exists():
             raise SystemExit(ExitCode.TERMINATED)  # KFP starts the next variant even after a stop
         with show_progress_on(environment.terminal):
@@ -99,6 +99,7 @@ def execute(name: str, config: Mapping[str, Any], inputs: Uris, outputs: Mapping
                 map_values(inputs, lambda _, path: uri_in_run(path, environment)),
                 {key: uri_in_run(path, environment) for key, path in outputs.items()},
                 environment,
+                TorchrunEnvironment.read(),
             )
     except UserError as error:
         print(f"scop: error: {name}: {error}", file=sys.stderr, flush=True)
@@ -113,6 +114,7 @@ def run_step(
     inputs: Uris,
     outputs: Mapping[str, str],
     environment: StepEnvironment | None = None,
+    torchrun: TorchrunEnvironment | None = None,
 ) -> StepResult:
     """Run a step in this process.
 
@@ -122,6 +124,7 @@ def run_step(
         inputs: folders or ``s3://`` URIs by name; a list for a name that takes several.
         outputs: folders or ``s3://`` URIs by name.
         environment: variables set by the launcher; by default nothing is tracked or resumed.
+        torchrun: variables set by torchrun or Kubeflow Trainer; by default one node.
 
     Raises:
         UserError: the configuration or an input is wrong.
@@ -133,7 +136,7 @@ def run_step(
     step = find_step(name)
     inputs = map_values(inputs, lambda _, uri: absolute_uri(uri))
     outputs = {key: absolute_uri(uri) for key, uri in outputs.items()}
-    processes = plan_processes(name, environment)
+    processes = plan_processes(name, environment, torchrun or TorchrunEnvironment())
     settings = parse(step.Config, config)
     inputs = check_names(name, "input", step.Inputs, inputs)
     check_names(name, "output", step.Outputs, outputs)

@@ -94,13 +94,13 @@ class Job(BaseModel):
     unsent: Path
 
 
-def plan_processes(step: str, environment: StepEnvironment) -> Processes:
+def plan_processes(step: str, environment: StepEnvironment, torchrun: TorchrunEnvironment) -> Processes:
     """Return the processes that run a step together, according to SCOP_PROCESSES and Kubeflow Trainer's variables.
 
     Raises:
         UserError: there are fewer GPUs than processes, or the step was started by torchrun.
     """
-    torchrun, count = TorchrunEnvironment.read(), environment.processes
+    count = environment.processes
     variable = name_of(StepEnvironment, "processes")
     if torchrun.world_size > 1:
         raise UserError(f"start the step without torchrun and set {variable}; the step starts the processes itself")
