@@ -147,8 +147,8 @@ class _Results:
         by = labels.groupby(keys, sort=False).ngroup() if group_by else labels.index.to_series()
         changes = self._changes(columns, values, baseline)
         mean = values.groupby(by).mean()
-        worst_last = [not metric.higher_is_better for metric in columns.values()]
-        order = mean.sort_values(list(columns), ascending=worst_last, kind="stable").index
+        ascending = [not metric.higher_is_better for metric in columns.values()]
+        order = mean.sort_values(list(columns), ascending=ascending, kind="stable").index
         return Table(
             " / ".join(dict.fromkeys(map(str, self._params["dataset"]))),
             self._content,

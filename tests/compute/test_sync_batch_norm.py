@@ -1,14 +1,22 @@
 """`SynchronisedBatchNorms` on a GPU; `test_distributed.py` tests it on CPUs, in two processes."""
 
 import copy
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 from scop.compute.sync_batch_norm import SynchronisedBatchNorms
+
+
+def test_pytorchs_function_takes_the_arguments_that_are_passed_to_it() -> None:
+    assert list(signature(SyncBatchNorm.forward).parameters)[1:] == [
+        *("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum", "process_group", "world_size")
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -24,6 +24,25 @@ def result(method: str = "scop", rate: float = 0.5, seed: int = 0, **changes: An
     return Result(**(values | {"run": f"run-{method}-{rate}-{seed}", "uri": None} | changes))
 
 
+HISTORY = [
+    {"epoch": epoch, "loss": float("nan"), "top1": 0.5, "validation_top1": 0.5 + epoch / 10} for epoch in (1, 2, 3)
+]
+EVALUATION: dict[str, Any] = {
+    "kept": {"conv1": 4, "conv2": 16},
+    "channels": {"conv1": 16, "conv2": 32},
+    "unsure": {"conv1": {"kept": [3], "removed": [5, 7]}, "conv2": {"kept": [], "removed": []}},
+    "history": HISTORY,
+    "dense_history": HISTORY,
+    "confusion": [[9, 1], [0, 10]],
+    "classes": ["cat", "</script><b>dog"],
+    "scores": {"conv1": [0.1, 0.2, -0.1], "conv2": [0.3] * 4},
+}
+URI = "a run/scop/evaluate/evaluation"
+SWEEP = [
+    result(method, rate, seed, uri=URI) for method in ("scop", "l1", "random") for rate in (0.3, 0.5) for seed in (0, 1)
+]
+
+
 def log(client: Any, experiment: str, row: Result, parent: str | None = None, status: str = "FINISHED") -> str:
     """Write a row to MLflow as step evaluate does; return the run ID."""
     from mlflow.entities import Metric, Param, RunTag

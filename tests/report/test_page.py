@@ -7,36 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 import scop.report.page
 from scop.report.figures.axes import share_limits
 from scop.report.figures.points import dense_points, pareto_front, points
 from scop.report.metrics import describe
 from scop.report.page import Page
-from scop.report.page.pictures import write_pictures
 from scop.report.results import Result
 from scop.system.cost import Spent
 from tests.fakes.browser import browser_tab, opened
-from tests.fakes.results import result
-
-HISTORY = [
-    {"epoch": epoch, "loss": float("nan"), "top1": 0.5, "validation_top1": 0.5 + epoch / 10} for epoch in (1, 2, 3)
-]
-EVALUATION: dict[str, Any] = {
-    "kept": {"conv1": 4, "conv2": 16},
-    "channels": {"conv1": 16, "conv2": 32},
-    "unsure": {"conv1": {"kept": [3], "removed": [5, 7]}, "conv2": {"kept": [], "removed": []}},
-    "history": HISTORY,
-    "dense_history": HISTORY,
-    "confusion": [[9, 1], [0, 10]],
-    "classes": ["cat", "</script><b>dog"],
-    "scores": {"conv1": [0.1, 0.2, -0.1], "conv2": [0.3] * 4},
-}
-URI = "a run/scop/evaluate/evaluation"
-SWEEP = [
-    result(method, rate, seed, uri=URI) for method in ("scop", "l1", "random") for rate in (0.3, 0.5) for seed in (0, 1)
-]
+from tests.fakes.results import EVALUATION, SWEEP, result
 
 
 def write_page(folder: Path, results: list[Result], **more: Any) -> Path:
@@ -355,29 +335,6 @@ def test_contrast_and_keyboard_focus(tab: Any, folder: Path, scheme: str) -> Non
         assert view.evaluate(ratio) >= 4.5  # WCAG 2.2, AA
         view.keyboard.press("Tab")
         assert view.evaluate("document.activeElement.textContent") == "Skip to the table"
-
-
-def test_writes_pictures_with_error_bars_over_seeds(folder: Path) -> None:
-    page = Page("A sweep", [*SWEEP, result("l1", 0.2, dataset="e1" * 32)], {0: EVALUATION, 1: EVALUATION})
-    written = {path.name for path in write_pictures(page, folder / "png")}
-    assert written == {path.name for path in (folder / "png").iterdir()}
-    assert {"kept-channels.png", "learning-curves.png", "scores.png"} <= written
-    assert {"confusion-scop-0.3.png", "confusion-scop-0.3-2.png"} <= written  # two seeds
-    assert {"accuracy-macs-digits-d0d0d0d0.png", "accuracy-macs-digits-e1e1e1e1.png"} <= written
-    assert all((folder / "png" / name).read_bytes().startswith(b"\x89PNG") for name in written)
-    description = Image.open(folder / "png" / "confusion-scop-0.3.png").text["Description"]
-    assert description == "scop-0.3: run run-scop-0.3-0; scop rerun 'a run/scop/evaluate/evaluation'"
-    lines = Image.open(folder / "png" / "accuracy-macs-digits-d0d0d0d0.png").text["Description"].splitlines()
-    assert len(lines) == len(SWEEP)
-
-
-def test_averages_over_seeds_and_finds_the_pareto_front() -> None:
-    macs, top1 = describe("pruned_macs"), describe("pruned_top1")
-    found = points(dict(enumerate(SWEEP)), [macs.key, top1.key])
-    assert len(found) == 6
-    assert all(point.values[top1.key][1] > 0 for point in found)
-    assert [point.name for point in pareto_front(found, macs, top1)] == ["scop-0.5", "scop-0.3"]
-    assert len(points(dict(enumerate(SWEEP)), [macs.key], over_seeds=False)) == 12
 
 
 def test_page_and_pictures_agree_on_front_and_limits(tab: Any, folder: Path) -> None:
