@@ -47,9 +47,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--baseline", metavar="NAME", help="show changes relative to `dense` or to a variant")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page as a single file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table with raw values")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write everything as JSON; of runs, also summary.json"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON (runs: as in summary.json)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="write the plots as PNG")
     add_runs(parser)
 

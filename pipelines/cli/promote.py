@@ -19,7 +19,7 @@ def add_parser(commands: Commands) -> None:
         "'models:/digits-resnet20-scop@champion')",
     )
     parser.set_defaults(action=run)
-    parser.add_argument("version", metavar="VERSION", help="NAME/NUMBER or NAME@ALIAS, with or without prefix models:/")
+    parser.add_argument("version", metavar="VERSION", help="NAME/NUMBER or NAME@ALIAS, optionally after models:/")
     add_config(parser, "a YAML file or preset whose section export has the limits (default: those at export)")
     add_runs(parser)
 

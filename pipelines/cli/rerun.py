@@ -20,7 +20,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help="RUN/STEP or RUN/VARIANT/STEP, where RUN is a name, a folder or an s3:// URI; or step.json or its folder",
+        help="RUN/STEP or RUN/VARIANT/STEP, where RUN is a name, a folder or an s3:// URI; or a step.json file or its "
+        "folder",
     )
     add_docker(parser, "run in a container of IMAGE (default: the recorded one, or the project's own)")
     add_set(parser)

@@ -22,7 +22,7 @@ _LANES = 16
 _WIDEST = 32
 """From this width on, the kernels are fast enough."""
 _FEWEST_PIXELS = 8192
-"""In smaller batches, the number of operations determines the time, and folding has more of them."""
+"""In smaller batches, per-operation overhead dominates, and folding adds operations."""
 
 
 class NarrowBatchNorms(BatchNorms):

@@ -1,4 +1,4 @@
-"""Seeding random generators without a trace in the caller's process."""
+"""Seeding of random number generators that leaves the caller's random state unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def private_random_state(seed: int | None = None) -> Iterator[None]:
 def seed_generators(seed: int) -> None:
     """Seed the generators of the CPU and, if CUDA is in use, of all GPUs.
 
-    Unlike this function, `torch.manual_seed` would also seed GPUs that are used only later, by the caller.
+    `torch.manual_seed` alone would also seed GPUs that the caller starts to use later.
     """
     if _uses_cuda():
         torch.manual_seed(seed)
